@@ -1,0 +1,55 @@
+"""infoq_fx: every layer's bit-width by information flow, as a torch.fx compiler pass.
+
+    quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
+    infoq_fx.export_onnx(quantized, "model.onnx")
+"""
+
+from infoq_fx.allocation import allocate, summarize
+from infoq_fx.api import convert, prepare, quantize, score
+from infoq_fx.criteria import CRITERIA, EAGL, Criterion, InfoQ
+from infoq_fx.encoders import load_dinov2
+from infoq_fx.errors import (
+    CalibrationDataError,
+    EncoderUnavailableError,
+    ExportError,
+    InfeasibleBudgetError,
+    InfoqError,
+    OptionError,
+    UnsupportedModelError,
+)
+from infoq_fx.onnx_export import export_onnx
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.spec import Allocation, Budget, Observer
+from infoq_fx.table import SensitivityTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRITERIA",
+    "EAGL",
+    "Allocation",
+    "Budget",
+    "CalibrationDataError",
+    "Criterion",
+    "EncoderUnavailableError",
+    "ExportError",
+    "InfeasibleBudgetError",
+    "InfoQ",
+    "InfoqError",
+    "Observer",
+    "OptionError",
+    "PreparedModel",
+    "QuantizedModule",
+    "SensitivityTable",
+    "UnsupportedModelError",
+    "allocate",
+    "allocation_of",
+    "convert",
+    "export_onnx",
+    "load_dinov2",
+    "prepare",
+    "quantize",
+    "score",
+    "summarize",
+]

@@ -1,0 +1,270 @@
+"""The face: one call for the whole route, and the same route in stages."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from infoq_fx.allocation import allocate, check_budget
+from infoq_fx.capture import CapturedModel, capture
+from infoq_fx.criteria import Criterion, InfoQ
+from infoq_fx.data import CalibrationData, read_data
+from infoq_fx.encoders import Encoder
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.interpreter import calibrate
+from infoq_fx.passes import run_passes
+from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers
+from infoq_fx.passes.find_sites import find_sites
+from infoq_fx.passes.fold_batch_norm import fold_batch_norm
+from infoq_fx.passes.fold_constants import fold_constants
+from infoq_fx.passes.insert_observers import insert_observers
+from infoq_fx.passes.insert_quantizers import insert_quantizers
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.quantized import Provenance, QuantizedModule, wrap_quantized
+from infoq_fx.sensitivity import choose_batch_size, measure_sensitivity
+from infoq_fx.spec import Allocation, Budget, Observer, check_bits
+from infoq_fx.table import SensitivityTable
+
+__all__ = ["convert", "prepare", "quantize", "score"]
+
+DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def quantize(
+    model: nn.Module | ExportedProgram,
+    budget: float | Budget,
+    *,
+    calibration_data: Any = None,
+    example_inputs: Inputs | None = None,
+    bits: int | Sequence[int] = DEFAULT_BITS,
+    activation_bits: int | Sequence[int] | None = 8,
+    criterion: Criterion | str = "infoq",
+    observers: Sequence[Observer | str] | Literal["auto"] | None = None,
+    encoder: Encoder | str | None = None,
+    alpha: float = 1.0,
+    ignore: Sequence[str] = (),
+    pin: Mapping[str, int] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> QuantizedModule:
+    """Find every layer's bit-width under a budget and return the quantized model.
+
+    Args:
+        model: trained; an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
+        budget: mean weight bit-width, or a :class:`Budget` with any number of limits.
+        calibration_data: about 1,000 samples, see :func:`infoq_fx.data.read_data`. Without labels the model's own
+            predictions serve. None: weights only, by the entropy of the quantized weights, with a warning.
+        example_inputs: a batch for capture; needed only without data and without an exported program.
+        bits: candidate bit-widths of weights, 2 to 8.
+        activation_bits: candidate bit-widths of activations; one is fixed, several are searched jointly; None
+            leaves activations in float.
+        criterion: how sensitivity is scored, a registered name or an object.
+        observers: where InfoQ measures, see :class:`infoq_fx.InfoQ`.
+        encoder: X -> X_E of InfoQ, see :func:`infoq_fx.encoders.encode_inputs`.
+        alpha: weight of activation scores against weight scores (Eq. 5).
+        ignore: glob patterns on module paths, layers to leave in float (everything below a matching module).
+        pin: glob pattern on module paths or site names, to the bit-width it must have.
+        seed: of everything random; the same seed gives the same result.
+        device: where the work is done and the result lives.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        A graph module that takes the model's inputs, with integer weights; :func:`infoq_fx.allocation_of` reads
+        the allocation, :func:`infoq_fx.export_onnx` writes the file.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured, or has nothing to quantize.
+        CalibrationDataError: the data cannot be used.
+        OptionError: an argument cannot be used.
+        InfeasibleBudgetError: no allocation fits; known before anything is scored.
+    """
+    chosen = _make_criterion(criterion, observers, encoder, seed)
+    data = None if calibration_data is None else read_data(calibration_data)
+    if data is None and chosen.needs_data:
+        warnings.warn(
+            "no calibration data: weights are scored by their entropy alone (EAGL) and activations stay in float; "
+            "about 1,000 samples, without labels too, make a far better allocation",
+            stacklevel=2,
+        )
+        chosen = _make_criterion("eagl", None, None, seed)
+    prepared = prepare(
+        model,
+        data,
+        example_inputs=example_inputs,
+        bits=bits,
+        activation_bits=activation_bits if data is not None else None,
+        ignore=ignore,
+        pin=pin,
+        device=device,
+        budget=budget,
+    )
+    table = score(prepared, data, criterion=chosen, progress=progress)
+    return convert(prepared, allocate(table, budget, alpha=alpha))
+
+
+def prepare(
+    model: nn.Module | ExportedProgram,
+    calibration_data: Any = None,
+    *,
+    example_inputs: Inputs | None = None,
+    bits: int | Sequence[int] = DEFAULT_BITS,
+    activation_bits: int | Sequence[int] | None = 8,
+    ignore: Sequence[str] = (),
+    pin: Mapping[str, int] | None = None,
+    device: torch.device | str = "cpu",
+    budget: float | Budget | None = None,
+) -> PreparedModel:
+    """Capture a model, insert configurable quantizers and observers, and calibrate them for every bit-width.
+
+    Arguments and errors are those of :func:`quantize`; ``budget``, where given, is only checked for being within
+    reach before the calibration.
+    """
+    weight_candidates = check_bits(bits, "bits")
+    candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
+    for pattern, fixed in (pin or {}).items():
+        check_bits(fixed, f"pin[{pattern!r}]")
+    data = None if calibration_data is None else read_data(calibration_data)
+    if data is None and candidates is not None:
+        raise CalibrationDataError(
+            "activations cannot be quantized without calibration data: give data, or activation_bits=None"
+        )
+    inputs = _example_inputs(model, data, example_inputs)
+    captured = capture(model, inputs, device=device)
+    examples = _name_examples(captured, inputs, torch.device(device))
+    graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm])
+    plan = find_sites(
+        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
+    )
+    if budget is not None:
+        check_budget(plan.inventory, budget)
+    run_passes(graph_module, [_named(insert_quantizers, plan=plan), insert_observers])
+    prepared = PreparedModel(
+        graph_module=graph_module,
+        inventory=plan.inventory,
+        input_names=captured.input_names,
+        output_names=captured.output_names,
+        example_inputs=examples,
+        batch_size=captured.batch_size,
+        classifier=plan.classifier,
+    )
+    held = CalibrationData({}, None, False) if data is None else _fit_data(prepared, data)
+    calibrate(prepared, held, batch_size=choose_batch_size(prepared))
+    return prepared
+
+
+def score(
+    prepared: PreparedModel,
+    calibration_data: Any = None,
+    *,
+    criterion: Criterion | str = "infoq",
+    observers: Sequence[Observer | str] | Literal["auto"] | None = None,
+    encoder: Encoder | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SensitivityTable:
+    """Score every searched site at every bit-width; see :func:`quantize` for arguments and errors."""
+    data = None if calibration_data is None else _fit_data(prepared, read_data(calibration_data))
+    chosen = _make_criterion(criterion, observers, encoder, seed)
+    return measure_sensitivity(prepared, data, chosen, progress=progress)[0]
+
+
+def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
+    """The quantized model of an allocation; ``prepared`` stays as it is and serves for the next allocation.
+
+    Raises:
+        OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
+    """
+    for _, quantizer in prepared.quantizer_nodes():
+        name, known = quantizer.site.name, quantizer.calibrated_bits
+        if allocation.bits.get(name) not in known:
+            found = allocation.bits.get(name, "no bit-width")
+            raise OptionError(f"the allocation gives site {name!r} {found}; it was calibrated for {known}")
+    # Fake tensors in meta would be copied one by one; the copy shares them.
+    graph_module = copy.deepcopy(prepared.graph_module)
+    passes = [remove_observers, _named(convert_quantizers, bits=allocation.bits), quantize_biases]
+    provenance = Provenance(allocation, prepared.example_inputs, prepared.output_names)
+    return wrap_quantized(run_passes(graph_module, passes), provenance)
+
+
+def _make_criterion(
+    criterion: Criterion | str,
+    observers: Sequence[Observer | str] | Literal["auto"] | None,
+    encoder: Encoder | str | None,
+    seed: int,
+) -> Criterion:
+    from infoq_fx.criteria import find_criterion
+
+    if criterion == "infoq":
+        return InfoQ(observers=observers, encoder=encoder, seed=seed)
+    if observers is not None or encoder is not None:
+        raise OptionError("observers and encoder belong to criterion='infoq'; give them to the criterion object")
+    return find_criterion(criterion)
+
+
+def _named(graph_pass: Any, **options: Any) -> Any:
+    bound = functools.partial(graph_pass, **options)
+    functools.update_wrapper(bound, graph_pass)
+    return bound
+
+
+def _example_inputs(
+    model: nn.Module | ExportedProgram, data: CalibrationData | None, example_inputs: Inputs | None
+) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    if data is not None:
+        return data.example_inputs
+    if example_inputs is not None:
+        batch = read_data(example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)])
+        return batch.example_inputs
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+        return dict(kwargs) if kwargs else tuple(args)
+    raise OptionError("without calibration data, give example_inputs=(one batch) or an exported program")
+
+
+def _name_examples(
+    captured: CapturedModel, inputs: tuple[Tensor, ...] | dict[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    held = read_data(inputs if isinstance(inputs, dict) else [(inputs, None)]).named(captured.input_names)
+    _check_against_graph(captured.graph_module, held)
+    rows = torch.arange(captured.batch_size or max(2, held.samples)) % held.samples
+    return {name: x[rows.to(x.device)].to(device) for name, x in held.inputs.items()}
+
+
+def _fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
+    named = data.named(prepared.input_names)
+    _check_against_graph(prepared.graph_module, named)
+    if prepared.batch_size is not None:
+        whole = named.samples - named.samples % prepared.batch_size
+        if whole == 0:
+            raise CalibrationDataError(
+                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples"
+            )
+        named = named.take(whole)
+    device = next(iter(prepared.example_inputs.values())).device
+    return named.to(device)
+
+
+def _check_against_graph(graph_module: fx.GraphModule, data: CalibrationData) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        wanted, found = node.meta["val"], data.inputs[str(node.target)]
+        fits = wanted.ndim == found.ndim and wanted.dtype == found.dtype
+        sizes = zip(wanted.shape[1:], found.shape[1:], strict=True) if fits else ()
+        if not fits or any(isinstance(w, int) and w != f for w, f in sizes):
+            shape = [size if isinstance(size, int) else "any" for size in wanted.shape]
+            raise CalibrationDataError(
+                f"input {node.target!r} takes {wanted.dtype} {['samples', *shape[1:]]}, the data has {found.dtype} "
+                f"{['samples', *found.shape[1:]]}: resize or convert the data"
+            )
+
+

@@ -1,0 +1,78 @@
+"""EAGL: the entropy of the quantized weights, without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infoq_fx import numerics
+from infoq_fx.criteria.protocol import Scores
+from infoq_fx.data import CalibrationData
+from infoq_fx.interpreter import read_weight
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.spec import BASELINE_BITS, Measurement, QuantSite, Score
+
+__all__ = ["EAGL"]
+
+
+@dataclass(frozen=True)
+class EAGL:
+    """Entropy that a layer's weights lose at a bit-width, in bits a weight.
+
+    The score is H(8-bit weights) - H(b-bit weights), with H the entropy of the empirical distribution of the
+    integer weights of the layer. The source chooses between two precisions and values the higher one by H; the
+    loss against 8 bits is its form for any set of bit-widths. Activations are not scored.
+
+    Cost: no forward pass, no data, no labels. The score is exact: its standard error is 0.
+
+    Reference:
+        "Efficient and Effective Methods for Mixed Precision Neural Network Quantization for Faster,
+        Energy-efficient Inference", arXiv 2301.13330, Section 3.3.
+    """
+
+    name: str = "eagl"
+    needs_data: bool = False
+
+    def measure(
+        self,
+        prepared: PreparedModel,
+        data: CalibrationData | None,
+        sites: Sequence[QuantSite],
+        *,
+        batch_size: int,
+        advance: Callable[[], None],
+    ) -> list[Measurement]:
+        """Entropies in bits a weight, of the weights at each bit-width and at the 8-bit baseline."""
+        wanted = {site.name: site for site in sites if site.kind == "weight"}
+        measured = []
+        for node, quantizer in prepared.quantizer_nodes():
+            site = wanted.get(quantizer.site.name)
+            if site is None:
+                continue
+            weight = read_weight(prepared, node)
+            entropies = {
+                bits: _entropy_bits(numerics.quantize(weight, quantizer.qparams_at(bits)))
+                for bits in {*site.bits, BASELINE_BITS}
+            }
+            for bits in site.bits:
+                values = {"entropy_bits": entropies[bits], "baseline_entropy_bits": entropies[BASELINE_BITS]}
+                measured.append(Measurement(site.name, bits, values))
+                advance()
+        return measured
+
+    def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
+        """Baseline entropy minus entropy; never below 0."""
+        scores: dict[str, dict[int, Score]] = {}
+        for found in measurements:
+            lost = found.values["baseline_entropy_bits"] - found.values["entropy_bits"]
+            scores.setdefault(found.site, {})[found.bits] = Score(max(0.0, lost))
+        return scores
+
+
+def _entropy_bits(quantized: Tensor) -> float:
+    _, counts = torch.unique(quantized, return_counts=True)
+    shares = counts.double() / counts.sum()
+    return float(-(shares * shares.log2()).sum())

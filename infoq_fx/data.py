@@ -1,0 +1,219 @@
+"""Whatever the user gave as calibration data becomes one checked value: inputs by name, labels or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infoq_fx.errors import CalibrationDataError
+
+__all__ = ["LABEL_KEYS", "MAX_BYTES", "MAX_SAMPLES", "CalibrationData", "read_data"]
+
+MAX_SAMPLES = 20_000
+MAX_BYTES = 4 << 30
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+_FORMS = "a batch is inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples held in memory.
+
+    ``inputs`` map input names (or positions as text, before the model is known) to tensors ``[samples, ...]``;
+    ``labels`` are int64 ``[samples]`` or None.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None
+    is_positional: bool
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return next(iter(self.inputs.values())).shape[0]
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
+        """Two samples (one sample twice if there is but one), as the model takes them."""
+        rows = torch.tensor([0, min(1, self.samples - 1)])
+        chosen = {name: x.cpu()[rows] for name, x in self.inputs.items()}
+        return tuple(chosen.values()) if self.is_positional else chosen
+
+    def named(self, input_names: Sequence[str]) -> CalibrationData:
+        """The same data with the model's own input names, in the model's order.
+
+        Raises:
+            CalibrationDataError: other inputs than the model takes.
+        """
+        if self.is_positional and len(self.inputs) == len(input_names):
+            inputs = dict(zip(input_names, self.inputs.values(), strict=True))
+        elif not self.is_positional and set(self.inputs) == set(input_names):
+            inputs = {name: self.inputs[name] for name in input_names}
+        else:
+            given = f"{len(self.inputs)} positional" if self.is_positional else ", ".join(map(repr, self.inputs))
+            wanted = ", ".join(map(repr, input_names))
+            raise CalibrationDataError(f"calibration data has inputs {given}; the model takes {wanted}")
+        return replace(self, inputs=inputs, is_positional=False)
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Consecutive slices of at most ``batch_size`` samples, by input name."""
+        for start in range(0, self.samples, batch_size):
+            yield {name: x[start : start + batch_size] for name, x in self.inputs.items()}
+
+    def to(self, device: torch.device | str) -> CalibrationData:
+        """The same data on another device."""
+        inputs = {name: x.to(device) for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels.to(device))
+
+    def take(self, samples: int) -> CalibrationData:
+        """The first ``samples`` samples."""
+        inputs = {name: x[:samples] for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels[:samples])
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels that the model has no logit for.
+
+        Raises:
+            CalibrationDataError: a label below 0 or not below ``classes``.
+        """
+        if self.labels is None:
+            return
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= classes:
+            raise CalibrationDataError(
+                f"labels range from {low} to {high}, but the model has {classes} classes: use 0 to {classes - 1}, "
+                "or leave the labels out and the model's own predictions serve"
+            )
+
+
+def read_data(data: Any) -> CalibrationData:
+    """Read calibration data to its end and check it.
+
+    Args:
+        data: a ``DataLoader`` or other iterable of batches; or one batch by itself: a tensor ``[samples, ...]``,
+            ``(inputs, labels)`` or a dict. Labels in a dict stand under one of ``LABEL_KEYS``. NumPy arrays count
+            as tensors. A :class:`CalibrationData` is returned as it is.
+
+    Raises:
+        CalibrationDataError: no sample, more than ``MAX_SAMPLES`` samples or ``MAX_BYTES`` bytes (an endless
+            loader), batches that differ in form, shape or dtype, NaN or infinity, labels that do not fit.
+    """
+    if isinstance(data, CalibrationData):
+        return data
+    batches = [data] if _is_batch(data) else data
+    if not isinstance(batches, Iterable):
+        raise CalibrationDataError(f"calibration data is a {type(data).__name__}; {_FORMS}")
+    parts: list[CalibrationData] = []
+    samples = byte_count = 0
+    for index, batch in enumerate(batches):
+        part = _read_batch(batch, index)
+        if parts:
+            _check_alike(parts[0], part, index)
+        parts.append(part)
+        samples += part.samples
+        byte_count += sum(x.numel() * x.element_size() for x in part.inputs.values())
+        if samples > MAX_SAMPLES or byte_count > MAX_BYTES or index > MAX_SAMPLES:
+            raise CalibrationDataError(
+                f"calibration data has not ended after {samples:,} samples ({byte_count / 2**20:,.0f} MiB); is the "
+                "loader endless? About 1,000 samples serve: pass itertools.islice(loader, batches) or a Subset"
+            )
+    if samples == 0:
+        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
+    return _join(parts)
+
+
+def _is_batch(data: Any) -> bool:
+    if _is_tensor(data) or isinstance(data, Mapping):
+        return True
+    # A list holds batches; a pair with labels (or None) in second place is one batch.
+    return isinstance(data, tuple) and len(data) == 2 and (data[1] is None or _is_label_like(data[1]))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_label_like(value: Any) -> bool:
+    return _is_tensor(value) and value.ndim <= 1
+
+
+def _read_batch(batch: Any, index: int) -> CalibrationData:
+    labels = None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        batch, labels = batch
+    elif isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        keys = [key for key in LABEL_KEYS if key in batch]
+        labels = batch[keys[0]] if keys and labels is None else labels
+        inputs = {str(name): x for name, x in batch.items() if name not in keys}
+    else:
+        tensors = batch if isinstance(batch, tuple | list) else (batch,)
+        inputs = {str(i): x for i, x in enumerate(tensors)}
+    wrong = [type(x).__name__ for x in inputs.values() if not _is_tensor(x)]
+    if wrong or not inputs:
+        raise CalibrationDataError(f"batch {index} holds {', '.join(wrong) or 'nothing'}; {_FORMS}")
+    read = {name: torch.as_tensor(x).detach() for name, x in inputs.items()}
+    _check_inputs(read, index)
+    samples = next(iter(read.values())).shape[0]
+    return CalibrationData(read, _read_labels(labels, samples, index), not isinstance(batch, Mapping))
+
+
+def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
+    for name, x in inputs.items():
+        if x.is_meta:
+            raise CalibrationDataError(f"input {name!r} of batch {index} is on the meta device: it has no values")
+        if x.ndim == 0:
+            raise CalibrationDataError(f"input {name!r} of batch {index} has no batch dimension; give [samples, ...]")
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise CalibrationDataError(
+                f"input {name!r} of batch {index} holds NaN or infinity: clean the data, or check its normalisation"
+            )
+    if len({x.shape[0] for x in inputs.values()}) > 1:
+        sizes = ", ".join(f"{name}: {x.shape[0]}" for name, x in inputs.items())
+        raise CalibrationDataError(f"inputs of batch {index} have different numbers of samples: {sizes}")
+
+
+def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
+    if labels is None:
+        return None
+    if not _is_tensor(labels) and not isinstance(labels, Sequence):
+        raise CalibrationDataError(f"labels of batch {index} are a {type(labels).__name__}; give an integer tensor")
+    try:
+        read = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationDataError(f"labels of batch {index} are no integer tensor: {error}") from error
+    if read.is_floating_point() or read.is_complex() or read.ndim != 1:
+        raise CalibrationDataError(
+            f"labels of batch {index} are {read.dtype} {list(read.shape)}; give class numbers, int64 [{samples}]"
+        )
+    if read.shape[0] != samples:
+        raise CalibrationDataError(f"batch {index} has {samples} samples but {read.shape[0]} labels")
+    return read.to(torch.int64)
+
+
+def _check_alike(first: CalibrationData, other: CalibrationData, index: int) -> None:
+    if list(first.inputs) != list(other.inputs) or (first.labels is None) != (other.labels is None):
+        raise CalibrationDataError(f"batch {index} has other inputs or labels than batch 0; give them all alike")
+    for name, x in first.inputs.items():
+        y = other.inputs[name]
+        if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype:
+            raise CalibrationDataError(
+                f"input {name!r} of batch {index} is {y.dtype} {list(y.shape[1:])} a sample, in batch 0 it is "
+                f"{x.dtype} {list(x.shape[1:])}: resize or pad the samples to one shape"
+            )
+
+
+def _join(parts: Sequence[CalibrationData]) -> CalibrationData:
+    first = parts[0]
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in first.inputs}
+    labels = [part.labels for part in parts if part.labels is not None]
+    joined = CalibrationData(inputs, torch.cat(labels) if labels else None, first.is_positional)
+    if joined.samples == 0:
+        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
+    return joined

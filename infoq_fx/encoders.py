@@ -1,0 +1,111 @@
+"""Lossy compression of the inputs, X -> X_E, so that their information can be estimated (paper, Section 3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from infoq_fx.errors import EncoderUnavailableError, OptionError, unknown_name_error
+
+__all__ = ["ENCODERS", "Encoder", "encode_inputs", "load_dinov2", "principal_components"]
+
+Encoder = Callable[[Tensor], Tensor]
+"""Takes one batch of the first input ``[samples, ...]``, returns features ``[samples, ...]``."""
+
+_PATCH = 14
+_DINOV2_REPOSITORY = "facebookresearch/dinov2"
+
+
+def encode_inputs(
+    inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *, batch_size: int = 64
+) -> Tensor:
+    """Compress the inputs of all samples.
+
+    Args:
+        inputs: tensors ``[samples, ...]`` by name.
+        encoder: a callable on batches of the first input, a name in ``ENCODERS``, or None for the leading
+            principal components of all inputs.
+        batch_size: samples the callable sees at once.
+
+    Returns:
+        float32 ``[samples, features]`` on the CPU.
+
+    Raises:
+        OptionError: an unknown name, or an encoder that returns no float tensor with one row a sample.
+        EncoderUnavailableError: a named encoder that cannot be loaded.
+    """
+    if encoder is None:
+        return principal_components(inputs)
+    if isinstance(encoder, str):
+        if encoder not in ENCODERS:
+            raise unknown_name_error("encoder", encoder, ENCODERS)
+        encoder = ENCODERS[encoder]()
+    first = next(iter(inputs.values()))
+    with torch.inference_mode():
+        parts = [encoder(batch) for batch in first.split(batch_size)]
+    if not all(isinstance(p, Tensor) and p.is_floating_point() and p.ndim >= 2 for p in parts):
+        raise OptionError("encoder must return a float tensor [samples, features] for a batch of inputs")
+    features = torch.cat([part.flatten(1).float().cpu() for part in parts])
+    if features.shape[0] != first.shape[0] or not bool(torch.isfinite(features).all()):
+        raise OptionError(
+            f"encoder returned {features.shape[0]} rows for {first.shape[0]} samples, or values that are not finite"
+        )
+    return features
+
+
+def principal_components(inputs: Mapping[str, Tensor], components: int = 32) -> Tensor:
+    """Scores of the samples on their leading principal components.
+
+    Args:
+        inputs: tensors ``[samples, ...]`` by name; all of them are flattened and joined.
+        components: at most so many; fewer where there are fewer samples.
+
+    Returns:
+        float32 ``[samples, components]``, variances descending; signs fixed so that a run repeats.
+    """
+    flat = torch.cat([x.detach().cpu().flatten(1).float() for x in inputs.values()], 1)
+    flat = flat - flat.mean(0)
+    # Few samples of many pixels: the Gram matrix is the smaller of the two.
+    values, vectors = torch.linalg.eigh((flat @ flat.T).double())
+    count = max(1, min(components, flat.shape[0] - 1))
+    values, vectors = values[-count:].flip(0).clamp_min(0), vectors[:, -count:].flip(1)
+    largest = vectors.abs().argmax(0, keepdim=True)
+    vectors = vectors * vectors.gather(0, largest).sign()
+    return (vectors * values.sqrt()).float()
+
+
+def load_dinov2(name: str = "dinov2_vits14") -> Encoder:
+    """The paper's encoder: a DINOv2 vision transformer from torch hub, downloaded when this is called.
+
+    Images are resized to the nearest multiple of 14 pixels, at least 98, and must be normalised as ImageNet's.
+
+    Raises:
+        EncoderUnavailableError: the hub cannot be reached and the model is not in its cache.
+
+    Reference:
+        Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023.
+    """
+    try:
+        model = torch.hub.load(_DINOV2_REPOSITORY, name, trust_repo=True, verbose=False)
+    except Exception as error:
+        raise EncoderUnavailableError(
+            f"DINOv2 encoder {name!r} could not be loaded from torch hub ({error}); go online once so that it is "
+            "cached, pass encoder=<your own callable>, or leave encoder out for principal components"
+        ) from error
+    model = model.eval()
+    logging.getLogger(__name__).info("loaded %s", name)
+
+    def encode(images: Tensor) -> Tensor:
+        size = [max(7, round(side / _PATCH)) * _PATCH for side in images.shape[-2:]]
+        resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True)
+        features: Tensor = model(resized)
+        return features
+
+    return encode
+
+
+ENCODERS: dict[str, Callable[[], Encoder]] = {"dinov2": load_dinov2}

@@ -1,0 +1,77 @@
+"""The result: a graph module that remembers its allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from infoq_fx.errors import OptionError
+from infoq_fx.passes.annotate_bits import annotate_bits, read_bits
+from infoq_fx.spec import Allocation
+
+__all__ = ["Provenance", "QuantizedModule", "allocation_of", "provenance_of", "wrap_quantized"]
+
+_META_KEY = "infoq"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a quantized module remembers of its making: two example samples by input name serve the export."""
+
+    allocation: Allocation
+    example_inputs: Mapping[str, Tensor]
+    output_names: tuple[str, ...]
+
+
+class QuantizedModule(fx.GraphModule):
+    """A quantized graph. Its nodes carry their bits in ``node.meta["infoq"]``, also after pickle and deepcopy."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # fx pickles a graph as its code and drops all meta.
+        build, arguments = super().__reduce__()
+        return _rebuild, (build, arguments, self.meta.get(_META_KEY))
+
+
+def wrap_quantized(graph_module: fx.GraphModule, provenance: Provenance) -> QuantizedModule:
+    """Attach its provenance to a converted graph and annotate its nodes."""
+    module = QuantizedModule(graph_module, graph_module.graph, class_name="QuantizedModule")
+    annotate_bits(module)
+    module.meta[_META_KEY] = provenance
+    return module
+
+
+def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
+    """The allocation behind a quantized module.
+
+    Args:
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, a copy of it, or what
+            ``torch.export`` made of it; after an export only the bit-widths are known.
+
+    Raises:
+        OptionError: the model holds no quantized site.
+    """
+    provenance = provenance_of(quantized)
+    if provenance is not None:
+        return provenance.allocation
+    graph = getattr(quantized, "graph", None)
+    bits = read_bits(graph) if isinstance(graph, fx.Graph) else {}
+    if not bits:
+        raise OptionError(f"{type(quantized).__name__} holds no quantized site; pass what quantize() returned")
+    return Allocation(bits=bits)
+
+
+def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:
+    """What the module remembers; None after ``torch.export`` or for a model that is not quantized."""
+    meta = getattr(quantized, "meta", None)
+    found = meta.get(_META_KEY) if isinstance(meta, dict) else None
+    return found if isinstance(found, Provenance) else None
+
+
+def _rebuild(
+    build: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], provenance: Provenance
+) -> QuantizedModule:
+    return wrap_quantized(build(*arguments), provenance)

@@ -1,0 +1,176 @@
+"""The sensitivity table: what every (site, bit-width) scored, to print, save and reuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.spec import Inventory, Operation, QuantSite, Score
+
+__all__ = ["SensitivityTable"]
+
+_FORMAT = "infoq_fx.SensitivityTable"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityTable:
+    """The score of every (site, bit-width) under one criterion; smaller is less sensitive.
+
+    Args:
+        criterion: name of the criterion that scored.
+        inventory: the sites and operations of the prepared model.
+        scores: site name to bit-width to score; sites with a single candidate may be absent.
+        settings: how the scores were measured, plain values under plain names.
+
+    Raises:
+        OptionError: a score of a site that is not in the inventory, or one that is not finite.
+    """
+
+    criterion: str
+    inventory: Inventory
+    scores: Mapping[str, Mapping[int, Score]]
+    settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [site.name for site in self.inventory.sites]
+        known = set(names)
+        for name, by_bits in self.scores.items():
+            if name not in known:
+                raise unknown_name_error("site", name, names)
+            for bits, score in by_bits.items():
+                if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
+                    raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as readable JSON: the whole file or nothing.
+
+        Args:
+            path: file to write, replaced if it exists.
+
+        Raises:
+            OptionError: the file cannot be written, or a setting is not a plain finite value.
+        """
+        try:
+            text = json.dumps(_encode(self), indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}"
+            ) from error
+        try:
+            _write_atomically(Path(path), text)
+        except OSError as error:
+            raise OptionError(f"cannot write the sensitivity table {os.fspath(path)!r}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
+        """Read a table that :meth:`save` wrote; every number comes back exactly.
+
+        Args:
+            path: file to read.
+
+        Raises:
+            OptionError: the file cannot be read, is truncated, is no such table or has another version.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            return _decode(document)
+        except OSError as error:
+            reason = str(error)
+        except json.JSONDecodeError as error:
+            reason = f"not JSON, or cut short ({error})"
+        except UnicodeDecodeError:
+            reason = "a binary file, not JSON"
+        except OptionError as error:
+            reason = str(error)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"damaged: {type(error).__name__}: {error}"
+        raise OptionError(f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}")
+
+    def __str__(self) -> str:
+        columns = sorted({bits for by_bits in self.scores.values() for bits in by_bits})
+        rows = [["site", "elements", *(f"{bits} bits" for bits in columns)]]
+        for site in self.inventory.sites:
+            if by_bits := self.scores.get(site.name):
+                cells = [f"{by_bits[bits].value:.3g}" if bits in by_bits else "-" for bits in columns]
+                rows.append([site.name, f"{site.numel:,}", *cells])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [f"{row[0]:<{widths[0]}}  " + _align(row[1:], widths[1:]) for row in rows]
+        unscored = len(self.inventory.sites) - len(rows) + 1
+        title = f"sensitivity by {self.criterion!r}: {len(rows) - 1} sites scored, {unscored} at fixed bits"
+        return "\n".join([title, *lines])
+
+
+def _align(cells: list[str], widths: list[int]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _encode(table: SensitivityTable) -> dict[str, Any]:
+    # float() because a criterion may hand over numpy's float32, which JSON does not know.
+    scores = {
+        name: {
+            str(int(bits)): {"value": float(score.value), "standard_error": float(score.standard_error)}
+            for bits, score in by_bits.items()
+        }
+        for name, by_bits in table.scores.items()
+    }
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "criterion": table.criterion,
+        "settings": dict(table.settings),
+        "scores": scores,
+        "inventory": asdict(table.inventory),
+    }
+
+
+def _decode(document: Any) -> SensitivityTable:
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise OptionError(f"its format marker is not {_FORMAT!r}")
+    if document.get("version") != _VERSION:
+        raise OptionError(
+            f"it has version {document.get('version')!r}; this release reads version {_VERSION}"
+        )
+    scores = {
+        name: {int(bits): Score(float(s["value"]), float(s["standard_error"])) for bits, s in by_bits.items()}
+        for name, by_bits in document["scores"].items()
+    }
+    return SensitivityTable(
+        criterion=document["criterion"],
+        inventory=_decode_inventory(document["inventory"]),
+        scores=scores,
+        settings=dict(document["settings"]),
+    )
+
+
+def _decode_inventory(document: dict[str, Any]) -> Inventory:
+    sites = tuple(
+        QuantSite(**{**site, "shape": tuple(site["shape"]), "bits": tuple(site["bits"])})
+        for site in document["sites"]
+    )
+    operations = tuple(Operation(**operation) for operation in document["operations"])
+    return Inventory(**{**document, "sites": sites, "operations": operations})
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise OptionError(f"it holds {name}, which no table has")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    # os.replace is atomic only within one file system: the temporary file lies beside its target.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
