@@ -5,51 +5,37 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import pulp
 
-from infoq_fx.cost import activation_bytes, measure_cost, operation_bitops, weight_bytes
+from infoq_fx.cost import CostRow, broken_limits, build_cost_row, measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
-from infoq_fx.spec import FLOAT_BITS, Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
+from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
 
 __all__ = ["allocate", "check_budget", "summarize"]
 
 _LOGGER = logging.getLogger(__name__)
 
-# Scores above the best possible total, rescaled so that the best known allocation has this much. CBC's absolute
-# tolerances (1e-7) are then 1e-12 of it; _RESCALE is the improvement from which on that is no longer enough.
+# The objective is the excess of a score over its site's best, scaled so that the best known allocation has
+# this much: CBC's absolute tolerances (1e-7) are then 1e-12 of it. _RESCALE is the improvement from which on
+# the scale no longer suits.
 _OBJECTIVE_SCALE = 1e5
 _RESCALE = 1e-3
-# Right-hand sides at most this large: half a unit of a cost stays above CBC's tolerance up to 1e12 units.
+# CBC takes a row as met when it is broken by about 1e-7 of its coefficients, and can then lose the optimum.
+# So rows get more slack than that, and what fits the slack alone is cut off by exact costs. Another slack
+# helps where something lies just at the edge of the first.
+_SLACKS = (3e-7, 1e-6, 3e-6, 1e-5)
 _ROW_SCALE = 1e5
-# No gap and no minimum improvement; gomory and flow cover cuts cost more than they save on these programs.
+# No gap and no minimum improvement. Preprocessing costs a third more time than it saves on these programs.
 _CBC_OPTIONS = ("ratio 0", "allow 0", "increment 1e-9", "preprocess off")
-
-_SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
-    "weight_bits": ("weight", lambda site, bits: site.numel * bits),
-    "compression": ("weight", lambda site, bits: site.numel * bits),
-    "size_bytes": ("weight", weight_bytes),
-    "activation_bytes": ("activation", activation_bytes),
-}
 
 _Candidates = dict[str, dict[int, float]]
 _Bits = dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One limit in exact integers: ``sum(linear) + sum(macs * left bits * right bits of pairs) <= limit``."""
-
-    limit: int
-    linear: Mapping[tuple[str, int], int]
-    pairs: Mapping[tuple[str, str], int]
 
 
 def allocate(
@@ -61,8 +47,8 @@ def allocate(
 ) -> Allocation:
     """The allocation of least total score among all that meet every limit of the budget.
 
-    Between two bit-widths of one site with equal scores the smaller one is taken, as is one that scores better
-    than a larger one. The result is the same for every run.
+    Of two bit-widths of a site with equal scores only the smaller, cheaper one is considered. The same
+    arguments give the same result.
 
     Args:
         table: scores of every site with more than one candidate.
@@ -71,9 +57,9 @@ def allocate(
         pin: bit-widths fixed beforehand, one of the site's candidates by site name.
 
     Returns:
-        Bits of every site, the score with its standard error (candidates' errors taken as independent), the cost,
-        and the largest uniform weight bit-width within the same budget, scored by the same table. There, searched
-        activations have their largest candidate or, where that does not fit, the bit-width of the weights.
+        Bits of every site, the score with its standard error (the sites' errors taken as independent), the
+        cost, and the largest uniform weight bit-width within the same budget, scored by the same table. With
+        it, searched activations have their largest candidate or, where that does not fit, the weights' bits.
 
     Raises:
         OptionError: an argument cannot be used, or a candidate has no score.
@@ -83,8 +69,7 @@ def allocate(
     Reference:
         InfoQ, Eq. 5.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; 1.0 weighs both kinds alike")
+    _check_alpha(alpha)
     inventory = _pin_sites(table.inventory, pin or {})
     limits = check_budget(inventory, budget)
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
@@ -119,19 +104,14 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
         OptionError: not a budget.
         InfeasibleBudgetError: some limit is broken even with every site at its fewest bits.
     """
-    if isinstance(budget, Real) and not isinstance(budget, bool):
-        budget = Budget(weight_bits=float(budget))
-    if not isinstance(budget, Budget):
-        raise OptionError(
-            f"budget={budget!r} is neither a number (the mean weight bit-width, 3.0) nor Budget(size_bytes=...)"
-        )
+    limits = _read_budget(budget)
     # Every cost grows with every bit-width: this one allocation reaches the extreme of all limits at once.
     cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites})
-    if broken := _broken_limits(cost, budget):
+    if broken := broken_limits(cost, limits):
         raise InfeasibleBudgetError(
-            "; ".join(_describe_reach(inventory, budget, cost, name) for name in broken)
+            "; ".join(_describe_reach(inventory, limits, cost, name) for name in broken)
         )
-    return budget
+    return limits
 
 
 def summarize(allocation: Allocation, inventory: Inventory) -> str:
@@ -158,13 +138,29 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
     ]
     cost = allocation.cost or measure_cost(inventory, allocation.bits)
     lines.append(
-        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x smaller than float32), {cost.size_bytes:,} bytes, "
-        f"{cost.bitops / 1e9:.4g} G BitOps, {cost.activation_bytes:,} bytes of activations"
+        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
+        f"{cost.size_bytes:,} bytes, {cost.bitops / 1e9:.4g} G BitOps, "
+        f"{cost.activation_bytes:,} bytes of activations"
     )
     if allocation.score is not None:
         spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
         lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
     return "\n".join(lines)
+
+
+def _check_alpha(alpha: Any) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
+        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; 1.0 weighs both kinds alike")
+
+
+def _read_budget(budget: Any) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise OptionError(
+            f"budget={budget!r} is neither a number (mean weight bits, such as 3.0) nor a Budget"
+        )
+    return Budget(weight_bits=float(budget))
 
 
 def _describe_uniform(allocation: Allocation) -> str:
@@ -212,15 +208,6 @@ def _total_score(candidates: _Candidates, bits: Mapping[str, int]) -> float:
     return math.fsum(candidates[name][b] for name, b in bits.items())
 
 
-def _broken_limits(cost: Cost, budget: Budget) -> list[str]:
-    # The costs are correctly rounded, and so is a limit that the user wrote down: 3.3 is met by 33 bits in 10.
-    return [
-        name
-        for name, limit in budget.limits.items()
-        if (getattr(cost, name) < limit if name == "compression" else getattr(cost, name) > limit)
-    ]
-
-
 def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str) -> str:
     kinds = {"bitops": ("weight", "activation"), "activation_bytes": ("activation",)}.get(name, ("weight",))
     fewest = {site.bits[0] for site in inventory.sites if site.kind in kinds and site.is_searched}
@@ -231,14 +218,15 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str)
 
 
 def _exact_text(value: float) -> str:
-    """A number that reads back exactly: whoever copies the reachable value into a budget must have it work."""
+    """A number that reads back exactly: the reachable value copied into a budget has to work."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:
     """The largest bit-width that all searched weights can have within the budget, and the bits it means."""
     free = [site for site in inventory.sites if len(site.bits) > 1]
-    common = set.intersection(*(set(site.bits) for site in free if site.kind == "weight") or [set()])
+    candidates = [set(site.bits) for site in free if site.kind == "weight"]
+    common = set.intersection(*candidates) if candidates else set()
     largest = {site.name: site.bits[-1] for site in inventory.sites}
     for bits in sorted(common, reverse=True):
         wide = {**largest, **{site.name: bits for site in free if site.kind == "weight"}}
@@ -246,7 +234,7 @@ def _find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bi
         if all(bits in site.bits for site in free):
             choices.append({**largest, **{site.name: bits for site in free}})
         for choice in choices:
-            if not _broken_limits(measure_cost(inventory, choice), budget):
+            if not broken_limits(measure_cost(inventory, choice), budget):
                 return bits, choice
     return None, None
 
@@ -259,7 +247,7 @@ def _minimize_score(
     floor = {name: min(scores.values()) for name, scores in efficient.items()}
     excess = {name: {b: s - floor[name] for b, s in scores.items()} for name, scores in efficient.items()}
     unlimited = {name: max(scores) for name, scores in efficient.items()}
-    if not _broken_limits(measure_cost(inventory, unlimited), budget):
+    if not broken_limits(measure_cost(inventory, unlimited), budget):
         return unlimited
     lowered = [
         {name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known
@@ -290,9 +278,32 @@ def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
 
 
 def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
-    """The 0-1 program: one candidate a site, least total score, every limit met."""
+    """One candidate a site, least total score, every limit met; some allocation is known to fit."""
+    for slack in _SLACKS:
+        problem, x = _build_program(inventory, budget, scores, slack)
+        while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
+            bits = {
+                n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()
+            }
+            if not broken_limits(measure_cost(inventory, bits), budget):
+                return bits
+            # Within the slack but over the budget: some site has to have fewer bits than here.
+            lower = [(v, 1) for (name, b), v in x.items() if b < bits[name]]
+            problem += pulp.LpAffineExpression(lower) >= 1
+        if status != pulp.LpSolutionInfeasible and status != pulp.LpSolutionNoSolutionFound:
+            break
+        _LOGGER.debug("CBC lost the known allocation to rounding: solving again with another slack")
+    raise InfoqError(
+        f"CBC found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it"
+    )
+
+
+def _build_program(
+    inventory: Inventory, budget: Budget, scores: _Candidates, slack: float
+) -> tuple[Any, dict[tuple[str, int], Any]]:
+    """The 0-1 program and its x[site, bits] for the sites that have a choice."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    rows = [_build_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
+    rows = [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
     free = {name: by_bits for name, by_bits in scores.items() if len(by_bits) > 1}
     problem = pulp.LpProblem("allocation", pulp.LpMinimize)
     x = {
@@ -300,29 +311,13 @@ def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
         for index, (name, by_bits) in enumerate(free.items())
         for b in by_bits
     }
-    problem += pulp.LpAffineExpression(
-        [(x[name, b], s) for name, by_bits in free.items() for b, s in by_bits.items()]
-    )
+    problem += pulp.LpAffineExpression([(v, scores[name][b]) for (name, b), v in x.items()])
     for name, by_bits in free.items():
         problem += pulp.LpAffineExpression([(x[name, b], 1) for b in by_bits]) == 1
     z = _add_products(problem, {pair for row in rows for pair in row.pairs}, choices, x)
     for row in rows:
-        _add_row(problem, row, x, z)
-    while True:
-        _run_cbc(problem)
-        bits = {
-            name: max(by_bits, key=lambda b: x[name, b].value() if len(by_bits) > 1 else 1.0)
-            for name, by_bits in scores.items()
-        }
-        if not _broken_limits(measure_cost(inventory, bits), budget):
-            return bits
-        # Broken by less than CBC's tolerance: some site has to have fewer bits than here.
-        problem += (
-            pulp.LpAffineExpression(
-                [(x[n, b], 1) for n, by_bits in free.items() for b in by_bits if b < bits[n]]
-            )
-            >= 1
-        )
+        _add_row(problem, row, slack, x, z)
+    return problem, x
 
 
 def _add_variable(problem: Any, name: str, category: str) -> Any:
@@ -337,7 +332,7 @@ def _add_products(
     choices: Mapping[str, tuple[int, ...]],
     x: Mapping[tuple[str, int], Any],
 ) -> dict[tuple[str, str], dict[tuple[int, int], Any]]:
-    """Continuous z[left bits, right bits] whose rows and columns sum to x: the convex hull of the products."""
+    """Continuous z[left bits, right bits] whose rows and columns sum to x: the hull of the products."""
     products = {}
     for index, (left, right) in enumerate(sorted(pairs)):
         z = {
@@ -359,22 +354,30 @@ def _add_products(
 
 def _add_row(
     problem: Any,
-    row: _Row,
+    row: CostRow,
+    slack: float,
     x: Mapping[tuple[str, int], Any],
     z: Mapping[tuple[str, str], Mapping[tuple[int, int], Any]],
 ) -> None:
-    terms = [(x[item], cost) for item, cost in row.linear.items()]
-    terms += [(v, macs * i * j) for pair, macs in row.pairs.items() for (i, j), v in z[pair].items()]
-    unit = math.gcd(*(cost for _, cost in terms)) or 1
-    limit = row.limit // unit
+    """The limit on what is spent above the least of every site and pair, in the largest common unit."""
+    terms: list[tuple[Any, int, Any]] = [(x[item], cost, item[0]) for item, cost in row.linear.items()]
+    terms += [(v, macs * i * j, pair) for pair, macs in row.pairs.items() for (i, j), v in z[pair].items()]
+    least: dict[Any, int] = {}
+    for _, cost, group in terms:
+        least[group] = min(cost, least.get(group, cost))
+    above = [(v, cost - least[group]) for v, cost, group in terms]
+    unit = math.gcd(*(cost for _, cost in above)) or 1
+    limit = (row.limit - sum(least.values())) // unit
     scale = min(1.0, _ROW_SCALE / max(limit, 1))
-    # Costs are whole units: half a unit more on the right keeps rounding errors on the safe side of both.
-    problem += (
-        pulp.LpAffineExpression([(v, cost // unit * scale) for v, cost in terms]) <= (limit + 0.5) * scale
-    )
+    kept = [(v, cost // unit * scale) for v, cost in above if cost // unit <= limit]
+    if kept:
+        problem += pulp.LpAffineExpression(kept) <= max(limit + 0.5, limit * (1 + slack)) * scale
+    for v, cost in above:
+        if cost // unit > limit:
+            problem += pulp.LpAffineExpression([(v, 1)]) == 0
 
 
-def _run_cbc(problem: Any) -> None:
+def _run_cbc(problem: Any) -> int:
     with tempfile.TemporaryDirectory(prefix="infoq_fx_") as folder:
         solver = pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, options=list(_CBC_OPTIONS))
         solver.tmpDir = folder  # whatever happens, nothing is left behind
@@ -384,75 +387,4 @@ def _run_cbc(problem: Any) -> None:
             raise InfoqError(
                 f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}"
             ) from error
-    if problem.sol_status != pulp.LpSolutionOptimal:
-        raise InfoqError(
-            f"CBC found no proven optimum: status {pulp.LpStatus[problem.status]!r}, "
-            f"solution {pulp.LpSolution[problem.sol_status]!r}; another budget or alpha may work"
-        )
-
-
-def _build_row(inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]) -> _Row:
-    """A limit over the sites with several choices; what the others cost is taken off the limit."""
-    costs: defaultdict[tuple[str | None, int], int] = defaultdict(int)
-    pairs: defaultdict[tuple[str, str], int] = defaultdict(int)
-    if name == "bitops":
-        _count_bitops(inventory, choices, costs, pairs)
-    else:
-        kind, measure = _SITE_COSTS[name]
-        for site in inventory.sites:
-            if site.kind == kind and site.is_searched >= (kind == "activation"):
-                costs.update({(site.name, b): measure(site, b) for b in choices[site.name]})
-    linear: dict[tuple[str, int], int] = {}
-    remaining = _integer_limit(inventory, name, limit)
-    for (site_name, b), cost in costs.items():
-        if site_name is None or len(choices[site_name]) == 1:
-            remaining -= cost
-        else:
-            linear[site_name, b] = cost
-    return _Row(remaining, linear, pairs)
-
-
-def _count_bitops(
-    inventory: Inventory,
-    choices: Mapping[str, tuple[int, ...]],
-    costs: dict[tuple[str | None, int], int],
-    pairs: dict[tuple[str, str], int],
-) -> None:
-    for operation in inventory.operations:
-        left, right = operation.left, operation.right
-        lefts = (FLOAT_BITS,) if left is None else choices[left]
-        rights = (FLOAT_BITS,) if right is None else choices[right]
-        if left is not None and left == right:
-            for b in lefts:
-                costs[left, b] += operation_bitops(operation, b, b)
-        elif left is not None and right is not None and len(lefts) > 1 and len(rights) > 1:
-            pairs[min(left, right), max(left, right)] += operation.macs
-        elif len(rights) == 1:
-            for b in lefts:
-                costs[left, b] += operation_bitops(operation, b, rights[0])
-        else:
-            for b in rights:
-                costs[right, b] += operation_bitops(operation, lefts[0], b)
-
-
-def _integer_limit(inventory: Inventory, name: str, limit: float) -> int:
-    """The largest whole total that meets a limit, in the units of the row: bits, bytes or BitOps."""
-    numel = sum(site.numel for site in inventory.sites if site.kind == "weight")
-    ignored_bits = FLOAT_BITS * inventory.ignored_weights
-    float_bits = FLOAT_BITS * numel + ignored_bits
-    if name == "weight_bits":
-        return _largest(math.floor(numel * Fraction(limit)), lambda total: total / numel <= limit)
-    if name == "compression":
-        return (
-            _largest(math.floor(float_bits / Fraction(limit)), lambda total: float_bits / total >= limit)
-            - ignored_bits
-        )
-    return math.floor(limit) - (inventory.float_bytes if name == "size_bytes" else 0)
-
-
-def _largest(start: int, fits: Callable[[int], bool]) -> int:
-    while not fits(start):
-        start -= 1
-    while fits(start + 1):
-        start += 1
-    return start
+    return int(problem.sol_status)

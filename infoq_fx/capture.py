@@ -62,6 +62,8 @@ def capture(
     program = _decompose(program)
     graph_module, input_names, output_names = _flatten_program(program, torch.device(device))
     batch_size = _fixed_batch_size(graph_module)
+    if batch_size is None:
+        _check_inputs(graph_module, input_names, _move(example_inputs, torch.device(device)))
     if batch_size is not None:
         logging.getLogger(__name__).info("the graph is fixed to batches of %d", batch_size)
     return CapturedModel(graph_module, input_names, output_names, batch_size)
@@ -111,6 +113,19 @@ def _export_module(
             ) from error
 
 
+def _check_inputs(
+    graph_module: fx.GraphModule,
+    input_names: Sequence[str],
+    example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
+) -> None:
+    # Fake tensors let dtypes pass that real kernels refuse.
+    if isinstance(example_inputs, Mapping):
+        if set(example_inputs) != set(input_names):
+            return
+        example_inputs = [example_inputs[name] for name in input_names]
+    _raise_if_inputs_rejected(graph_module, example_inputs)
+
+
 def _raise_if_inputs_rejected(
     model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]
 ) -> None:
@@ -124,7 +139,7 @@ def _raise_if_inputs_rejected(
         shown = [*args, *kwargs.values()]
         found = ", ".join(f"{x.dtype} {list(x.shape)}" for x in shown)
         raise CalibrationDataError(
-            f"{type(model).__name__} rejects a calibration batch of {found}: {_first_lines(error)}; "
+            f"the model rejects a calibration batch of {found}: {_first_lines(error)}; "
             "give inputs of the shape and dtype that the model's forward takes"
         ) from error
 

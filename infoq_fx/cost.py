@@ -1,15 +1,39 @@
-"""What bit-widths cost: bytes and BitOps in exact integers."""
+"""What bit-widths cost, and what a budget leaves for them: bytes and BitOps in exact integers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 
 from infoq_fx.errors import unknown_name_error
-from infoq_fx.spec import FLOAT_BITS, Cost, Inventory, Operation, QuantSite
+from infoq_fx.spec import FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
 
-__all__ = ["activation_bytes", "measure_cost", "operation_bitops", "weight_bytes"]
+__all__ = [
+    "CostRow",
+    "activation_bytes",
+    "broken_limits",
+    "build_cost_row",
+    "measure_cost",
+    "operation_bitops",
+    "weight_bytes",
+]
 
 _SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One limit in exact integers: ``sum(linear) + sum(pairs * left bits * right bits) <= limit``.
+
+    ``linear`` is the cost of a (site, bit-width), ``pairs`` the multiply-accumulates that two sites share.
+    """
+
+    limit: int
+    linear: Mapping[tuple[str, int], int]
+    pairs: Mapping[tuple[str, str], int]
 
 
 def weight_bytes(site: QuantSite, bits: int) -> int:
@@ -70,6 +94,58 @@ def measure_cost(inventory: Inventory, bits: Mapping[str, int]) -> Cost:
     )
 
 
+def build_cost_row(
+    inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]
+) -> CostRow:
+    """A limit of the budget as a row over the sites that have several choices.
+
+    What all the others cost is taken off the limit.
+
+    Args:
+        inventory: what the prepared model holds.
+        name: the limit, a field of :class:`~infoq_fx.spec.Budget`.
+        limit: its value.
+        choices: bit-widths open to each site, for all sites.
+    """
+    costs: defaultdict[tuple[str | None, int], int] = defaultdict(int)
+    pairs: defaultdict[tuple[str, str], int] = defaultdict(int)
+    if name == "bitops":
+        _count_bitops(inventory, choices, costs, pairs)
+    else:
+        kind, measure = _SITE_COSTS[name]
+        for site in inventory.sites:
+            if site.kind == kind and (site.is_searched or kind == "weight"):
+                costs.update({(site.name, b): measure(site, b) for b in choices[site.name]})
+    linear: dict[tuple[str, int], int] = {}
+    remaining = _integer_limit(inventory, name, limit)
+    for (site_name, b), cost in costs.items():
+        if site_name is None or len(choices[site_name]) == 1:
+            remaining -= cost
+        else:
+            linear[site_name, b] = cost
+    return CostRow(remaining, linear, pairs)
+
+
+def broken_limits(cost: Cost, budget: Budget) -> list[str]:
+    """Names of the limits that a cost does not meet.
+
+    Costs are correctly rounded, as a limit that someone wrote down is: 33 bits in 10 weights meet 3.3.
+    """
+    return [
+        name
+        for name, limit in budget.limits.items()
+        if (getattr(cost, name) < limit if name == "compression" else getattr(cost, name) > limit)
+    ]
+
+
+_SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
+    "weight_bits": ("weight", lambda site, bits: site.numel * bits),
+    "compression": ("weight", lambda site, bits: site.numel * bits),
+    "size_bytes": ("weight", weight_bytes),
+    "activation_bytes": ("activation", activation_bytes),
+}
+
+
 def _packed_bytes(numel: int, bits: int) -> int:
     return (numel * bits + 7) // 8
 
@@ -82,3 +158,49 @@ def _look_up(bits: Mapping[str, int], name: str) -> int:
     if name not in bits:
         raise unknown_name_error("site without bits", name, bits)
     return bits[name]
+
+
+def _count_bitops(
+    inventory: Inventory,
+    choices: Mapping[str, tuple[int, ...]],
+    costs: dict[tuple[str | None, int], int],
+    pairs: dict[tuple[str, str], int],
+) -> None:
+    for operation in inventory.operations:
+        left, right = operation.left, operation.right
+        lefts = (FLOAT_BITS,) if left is None else choices[left]
+        rights = (FLOAT_BITS,) if right is None else choices[right]
+        if left is not None and left == right:
+            for b in lefts:
+                costs[left, b] += operation_bitops(operation, b, b)
+        elif left is not None and right is not None and len(lefts) > 1 and len(rights) > 1:
+            pairs[min(left, right), max(left, right)] += operation.macs
+        elif len(rights) == 1:
+            for b in lefts:
+                costs[left, b] += operation_bitops(operation, b, rights[0])
+        else:
+            for b in rights:
+                costs[right, b] += operation_bitops(operation, lefts[0], b)
+
+
+def _integer_limit(inventory: Inventory, name: str, limit: float) -> int:
+    """The largest whole total that meets a limit, in the units of the row: bits, bytes or BitOps."""
+    numel = sum(site.numel for site in inventory.sites if site.kind == "weight")
+    ignored_bits = FLOAT_BITS * inventory.ignored_weights
+    float_bits = FLOAT_BITS * numel + ignored_bits
+    if name == "weight_bits":
+        return _largest(math.floor(numel * Fraction(limit)), lambda total: total / numel <= limit)
+    if name == "compression":
+        return (
+            _largest(math.floor(float_bits / Fraction(limit)), lambda total: float_bits / total >= limit)
+            - ignored_bits
+        )
+    return math.floor(limit) - (inventory.float_bytes if name == "size_bytes" else 0)
+
+
+def _largest(start: int, fits: Callable[[int], bool]) -> int:
+    while not fits(start):
+        start -= 1
+    while fits(start + 1):
+        start += 1
+    return start

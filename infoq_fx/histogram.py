@@ -10,7 +10,13 @@ from torch.nn import functional
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.spec import QParams, QuantSpec
 
-__all__ = ["MAX_BINS", "MAX_VALUES_PER_SAMPLE", "Histogram", "choose_activation_qparams"]
+__all__ = [
+    "MAX_BINS",
+    "MAX_VALUES_PER_SAMPLE",
+    "Histogram",
+    "choose_activation_qparams",
+    "scale_significant_bits",
+]
 
 MAX_BINS = 8192
 MAX_VALUES_PER_SAMPLE = 16384
@@ -66,20 +72,24 @@ class Histogram:
         if x.numel() == 0 or not self.is_finite:
             return
         samples = x.detach().to(torch.float32).reshape(x.shape[0] if x.ndim else 1, -1)
-        low, high = (float(bound) + 0.0 for bound in torch.aminmax(samples))  # + 0.0 makes -0.0 plain
+        low, high = (float(bound) for bound in torch.aminmax(samples))
         # Python's min and max keep a NaN that comes first.
         self.minimum, self.maximum = min(low, self.minimum), max(high, self.maximum)
         if not (math.isfinite(low) and math.isfinite(high)):
             return
         self._cover_range()
         counted = samples[:, :: _coprime_stride(samples.shape[1])]
-        bins = torch.floor(counted * math.ldexp(1.0, -self.exponent)).to(torch.int64).sub_(self.first_bin)
+        # In float64, where the smallest negative value over the widest bin does not vanish: its bin is -1.
+        scaled = counted.to(torch.float64).mul_(math.ldexp(1.0, -self.exponent))
+        bins = scaled.floor_().to(torch.int64).sub_(self.first_bin)
         self.counts += torch.bincount(bins.flatten(), minlength=len(self.counts)).cpu()
 
     def _cover_range(self) -> None:
         """Move the counts into the bins that the range seen so far asks for."""
         low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
-        exponent = max(self.exponent, math.frexp(max(-low, high))[1] - MAX_BINS.bit_length())
+        exponent = self.exponent
+        if low < high:  # with nothing but zeros so far, the bins stay as narrow as they get
+            exponent = max(exponent, math.frexp(max(-low, high))[1] - MAX_BINS.bit_length())
         while _bin_of(high, exponent) - _bin_of(low, exponent) >= MAX_BINS:
             exponent += 1
         first, last = _bin_of(low, exponent), _bin_of(high, exponent)
@@ -88,6 +98,18 @@ class Histogram:
         counts = torch.zeros(last - first + 1, dtype=torch.int64)
         self.counts = counts.index_add_(0, moved - first, self.counts)
         self.first_bin, self.exponent = first, exponent
+
+
+def scale_significant_bits(bits: int, is_weight: bool) -> int:
+    """Significant bits of a scale: so few that float32 sums over quantized values are exact.
+
+    A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant
+    bits, and sums of hundreds of them fit the 24 of float32: they come out the same in every order. Two
+    runtimes agree to the last bit where they would else round single values to different steps, which grow
+    from layer to layer. The price is a scale that is off its best value by at most 3 to 12 % (weights at 8
+    bits: 25 %), where the squared error is flat.
+    """
+    return min(5, 10 - bits) if is_weight else min(5, 12 - bits)
 
 
 def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
@@ -116,9 +138,10 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
         )
     scale, zero_point = 1.0, 0
     if not histogram.minimum == histogram.maximum == 0:
-        scale, zero_point = _search_affine(histogram, spec.quant_max)
+        scale, zero_point = _search_affine(histogram, spec)
+    limits = torch.finfo(torch.float32)
     # A smaller scale would be subnormal, which accelerators flush to zero.
-    scale = max(scale, torch.finfo(torch.float32).tiny)
+    scale = min(max(scale, limits.tiny), limits.max)
     return QParams(
         spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32)
     )
@@ -136,8 +159,9 @@ def _bin_of(value: float, exponent: int) -> int:
     return math.floor(math.ldexp(value, -exponent))
 
 
-def _search_affine(histogram: Histogram, quant_max: int) -> tuple[float, int]:
+def _search_affine(histogram: Histogram, spec: QuantSpec) -> tuple[float, int]:
     """Scale and zero point with the least expected squared error."""
+    quant_max = spec.quant_max
     low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
     full, zero = (high - low) / quant_max, round(-low / (high - low) * quant_max)
     table, mean_square = _cumulative_table(histogram)
@@ -155,7 +179,22 @@ def _search_affine(histogram: Histogram, quant_max: int) -> tuple[float, int]:
         shifts = best[1] + torch.tensor(sorted({0, -shift, shift}, key=abs), dtype=torch.float64)
         grid = torch.cartesian_prod(best[0] * factors, shifts.clamp(0, quant_max))
         step, shift = step / 2, -(-shift // 2)
+    grid = _short_grid(best, scale_significant_bits(spec.bits, is_weight=False), quant_max)
+    errors = _expected_errors(table, histogram, mean_square, grid[:, 0], grid[:, 1], quant_max)
+    best = grid[errors.argmin()]
     return float(best[0]), int(best[1])
+
+
+def _short_grid(best: torch.Tensor, significant_bits: int, quant_max: int) -> torch.Tensor:
+    """Scales of few significant bits around the best, with zero points that keep either end or between."""
+    scale, zero = float(best[0]), float(best[1])
+    exponent, count = math.frexp(scale)[1] - significant_bits, 1 << (significant_bits - 1)
+    grid = []
+    for short in (math.ldexp(n, exponent + o) for o in (-1, 0, 1) for n in range(count, 2 * count)):
+        low, high = zero * scale / short, quant_max - (quant_max - zero) * scale / short
+        zeros = {round(low + (high - low) * i / 8) + shift for i in range(9) for shift in (-1, 0, 1)}
+        grid += [(short, z) for z in sorted({min(max(z, 0), quant_max) for z in zeros})]
+    return torch.tensor(grid, dtype=torch.float64)
 
 
 def _cumulative_table(histogram: Histogram) -> tuple[torch.Tensor, float]:
@@ -163,18 +202,15 @@ def _cumulative_table(histogram: Histogram) -> tuple[torch.Tensor, float]:
     mass = histogram.counts.double() / histogram.counts.sum()
     edges = (torch.arange(len(mass), dtype=torch.float64) + histogram.first_bin) * histogram.bin_width
     # The outermost values are known exactly: a constant tensor is a point, not a bin.
-    left, right = (
-        edges.clamp_min(histogram.minimum),
-        (edges + histogram.bin_width).clamp_max(histogram.maximum),
-    )
-    width = (right - left).clamp_min(0.0)
+    left = edges.clamp_min(histogram.minimum)
+    width = ((edges + histogram.bin_width).clamp_max(histogram.maximum) - left).clamp_min(0.0)
     half_inverse = torch.where(width > 0, 0.5 / width, 0.0)
     moment = mass * (left + 0.5 * width)
     columns = [mass.cumsum(0) - mass, moment.cumsum(0) - moment, mass, left, width, half_inverse]
     mean_square = float((mass * (left * left + left * width + width * width / 3)).sum())
     table = functional.pad(
         torch.stack(columns, 1), (0, 0, 1, 1)
-    )  # a row for what lies left, and one for right
+    )  # rows for what lies left and right of it all
     table[-1, 0], table[-1, 1] = 1.0, moment.sum()
     return table, mean_square
 

@@ -51,7 +51,8 @@ def measure_sensitivity(
     batch_size = choose_batch_size(prepared)
     measurements: list[Measurement] = []
     total = sum(len(site.bits) for site in sites)
-    with tqdm(total=total, disable=not progress, desc=f"scoring ({found.name})", unit="bit-width") as bar:
+    form = "{l_bar}{bar}| {n:.0f}/{total} bit-widths [{elapsed}<{remaining}]"
+    with tqdm(total=total, disable=not progress, desc=f"scoring ({found.name})", bar_format=form) as bar:
         for block in _blocks(sites):
             measurements += found.measure(prepared, data, block, batch_size=batch_size, advance=bar.update)
     table = SensitivityTable(

@@ -43,7 +43,7 @@ class EAGL:
         sites: Sequence[QuantSite],
         *,
         batch_size: int,
-        advance: Callable[[], None],
+        advance: Callable[[float], None],
     ) -> list[Measurement]:
         """Entropies in bits a weight, of the weights at each bit-width and at the 8-bit baseline."""
         wanted = {site.name: site for site in sites if site.kind == "weight"}
@@ -60,7 +60,7 @@ class EAGL:
             for bits in site.bits:
                 values = {"entropy_bits": entropies[bits], "baseline_entropy_bits": entropies[BASELINE_BITS]}
                 measured.append(Measurement(site.name, bits, values))
-                advance()
+                advance(1.0)
         return measured
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:

@@ -28,7 +28,7 @@ from infoq_fx.interpreter import (
 )
 from infoq_fx.mutual_info import absolute_change, estimate_ksg, estimate_ross, group_classes, unit_projections
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.spec import Measurement, Observer, QuantSite, Score
+from infoq_fx.spec import BASELINE_BITS, Measurement, Observer, QuantSite, Score
 
 __all__ = ["CORRELATION_THRESHOLD", "InfoQ"]
 
@@ -84,7 +84,7 @@ class InfoQ:
         sites: Sequence[QuantSite],
         *,
         batch_size: int,
-        advance: Callable[[], None],
+        advance: Callable[[float], None],
     ) -> list[Measurement]:
         """Per observer: baseline SMI, its absolute change and the change's standard error, in nats.
 
@@ -138,7 +138,7 @@ class InfoQ:
         Over all (site, bit-width) below 8 bits upstream of the observer; observers with fewer than three, or
         without any variation, are left out.
         """
-        below = [m for m in measurements if m.bits < 8]
+        below = [m for m in measurements if m.bits < BASELINE_BITS]
         suffix = ":change"
         keys = sorted({k.removesuffix(suffix) for m in below for k in m.values if k.endswith(suffix)})
         found = {}
@@ -234,7 +234,7 @@ def _run_all(
     observed: set[fx.Node],
     criterion: InfoQ,
     batch_size: int,
-    advance: Callable[[], None],
+    advance: Callable[[float], None],
 ) -> _Runs:
     """Baseline and perturbed runs of all batches; batches outside, sites inside, so that each baseline runs once."""
     output = first_output(prepared)
@@ -253,9 +253,15 @@ def _run_all(
         for site in sites:
             for bits in site.bits:
                 run = (site.name, bits)
-                interpreter.run_plan(plans[site.name], known, perturbed=run, read=recorder.reader(run, start))
-                if start == batches[-1]:
-                    advance()
+                if bits != BASELINE_BITS:
+                    interpreter.run_plan(plans[site.name], known, perturbed=run, read=recorder.reader(run, start))
+                advance(len(next(iter(batch.values()))) / data.samples)
+    for site in sites:
+        if BASELINE_BITS in site.bits:  # nothing is perturbed
+            downstream = {node for node in observed if node in plans[site.name].nodes}
+            same = {node: recorder.projected[_BASELINE][node] for node in downstream}
+            recorder.projected[site.name, BASELINE_BITS] = same
+            recorder.predictions[site.name, BASELINE_BITS] = recorder.predictions[_BASELINE]
     return _Runs(recorder.projected, recorder.predictions, torch.cat(recorder.logits))
 
 

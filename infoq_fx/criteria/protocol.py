@@ -37,9 +37,12 @@ class Criterion(Protocol):
         sites: Sequence[QuantSite],
         *,
         batch_size: int,
-        advance: Callable[[], None],
+        advance: Callable[[float], None],
     ) -> list[Measurement]:
-        """Measure every candidate bit-width of every site; call ``advance`` once for each (site, bit-width)."""
+        """Measure every candidate bit-width of every site.
+
+        ``advance`` is told of progress in units of (site, bit-width), in as small shares as there are.
+        """
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Scores of every (site, bit-width) that was measured."""

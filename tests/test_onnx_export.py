@@ -1,0 +1,213 @@
+"""The file is checked by running it: onnxruntime beside the quantized module."""
+
+import json
+import os
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ResidualNet, randomise_norms
+from torch import nn
+
+import infoq_fx
+from infoq_fx.errors import ExportError, OptionError
+from infoq_fx.onnx_export import METADATA_KEY
+from infoq_fx.spec import Allocation
+
+LEVELS = onnxruntime.GraphOptimizationLevel
+
+
+def quantize_by_hand(model, data, bits=4, activation_bits=8):
+    prepared = infoq_fx.prepare(model.eval(), data, bits=(bits,), activation_bits=activation_bits)
+    return infoq_fx.convert(prepared, Allocation(bits={s.name: s.bits[0] for s in prepared.inventory.sites}))
+
+
+def run(path, feeds, level=LEVELS.ORT_DISABLE_ALL):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds), session
+
+
+class Mixed(nn.Module):
+    """A 3-D linear layer, attention written out and fused, a layer norm, a transposed and a 1-D convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.norm = nn.Conv1d(3, 8, 3, padding=1), nn.Linear(8, 24), nn.LayerNorm(8)
+        self.up, self.head = nn.ConvTranspose1d(8, 4, 2, stride=2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.embed(x).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + (q @ k.transpose(1, 2) / 3).softmax(-1) @ v
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(nn.functional.gelu(self.up(x.transpose(1, 2))).mean(2))
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, first, second):
+        return {"logits": self.head(self.layer(first) + self.layer(second).relu()), "hidden": self.layer(first)}
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 3, groups=4, padding="same"), nn.ConvTranspose2d(8, 4, 3, groups=2)
+        self.c, self.d = nn.Conv2d(4, 4, 3, stride=2, bias=False), nn.Conv3d(1, 2, 2)
+
+    def forward(self, x):
+        x = torch.cat([self.c(self.b(self.a(x).relu())), self.c(self.b(self.a(-x)))], 1)
+        return self.d(nn.functional.max_pool2d(x, 2)[:, None]).flatten(1)
+
+
+def residual_net():
+    return randomise_norms(ResidualNet())
+
+
+MODELS = {
+    "residual": (residual_net, [torch.randn(32, 1, 8, 8)]),
+    "mixed": (Mixed, [torch.randn(32, 3, 10)]),
+    "shared": (Shared, [torch.randn(32, 6), torch.randn(32, 6)]),
+    "grouped": (Grouped, [torch.randn(32, 4, 9, 9)]),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("activation_bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_onnxruntime_computes_what_the_module_computes(name, bits, activation_bits, tmp_path):
+    build, inputs = MODELS[name]
+    quantized = quantize_by_hand(build(), [(tuple(inputs), None)], bits, activation_bits)
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    names = [value.name for value in onnx.load(path).graph.input]
+    for samples in (1, 5, 32):
+        batch = [x[:samples] for x in inputs]
+        expected = quantized(*batch)
+        expected = list(expected.values()) if isinstance(expected, dict) else [expected]
+        found, _ = run(path, dict(zip(names, (x.numpy() for x in batch), strict=True)))
+        for ours, theirs in zip(expected, found, strict=True):
+            # Convolutions and linear layers are exact in any order; normalisation, softmax and gelu are not, and
+            # may move a value by one step now and then.
+            tolerance = 1e-5 if name in ("residual", "shared", "grouped") else 0.1
+            assert np.linalg.norm(ours.numpy() - theirs) <= tolerance * np.linalg.norm(ours.numpy())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(1)
+    images = torch.randn(64, 1, 8, 8)
+    quantized = infoq_fx.quantize(residual_net().eval(), 3.5, calibration_data=images, progress=False)
+    path = infoq_fx.export_onnx(quantized, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return quantized, path, images
+
+
+def test_the_container_is_the_one_that_was_promised(exported):
+    quantized, path, images = exported
+    model = onnx.load(path)
+    assert model.ir_version == 8
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert [value.name for value in model.graph.input] == ["x"]
+    assert [value.name for value in model.graph.output] == ["output"]
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    bits = infoq_fx.allocation_of(quantized).bits
+    for name, b in bits.items():
+        if name.endswith("weight"):
+            stored = held.get(name, held.get(f"{name}_transposed"))
+            assert stored.dtype == np.int8
+            assert -(1 << (b - 1)) <= stored.min() <= stored.max() < 1 << (b - 1)
+    biases = [array for name, array in held.items() if name.endswith(".bias")]
+    assert len(biases) == 6
+    assert all(array.dtype == np.int32 for array in biases)
+    # No float copy of anything: what is left in float32 are scales.
+    assert all("scale" in name for name, array in held.items() if array.dtype == np.float32 and array.size > 1)
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    assert b".py" not in path.read_bytes()
+
+
+def test_the_allocation_reads_back_from_a_session(exported):
+    quantized, path, images = exported
+    _, session = run(path, {"x": images.numpy()})
+    stored = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    allocation = infoq_fx.allocation_of(quantized)
+    assert stored["bits"] == dict(allocation.bits)
+    assert stored["criterion"] == "infoq"
+    assert stored["budget"]["weight_bits"] == 3.5
+
+
+def test_convolutions_and_residual_additions_become_integer_kernels(exported, tmp_path):
+    _, path, images = exported
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 5
+    assert kinds.count("QLinearAdd") == 2
+    assert "Conv" not in kinds
+
+
+def test_one_seed_gives_one_file(tmp_path):
+    images = torch.randn(48, 1, 8, 8)
+    model = residual_net().eval()
+    files = []
+    for name in ("a", "b"):
+        quantized = infoq_fx.quantize(model, 4, calibration_data=images, progress=False)
+        files.append(infoq_fx.export_onnx(quantized, tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+def test_only_quantized_modules_are_exported(tmp_path):
+    with pytest.raises(OptionError, match="is not a quantized module"):
+        infoq_fx.export_onnx(nn.Linear(2, 2), tmp_path / "model.onnx")
+
+
+def test_a_path_that_cannot_be_written(exported, tmp_path):
+    quantized, _, _ = exported
+    with pytest.raises(ExportError, match="folder that exists and is writable"):
+        infoq_fx.export_onnx(quantized, tmp_path / "missing" / "model.onnx")
+    with pytest.raises(ExportError, match="it is a folder"):
+        infoq_fx.export_onnx(quantized, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_check_leaves_no_file_and_keeps_the_old_one(exported, tmp_path, monkeypatch):
+    quantized, _, _ = exported
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old file")
+
+    def refuse(*_, **__):
+        raise onnx.checker.ValidationError("made to fail")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ExportError, match="fails the ONNX checker: made to fail"):
+        infoq_fx.export_onnx(quantized, path)
+    assert path.read_bytes() == b"the old file"
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, monkeypatch):
+    quantized, _, _ = exported
+    from infoq_fx import onnx_export
+
+    lower = onnx_export._lower_dequantize
+
+    def spoil(model):
+        for node in onnx_export._nodes(model, "Dequantize"):
+            if node.attributes["site"].as_string() == "head.weight":
+                tensor = node.inputs[0].const_value
+                node.inputs[0].const_value = onnx_export.ir.Tensor(-tensor.numpy(), name=tensor.name)
+        lower(model)
+
+    monkeypatch.setattr(onnx_export, "_lower_dequantize", spoil)
+    with pytest.raises(ExportError, match="onnxruntime disagrees with the module at output 'output'"):
+        infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,95 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+import infoq_fx
+from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op
+from infoq_fx.spec import Allocation
+
+
+@pytest.fixture(scope="module")
+def quantized_and_images():
+    from conftest import ResidualNet, randomise_norms
+
+    torch.manual_seed(1)
+    model, images = randomise_norms(ResidualNet()).eval(), torch.randn(48, 1, 8, 8)
+    prepared = infoq_fx.prepare(model, images)
+    bits = {s.name: 3 + i % 4 if s.kind == "weight" else 8 for i, s in enumerate(prepared.inventory.sites)}
+    return infoq_fx.convert(prepared, Allocation(bits=bits, criterion="by hand")), images
+
+
+def test_ops_pass_torchs_own_checks():
+    x = torch.randn(3, 4)
+    torch.library.opcheck(quantize_dequantize_op, (x, 0.1, 7, 5, "site"), test_utils=["test_schema", "test_faketensor"])
+    q, scale = torch.randint(-8, 8, (3, 4), dtype=torch.int8), torch.rand(3)
+    torch.library.opcheck(dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"])
+
+
+def test_ops_compute_onnx_arithmetic():
+    x = torch.tensor([-10.0, -0.05, 0.0, 0.05, 0.15, 0.25, 100.0])
+    expected = (torch.round(x / 0.1) + 2).clamp(0, 31).sub(2) * 0.1  # halves go to even
+    torch.testing.assert_close(quantize_dequantize_op(x, 0.1, 2, 5, "s"), expected)
+    q, scale = torch.tensor([[1, 2], [-3, 4]], dtype=torch.int8), torch.tensor([0.5, 2.0])
+    assert dequantize_op(q, scale, 0, 4, "s").tolist() == [[0.5, 1.0], [-6.0, 8.0]]
+    assert dequantize_op(q, scale, 1, 4, "s").tolist() == [[0.5, 4.0], [-1.5, 8.0]]
+
+
+def test_weights_are_integers_within_their_bits(quantized_and_images):
+    quantized, _ = quantized_and_images
+    bits = infoq_fx.allocation_of(quantized).bits
+    weights = {name: b for name, b in quantized.named_buffers() if name in bits}
+    assert len(weights) == 6
+    for name, weight in weights.items():
+        assert weight.dtype == torch.int8
+        assert weight.min() >= -(1 << (bits[name] - 1))
+        assert weight.max() < 1 << (bits[name] - 1)
+    assert not [p for p in quantized.parameters() if p.ndim > 1]
+
+
+def annotated(module):
+    return [node.meta["infoq"] for node in module.graph.nodes if "infoq" in node.meta]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_the_same_module(copied, quantized_and_images):
+    quantized, images = quantized_and_images
+    again = copied(copied(quantized))
+    assert isinstance(again, infoq_fx.QuantizedModule)
+    assert torch.equal(again(images), quantized(images))
+    assert infoq_fx.allocation_of(again) == infoq_fx.allocation_of(quantized)
+    assert annotated(again) == annotated(quantized)
+    layers = [note["operand_bits"] for note in annotated(again) if "operand_bits" in note]
+    assert len(layers) == 6
+    assert {bits for pair in layers for bits in pair} >= {3, 8}
+
+
+def test_torch_export_saves_and_loads_it(quantized_and_images, tmp_path):
+    quantized, images = quantized_and_images
+    program = torch.export.export(quantized, (images[:4],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    assert torch.equal(loaded.module()(images), quantized(images))
+    weights = {k: b for k, b in infoq_fx.allocation_of(quantized).bits.items() if k.endswith(".weight")}
+    for source in (loaded, loaded.module()):
+        found = infoq_fx.allocation_of(source).bits
+        assert {k: b for k, b in found.items() if k.endswith(".weight")} == weights
+
+
+def test_torch_compile_takes_it_whole(quantized_and_images):
+    quantized, images = quantized_and_images
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), quantized(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_it_whole(quantized_and_images):
+    quantized, images = quantized_and_images
+    compiled = torch.compile(quantized, fullgraph=True)
+    torch.testing.assert_close(compiled(images), quantized(images), rtol=0, atol=0.05)
+
+
+def test_no_allocation_in_a_float_model():
+    with pytest.raises(infoq_fx.OptionError, match="holds no quantized site"):
+        infoq_fx.allocation_of(torch.nn.Linear(2, 2))
