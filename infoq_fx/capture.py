@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _export_module(
     if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
     home = tensors[0].device if tensors else torch.device("cpu")
-    at_home = _move(example_inputs, home)
+    at_home = _in_signature_order(model, _move(example_inputs, home))
     with _inference_mode_of(model):
         try:
             return export_quietly(model, at_home)
@@ -111,6 +112,15 @@ def _export_module(
                 f"torch.export cannot capture {type(model).__name__}: {place}: {_first_lines(error)}; "
                 "rewrite that part without data-dependent Python control flow, or quantize a submodule"
             ) from error
+
+
+def _in_signature_order(
+    model: nn.Module, inputs: Sequence[Tensor] | Mapping[str, Tensor]
+) -> Sequence[Tensor] | Mapping[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        return inputs
+    order = [name for name in inspect.signature(model.forward).parameters if name in inputs]
+    return {name: inputs[name] for name in dict.fromkeys([*order, *inputs])}
 
 
 def _check_inputs(

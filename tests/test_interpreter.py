@@ -53,10 +53,10 @@ class Concat(nn.Module):
 class Attention(nn.Module):
     def __init__(self, fused):
         super().__init__()
-        self.qkv, self.head, self.fused = nn.Linear(6, 18), nn.Linear(6, 4), fused
+        self.qkv, self.head, self.fused = nn.Linear(3, 9), nn.Linear(3, 4), fused
 
     def forward(self, x):
-        q, k, v = self.qkv(x.unflatten(-1, (1, -1)).expand(-1, 3, -1)).chunk(3, -1)
+        q, k, v = self.qkv(x.unflatten(-1, (2, 3)) * 3).chunk(3, -1)
         if self.fused:
             mixed = functional.scaled_dot_product_attention(q, k, v)
         else:

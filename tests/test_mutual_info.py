@@ -147,8 +147,8 @@ def test_ksg_equals_scikit_learn(k):
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize(("smallest", "tolerance"), [(12, 1e-9), (2, 0.02)], ids=["large classes", "small"])
 def test_ross_equals_scikit_learn(k, smallest, tolerance):
-    # In classes of fewer than about 2k samples scikit-learn expands the squares of distances; by that rounding
-    # it counts some k-th neighbours themselves, each of which costs about 1 / samples.
+    # In classes of fewer than about 2k samples scikit-learn expands squared distances; as that rounds, some
+    # k-th neighbours are counted too, each of which costs about 1 / samples.
     sizes = np.r_[1, smallest, smallest + 1, smallest + 2, 80, 120]
     labels = np.repeat(np.arange(6), sizes)
     x = np.random.default_rng(1).standard_normal((4, len(labels))) + labels

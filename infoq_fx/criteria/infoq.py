@@ -165,7 +165,9 @@ class InfoQ:
                 len(chosen),
                 CORRELATION_THRESHOLD,
             )
-            chosen |= {f"{o.measure}:{o.name}" for o in choose_default_observers(prepared)}
+            measured_as = {node: observer.name for observer, node in self._resolve(prepared).items()}
+            defaults = choose_default_observers(prepared)
+            chosen |= {f"{o.measure}:{measured_as[node]}" for o, node in defaults.items()}
         log.info("observers='auto' chose %s", ", ".join(sorted(chosen)))
         return chosen
 
