@@ -1,7 +1,7 @@
 """infoq_fx: every layer's bit-width by information flow, as a torch.fx compiler pass.
 
-    quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
-    infoq_fx.export_onnx(quantized, "model.onnx")
+quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
+infoq_fx.export_onnx(quantized, "model.onnx")
 """
 
 from infoq_fx.allocation import allocate, summarize

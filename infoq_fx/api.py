@@ -20,6 +20,7 @@ from infoq_fx.encoders import Encoder
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.interpreter import calibrate
 from infoq_fx.passes import run_passes
+from infoq_fx.passes.add_head_dimension import add_head_dimension
 from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers
 from infoq_fx.passes.find_sites import find_sites
 from infoq_fx.passes.fold_batch_norm import fold_batch_norm
@@ -140,7 +141,7 @@ def prepare(
     inputs = _example_inputs(model, data, example_inputs)
     captured = capture(model, inputs, device=device)
     examples = _name_examples(captured, inputs, torch.device(device))
-    graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm])
+    graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
         graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
     )
@@ -206,7 +207,9 @@ def _make_criterion(
     if criterion == "infoq":
         return InfoQ(observers=observers, encoder=encoder, seed=seed)
     if observers is not None or encoder is not None:
-        raise OptionError("observers and encoder belong to criterion='infoq'; give them to the criterion object")
+        raise OptionError(
+            "observers and encoder belong to criterion='infoq'; give them to the criterion object"
+        )
     return find_criterion(criterion)
 
 
@@ -222,7 +225,11 @@ def _example_inputs(
     if data is not None:
         return data.example_inputs
     if example_inputs is not None:
-        batch = read_data(example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)])
+        batch = read_data(
+            example_inputs
+            if isinstance(example_inputs, Tensor | Mapping)
+            else [(tuple(example_inputs), None)]
+        )
         return batch.example_inputs
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
@@ -266,5 +273,3 @@ def _check_against_graph(graph_module: fx.GraphModule, data: CalibrationData) ->
                 f"input {node.target!r} takes {wanted.dtype} {['samples', *shape[1:]]}, the data has {found.dtype} "
                 f"{['samples', *found.shape[1:]]}: resize or convert the data"
             )
-
-

@@ -18,7 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 
-__all__ = ["CapturedModel", "capture", "export_quietly"]
+__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
@@ -36,6 +36,12 @@ class CapturedModel:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     batch_size: int | None
+
+
+class BufferTracer(fx.Tracer):
+    """Traces reads of buffers as nodes: unpickling traces again, and would evaluate integer weights for good."""
+
+    proxy_buffer_attributes = True
 
 
 def capture(
@@ -221,7 +227,9 @@ def _flatten_program(
         elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
             input_names.append(spec.arg.name)
         elif not isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken")
+            raise UnsupportedModelError(
+                f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken"
+            )
     for out in signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
             raise UnsupportedModelError(
@@ -239,7 +247,7 @@ def _flatten_program(
 def _copy_graph(
     program: ExportedProgram, lifted: Mapping[str, str], input_names: set[str]
 ) -> tuple[fx.Graph, tuple[str, ...]]:
-    graph = fx.Graph()
+    graph = fx.Graph(tracer_cls=BufferTracer)
     copies: dict[fx.Node, fx.Node] = {}
     output_names: tuple[str, ...] = ()
     for node in program.graph.nodes:

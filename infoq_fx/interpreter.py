@@ -233,7 +233,9 @@ def read_weight(prepared: PreparedModel, node: fx.Node) -> Tensor:
     return weight.detach()
 
 
-def _plan(prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None) -> RunPlan:
+def _plan(
+    prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None
+) -> RunPlan:
     nodes = [node for node in prepared.graph_module.graph.nodes if node.op != "output"]
     downstream = set(nodes) if start is None else _downstream(nodes, start)
     needed: set[fx.Node] = set()

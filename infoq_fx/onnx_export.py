@@ -58,7 +58,9 @@ def export_onnx(quantized: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     provenance = provenance_of(quantized)
     if provenance is None:
-        raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
+        raise OptionError(
+            f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned"
+        )
     target = Path(path)
     with _new_file_beside(target) as draft:
         model = _trace(quantized, provenance)
@@ -180,7 +182,7 @@ def _store_transposed(model: ir.Model) -> None:
         weight = node.outputs[0]
         moved: ir.Value | None = None
         for reader, index in list(weight.uses()):
-            is_transpose = reader.op_type == "Transpose" and reader.attributes["perm"].as_ints() == [1, 0]
+            is_transpose = reader.op_type == "Transpose" and tuple(reader.attributes["perm"].as_ints()) == (1, 0)
             is_gemm = reader.op_type == "Gemm" and index == 1 and reader.attributes.get_int("transB", 0) == 1
             if not (is_transpose or is_gemm):
                 continue
@@ -271,6 +273,12 @@ def _finish(model: ir.Model, allocation: Allocation) -> None:
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
     ClearMetadataAndDocStringPass()(model)
+    used: set[str] = set()
+    for node in model.graph:
+        base, count = node.name or node.op_type, 1
+        while node.name in used or not node.name:
+            node.name, count = f"{base}_{count}", count + 1
+        used.add(node.name)
     model.opset_imports.pop(_DOMAIN, None)
     model.ir_version = _IR_VERSION
     model.producer_name = _DOMAIN
@@ -310,7 +318,9 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
         found = session.run(list(provenance.output_names), feeds)
     except Exception as error:
-        raise ExportError(f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}") from error
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}"
+        ) from error
     with torch.no_grad():
         outputs = quantized(*provenance.example_inputs.values())
     expected = [x.cpu().numpy() for x in _flat_tensors(outputs)]

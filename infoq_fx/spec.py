@@ -244,5 +244,7 @@ def check_bits(bits: int | tuple[int, ...] | list[int], option: str) -> tuple[in
         raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-            raise OptionError(f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}")
+            raise OptionError(
+                f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}"
+            )
     return tuple(sorted(set(given)))

@@ -106,7 +106,10 @@ def test_without_data_weights_alone_by_their_entropy(model, samples):
     program = torch.export.export(model, (samples[0][:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with pytest.warns(UserWarning, match="no calibration data"):
         assert infoq_fx.allocation_of(quantize(program, 5.0)).bits == allocation.bits
-    with pytest.warns(UserWarning, match="no calibration data"), pytest.raises(OptionError, match="example_inputs"):
+    with (
+        pytest.warns(UserWarning, match="no calibration data"),
+        pytest.raises(OptionError, match="example_inputs"),
+    ):
         quantize(model, 5.0)
 
 
@@ -145,10 +148,14 @@ BAD = {
     "wrong_shape": (dict(data=torch.randn(32, 3, 8, 8)), CalibrationDataError, "rejects a calibration batch"),
     "wrong_dtype": (dict(data=X.to(torch.int64)), CalibrationDataError, "rejects a calibration batch"),
     "double": (dict(data=X.double()), CalibrationDataError, "float64"),
-    "few_labels": (dict(data=(X, torch.zeros(3, dtype=torch.int64))), CalibrationDataError, "32 samples but 3 labels"),
+    "few_labels": (
+        dict(data=(X, torch.zeros(3, dtype=torch.int64))),
+        CalibrationDataError,
+        "32 samples but 3 labels",
+    ),
     "high_label": (dict(data=(X, torch.full((32,), 7))), CalibrationDataError, "the model has 5 classes"),
     "few_samples": (dict(data=X[:4]), CalibrationDataError, "needs more than 6 samples"),
-    "two_inputs": (dict(data=[((X, X), None)]), CalibrationDataError, ""),
+    "two_inputs": (dict(data=[((X, X), None)]), CalibrationDataError, "rejects a calibration batch"),
     "negative_budget": (dict(budget=-1.0), OptionError, "positive finite"),
     "zero_budget": (dict(budget=0), OptionError, "positive finite"),
     "nan_budget": (dict(budget=float("nan")), OptionError, "positive finite"),
@@ -192,7 +199,7 @@ def test_labels_are_checked_against_a_program_too(model, samples):
 
 def test_an_allocation_for_another_model_is_refused(prepared_and_table):
     prepared, _ = prepared_and_table
-    with pytest.raises(OptionError, match=r"gives site 'stem\.0\.input' no bit-width"):
+    with pytest.raises(OptionError, match=r"gives site 'stem\.0\.weight' no bit-width"):
         infoq_fx.convert(prepared, infoq_fx.Allocation(bits={"conv1.weight": 4}))
 
 

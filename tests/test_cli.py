@@ -35,7 +35,15 @@ def folder(tmp_path_factory):
 
 def test_quantize_from_a_file_writes_a_model_that_runs(folder):
     out = folder / "model.onnx"
-    arguments = ["quantize", str(folder / "model.pt2"), str(folder / "data.npz"), "--budget", "4", "-o", str(out)]
+    arguments = [
+        "quantize",
+        str(folder / "model.pt2"),
+        str(folder / "data.npz"),
+        "--budget",
+        "4",
+        "-o",
+        str(out),
+    ]
     result = CliRunner().invoke(cli.app, [*arguments, "--no-progress"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "blocks.0.conv1" in result.stdout
@@ -53,7 +61,15 @@ def test_quantize_from_a_callable_and_an_image_folder(folder):
 
 
 def test_errors_are_one_paragraph_and_exit_code_1(folder):
-    arguments = ["quantize", str(folder / "model.pt2"), str(folder / "data.npz"), "--budget", "1", "-o", "x.onnx"]
+    arguments = [
+        "quantize",
+        str(folder / "model.pt2"),
+        str(folder / "data.npz"),
+        "--budget",
+        "1",
+        "-o",
+        "x.onnx",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "from infoq_fx.cli import main; main()", *arguments],
         capture_output=True, text=True, check=False, cwd=folder,

@@ -53,7 +53,10 @@ class Shared(nn.Module):
         self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
 
     def forward(self, first, second):
-        return {"logits": self.head(self.layer(first) + self.layer(second).relu()), "hidden": self.layer(first)}
+        return {
+            "logits": self.head(self.layer(first) + self.layer(second).relu()),
+            "hidden": self.layer(first),
+        }
 
 
 class Grouped(nn.Module):
@@ -128,7 +131,9 @@ def test_the_container_is_the_one_that_was_promised(exported):
     assert len(biases) == 6
     assert all(array.dtype == np.int32 for array in biases)
     # No float copy of anything: what is left in float32 are scales.
-    assert all("scale" in name for name, array in held.items() if array.dtype == np.float32 and array.size > 1)
+    assert all(
+        "scale" in name for name, array in held.items() if array.dtype == np.float32 and array.size > 1
+    )
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
     assert b".py" not in path.read_bytes()
 

@@ -10,6 +10,7 @@ import infoq_fx
 from infoq_fx.capture import capture
 from infoq_fx.errors import OptionError, UnsupportedModelError
 from infoq_fx.passes import run_passes
+from infoq_fx.passes.add_head_dimension import add_head_dimension
 from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers
 from infoq_fx.passes.find_sites import find_sites
 from infoq_fx.passes.fold_batch_norm import fold_batch_norm
@@ -126,6 +127,21 @@ def test_a_computed_weight_becomes_a_weight_of_its_layer():
     assert not fold_constants(graph_module)
 
 
+class Attends(nn.Module):
+    def forward(self, x, mask):
+        return nn.functional.scaled_dot_product_attention(x, x * 2, x + 1, attn_mask=mask)
+
+
+def test_attention_over_three_dimensions_gets_a_head():
+    x, mask = torch.randn(3, 5, 4), torch.randn(3, 5, 5)
+    graph_module = capture(Attends(), (x, mask)).graph_module
+    run_passes(graph_module, [add_head_dimension])
+    assert count(graph_module, ATEN.unsqueeze.default) == 4
+    assert count(graph_module, ATEN.squeeze.dim) == 1
+    torch.testing.assert_close(graph_module(x, mask), Attends()(x, mask))
+    assert not add_head_dimension(graph_module)
+
+
 def plan_of(model, x, **options):
     graph_module = run_passes(capture(model.eval(), (x,)).graph_module, [fold_constants, fold_batch_norm])
     chosen = {"bits": (2, 8), "activation_bits": (8,), **options}
@@ -173,7 +189,9 @@ def test_shared_tensors_and_shared_weights_are_one_site():
     activations = by_kind(plan, "activation")
     assert activations.count("a.input") == 1
     assert "b.input" not in activations
-    assert {"attention.query", "attention.key", "attention.value", "matmul.left", "matmul.right"} <= set(activations)
+    assert {"attention.query", "attention.key", "attention.value", "matmul.left", "matmul.right"} <= set(
+        activations
+    )
     site = plan.inventory["up.weight"]
     assert (site.shape, site.channel_axis) == ((4, 2, 3), 1)
     macs = {operation.name: operation.macs for operation in plan.inventory.operations}
@@ -285,7 +303,9 @@ def test_a_failing_pass_is_named(residual_net, images):
         raise KeyError("lost")
 
     graph_module = capture(residual_net, (images[0][:4],)).graph_module
-    with pytest.raises(UnsupportedModelError, match=r"break_everything failed \(passes done: fold_constants\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"break_everything failed \(passes done: fold_constants\)"
+    ):
         run_passes(graph_module, [fold_constants, break_everything])
 
 

@@ -22,9 +22,13 @@ def quantized_and_images():
 
 def test_ops_pass_torchs_own_checks():
     x = torch.randn(3, 4)
-    torch.library.opcheck(quantize_dequantize_op, (x, 0.1, 7, 5, "site"), test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(
+        quantize_dequantize_op, (x, 0.1, 7, 5, "site"), test_utils=["test_schema", "test_faketensor"]
+    )
     q, scale = torch.randint(-8, 8, (3, 4), dtype=torch.int8), torch.rand(3)
-    torch.library.opcheck(dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(
+        dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"]
+    )
 
 
 def test_ops_compute_onnx_arithmetic():
@@ -53,12 +57,16 @@ def annotated(module):
     return sorted((node.meta["infoq"] for node in module.graph.nodes if "infoq" in node.meta), key=str)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_the_same_module(copied, quantized_and_images):
     quantized, images = quantized_and_images
     again = copied(copied(quantized))
     assert isinstance(again, infoq_fx.QuantizedModule)
     assert torch.equal(again(images), quantized(images))
+    stored, restored = dict(quantized.named_buffers()), dict(again.named_buffers())
+    assert {name: b.dtype for name, b in restored.items()} == {name: b.dtype for name, b in stored.items()}
     assert infoq_fx.allocation_of(again) == infoq_fx.allocation_of(quantized)
     assert annotated(again) == annotated(quantized)
     layers = [note["operand_bits"] for note in annotated(again) if "operand_bits" in note]

@@ -124,7 +124,9 @@ class InfoQ:
         for found in measurements:
             keys = [key for key in chosen if f"{key}:change" in found.values]
             if not keys:
-                raise OptionError(f"site {found.site!r} has no observer downstream; add 'output' to observers")
+                raise OptionError(
+                    f"site {found.site!r} has no observer downstream; add 'output' to observers"
+                )
             total = sum(found.values[f"{key}:baseline"] for key in sorted(keys))
             scale = found.bits * max(total, _SMALLEST_BASELINE_NATS)
             change = sum(found.values[f"{key}:change"] for key in sorted(keys))
@@ -143,7 +145,9 @@ class InfoQ:
         keys = sorted({k.removesuffix(suffix) for m in below for k in m.values if k.endswith(suffix)})
         found = {}
         for key in keys:
-            pairs = [(m.values[key + suffix], m.values[_ACCURACY_DROP]) for m in below if key + suffix in m.values]
+            pairs = [
+                (m.values[key + suffix], m.values[_ACCURACY_DROP]) for m in below if key + suffix in m.values
+            ]
             changes, drops = np.array(pairs).T
             if len(pairs) > 2 and np.std(changes) > 0 and np.std(drops) > 0:
                 found[key] = float(np.corrcoef(changes, drops)[0, 1])
@@ -249,14 +253,14 @@ def _run_all(
     interpreter = SiteInterpreter(prepared)
     batches = range(0, data.samples, batch_size)
     for start, batch in zip(batches, data.batches(batch_size), strict=True):
-        known = interpreter.run_plan(
-            baseline_plan, {}, inputs=batch, read=recorder.reader(_BASELINE, start)
-        )
+        known = interpreter.run_plan(baseline_plan, {}, inputs=batch, read=recorder.reader(_BASELINE, start))
         for site in sites:
             for bits in site.bits:
                 run = (site.name, bits)
                 if bits != BASELINE_BITS:
-                    interpreter.run_plan(plans[site.name], known, perturbed=run, read=recorder.reader(run, start))
+                    interpreter.run_plan(
+                        plans[site.name], known, perturbed=run, read=recorder.reader(run, start)
+                    )
                 advance(len(next(iter(batch.values()))) / data.samples)
     for site in sites:
         if BASELINE_BITS in site.bits:  # nothing is perturbed
@@ -270,7 +274,9 @@ def _run_all(
 class _Estimator:
     """Per-slice mutual information of one observer's projections, in nats."""
 
-    def __init__(self, criterion: InfoQ, features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self, criterion: InfoQ, features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+    ) -> None:
         self._criterion, self._features, self._labels = criterion, features, labels
         self._projected_inputs: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -284,7 +290,9 @@ class _Estimator:
         return estimate_ksg(self._projected_inputs[observer.name], projected, k=self._criterion.neighbours)
 
 
-def _task_labels(prepared: PreparedModel, data: CalibrationData, runs: _Runs, seed: int) -> np.ndarray[Any, Any]:
+def _task_labels(
+    prepared: PreparedModel, data: CalibrationData, runs: _Runs, seed: int
+) -> np.ndarray[Any, Any]:
     """Y: the labels, or the baseline's predictions; grouped where there are too few samples of a class."""
     data.check_labels(runs.logits.shape[1])
     labels = runs.predictions[_BASELINE] if data.labels is None else data.labels.cpu()
