@@ -45,7 +45,5 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         print(f"{bits} bits: {allocation.cost.size_bytes:,} bytes, {accuracy:.1f} %")
 
     # 3. Several limits at once, here size and BitOps, and what the allocation looks like.
-    budget = infoq_fx.Budget(
-        compression=9.0, bitops=3 * 8 * sum(op.macs for op in table.inventory.operations)
-    )
+    budget = infoq_fx.Budget(compression=9.0, bitops=3 * 8 * sum(op.macs for op in table.inventory.operations))
     print(infoq_fx.summarize(infoq_fx.allocate(table, budget), table.inventory))

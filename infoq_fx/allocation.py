@@ -108,9 +108,7 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     # Every cost grows with every bit-width: this one allocation reaches the extreme of all limits at once.
     cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites})
     if broken := broken_limits(cost, limits):
-        raise InfeasibleBudgetError(
-            "; ".join(_describe_reach(inventory, limits, cost, name) for name in broken)
-        )
+        raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, name) for name in broken))
     return limits
 
 
@@ -157,18 +155,14 @@ def _read_budget(budget: Any) -> Budget:
     if isinstance(budget, Budget):
         return budget
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise OptionError(
-            f"budget={budget!r} is neither a number (mean weight bits, such as 3.0) nor a Budget"
-        )
+        raise OptionError(f"budget={budget!r} is neither a number (mean weight bits, such as 3.0) nor a Budget")
     return Budget(weight_bits=float(budget))
 
 
 def _describe_uniform(allocation: Allocation) -> str:
     if allocation.uniform_bits is None or allocation.uniform_score is None:
         return "no uniform bit-width fits the budget"
-    return (
-        f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"
-    )
+    return f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"
 
 
 def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
@@ -180,12 +174,8 @@ def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
             raise unknown_name_error("site in pin", name, names)
         (fixed[name],) = check_bits(bits, f"pin[{name!r}]")
         if bits not in inventory[name].bits:
-            raise OptionError(
-                f"pin[{name!r}]={bits} is not among the site's candidates {inventory[name].bits}"
-            )
-    sites = tuple(
-        replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites
-    )
+            raise OptionError(f"pin[{name!r}]={bits} is not among the site's candidates {inventory[name].bits}")
+    sites = tuple(replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites)
     return replace(inventory, sites=sites)
 
 
@@ -197,9 +187,7 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
     for bits in site.bits:
         if bits not in scores:
             known = ", ".join(map(str, sorted(scores))) or "none"
-            raise OptionError(
-                f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}"
-            )
+            raise OptionError(f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}")
     weight = 1.0 if site.kind == "weight" else alpha
     return {bits: weight * scores[bits].value for bits in site.bits}
 
@@ -239,9 +227,7 @@ def _find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bi
     return None, None
 
 
-def _minimize_score(
-    inventory: Inventory, budget: Budget, candidates: _Candidates, known: Iterable[_Bits]
-) -> _Bits:
+def _minimize_score(inventory: Inventory, budget: Budget, candidates: _Candidates, known: Iterable[_Bits]) -> _Bits:
     """The best allocation within the budget; the ``known`` ones, which fit, bound what is worth searching."""
     efficient = {name: _drop_dominated(scores) for name, scores in candidates.items()}
     floor = {name: min(scores.values()) for name, scores in efficient.items()}
@@ -249,9 +235,7 @@ def _minimize_score(
     unlimited = {name: max(scores) for name, scores in efficient.items()}
     if not broken_limits(measure_cost(inventory, unlimited), budget):
         return unlimited
-    lowered = [
-        {name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known
-    ]
+    lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
     while True:
         span = _total_score(excess, best)
@@ -282,9 +266,7 @@ def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
     for slack in _SLACKS:
         problem, x = _build_program(inventory, budget, scores, slack)
         while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
-            bits = {
-                n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()
-            }
+            bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
             if not broken_limits(measure_cost(inventory, bits), budget):
                 return bits
             # Within the slack but over the budget: some site has to have fewer bits than here.
@@ -293,9 +275,7 @@ def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
         if status != pulp.LpSolutionInfeasible and status != pulp.LpSolutionNoSolutionFound:
             break
         _LOGGER.debug("CBC lost the known allocation to rounding: solving again with another slack")
-    raise InfoqError(
-        f"CBC found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it"
-    )
+    raise InfoqError(f"CBC found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it")
 
 
 def _build_program(
@@ -341,13 +321,9 @@ def _add_products(
             for j in choices[right]
         }
         for i in choices[left]:
-            problem += (
-                pulp.LpAffineExpression([(z[i, j], 1) for j in choices[right]] + [(x[left, i], -1)]) == 0
-            )
+            problem += pulp.LpAffineExpression([(z[i, j], 1) for j in choices[right]] + [(x[left, i], -1)]) == 0
         for j in choices[right]:
-            problem += (
-                pulp.LpAffineExpression([(z[i, j], 1) for i in choices[left]] + [(x[right, j], -1)]) == 0
-            )
+            problem += pulp.LpAffineExpression([(z[i, j], 1) for i in choices[left]] + [(x[right, j], -1)]) == 0
         products[left, right] = z
     return products
 
@@ -384,7 +360,5 @@ def _run_cbc(problem: Any) -> int:
         try:
             problem.solve(solver)
         except pulp.PulpSolverError as error:
-            raise InfoqError(
-                f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}"
-            ) from error
+            raise InfoqError(f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}") from error
     return int(problem.sol_status)

@@ -207,9 +207,7 @@ def _make_criterion(
     if criterion == "infoq":
         return InfoQ(observers=observers, encoder=encoder, seed=seed)
     if observers is not None or encoder is not None:
-        raise OptionError(
-            "observers and encoder belong to criterion='infoq'; give them to the criterion object"
-        )
+        raise OptionError("observers and encoder belong to criterion='infoq'; give them to the criterion object")
     return find_criterion(criterion)
 
 
@@ -226,9 +224,7 @@ def _example_inputs(
         return data.example_inputs
     if example_inputs is not None:
         batch = read_data(
-            example_inputs
-            if isinstance(example_inputs, Tensor | Mapping)
-            else [(tuple(example_inputs), None)]
+            example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
         )
         return batch.example_inputs
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:

@@ -76,9 +76,7 @@ def capture(
     return CapturedModel(graph_module, input_names, output_names, batch_size)
 
 
-def export_quietly(
-    module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]
-) -> ExportedProgram:
+def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
     """``torch.export`` with a free first dimension on every input that has one.
 
     Args:
@@ -87,7 +85,8 @@ def export_quietly(
     """
     free = torch.export.Dim.AUTO
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        args: tuple[Tensor, ...] = ()
+        kwargs: dict[str, Tensor] = dict(example_inputs)
         shapes: Any = {name: {0: free} if x.ndim else None for name, x in kwargs.items()}
     else:
         args, kwargs = tuple(example_inputs), {}
@@ -100,9 +99,7 @@ def export_quietly(
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _export_module(
-    model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]
-) -> ExportedProgram:
+def _export_module(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
@@ -142,9 +139,7 @@ def _check_inputs(
     _raise_if_inputs_rejected(graph_module, example_inputs)
 
 
-def _raise_if_inputs_rejected(
-    model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]
-) -> None:
+def _raise_if_inputs_rejected(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
     named = isinstance(example_inputs, Mapping)
     args = () if named else example_inputs
     kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
@@ -204,11 +199,10 @@ def _refuse_training_graph(program: ExportedProgram) -> None:
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     try:
         # An empty table makes the graph functional and keeps conv2d, linear and attention whole.
-        return program.run_decompositions({})
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
     except Exception as error:
-        raise UnsupportedModelError(
-            f"torch.export cannot make the graph functional: {_first_lines(error)}"
-        ) from error
+        raise UnsupportedModelError(f"torch.export cannot make the graph functional: {_first_lines(error)}") from error
 
 
 def _flatten_program(
@@ -227,9 +221,7 @@ def _flatten_program(
         elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
             input_names.append(spec.arg.name)
         elif not isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModelError(
-                f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken"
-            )
+            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken")
     for out in signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
             raise UnsupportedModelError(

@@ -53,9 +53,7 @@ def demo(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="An exported .pt2 file, or package.module:callable.")],
-    data: Annotated[
-        Path, typer.Argument(help="An .npz file (x, and y if there are labels) or an image folder.")
-    ],
+    data: Annotated[Path, typer.Argument(help="An .npz file (x, and y if there are labels) or an image folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     budget: Annotated[float | None, typer.Option(help="Mean weight bit-width.")] = None,
     compression: Annotated[float | None, typer.Option(help="Against float32 weights, at least.")] = None,
@@ -63,9 +61,7 @@ def quantize(
     bitops: Annotated[float | None, typer.Option(help="BitOps of one sample, at most.")] = None,
     activation_bytes: Annotated[float | None, typer.Option(help="Bytes of activations, at most.")] = None,
     bits: Annotated[str, typer.Option(help="Candidate bit-widths of weights.")] = "2,3,4,5,6,7,8",
-    activation_bits: Annotated[
-        str, typer.Option(help="Bit-widths of activations; several are searched.")
-    ] = "8",
+    activation_bits: Annotated[str, typer.Option(help="Bit-widths of activations; several are searched.")] = "8",
     samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 1024,
     image_size: Annotated[int, typer.Option(help="Side of the square the images are cropped to.")] = 224,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob on module paths to leave in float.")] = None,

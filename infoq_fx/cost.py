@@ -85,18 +85,14 @@ def measure_cost(inventory: Inventory, bits: Mapping[str, int]) -> Cost:
         compression=float_bits / stored_bits if stored_bits else 1.0,
         size_bytes=sum(weight_bytes(site, bits[site.name]) for site in weights) + inventory.float_bytes,
         bitops=sum(
-            operation_bitops(
-                operation, _operand_bits(bits, operation.left), _operand_bits(bits, operation.right)
-            )
+            operation_bitops(operation, _operand_bits(bits, operation.left), _operand_bits(bits, operation.right))
             for operation in inventory.operations
         ),
         activation_bytes=sum(activation_bytes(site, _look_up(bits, site.name)) for site in activations),
     )
 
 
-def build_cost_row(
-    inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]
-) -> CostRow:
+def build_cost_row(inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]) -> CostRow:
     """A limit of the budget as a row over the sites that have several choices.
 
     What all the others cost is taken off the limit.
@@ -192,8 +188,7 @@ def _integer_limit(inventory: Inventory, name: str, limit: float) -> int:
         return _largest(math.floor(numel * Fraction(limit)), lambda total: total / numel <= limit)
     if name == "compression":
         return (
-            _largest(math.floor(float_bits / Fraction(limit)), lambda total: float_bits / total >= limit)
-            - ignored_bits
+            _largest(math.floor(float_bits / Fraction(limit)), lambda total: float_bits / total >= limit) - ignored_bits
         )
     return math.floor(limit) - (inventory.float_bytes if name == "size_bytes" else 0)
 

@@ -55,9 +55,7 @@ class CalibrationData:
         elif not self.is_positional and set(self.inputs) == set(input_names):
             inputs = {name: self.inputs[name] for name in input_names}
         else:
-            given = (
-                f"{len(self.inputs)} positional" if self.is_positional else ", ".join(map(repr, self.inputs))
-            )
+            given = f"{len(self.inputs)} positional" if self.is_positional else ", ".join(map(repr, self.inputs))
             wanted = ", ".join(map(repr, input_names))
             raise CalibrationDataError(f"calibration data has inputs {given}; the model takes {wanted}")
         return replace(self, inputs=inputs, is_positional=False)
@@ -125,9 +123,7 @@ def read_data(data: Any) -> CalibrationData:
                 "loader endless? About 1,000 samples serve: pass itertools.islice(loader, batches) or a Subset"
             )
     if samples == 0:
-        raise CalibrationDataError(
-            "calibration data is empty: give at least a few dozen samples, better 1,000"
-        )
+        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
     return _join(parts)
 
 
@@ -171,13 +167,9 @@ def _read_batch(batch: Any, index: int) -> CalibrationData:
 def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
     for name, x in inputs.items():
         if x.is_meta:
-            raise CalibrationDataError(
-                f"input {name!r} of batch {index} is on the meta device: it has no values"
-            )
+            raise CalibrationDataError(f"input {name!r} of batch {index} is on the meta device: it has no values")
         if x.ndim == 0:
-            raise CalibrationDataError(
-                f"input {name!r} of batch {index} has no batch dimension; give [samples, ...]"
-            )
+            raise CalibrationDataError(f"input {name!r} of batch {index} has no batch dimension; give [samples, ...]")
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise CalibrationDataError(
                 f"input {name!r} of batch {index} holds NaN or infinity: clean the data, or check its normalisation"
@@ -191,9 +183,7 @@ def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
     if labels is None:
         return None
     if not _is_tensor(labels) and not isinstance(labels, Sequence):
-        raise CalibrationDataError(
-            f"labels of batch {index} are a {type(labels).__name__}; give an integer tensor"
-        )
+        raise CalibrationDataError(f"labels of batch {index} are a {type(labels).__name__}; give an integer tensor")
     try:
         read = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -209,9 +199,7 @@ def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
 
 def _check_alike(first: CalibrationData, other: CalibrationData, index: int) -> None:
     if list(first.inputs) != list(other.inputs) or (first.labels is None) != (other.labels is None):
-        raise CalibrationDataError(
-            f"batch {index} has other inputs or labels than batch 0; give them all alike"
-        )
+        raise CalibrationDataError(f"batch {index} has other inputs or labels than batch 0; give them all alike")
     for name, x in first.inputs.items():
         y = other.inputs[name]
         if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype:
@@ -227,7 +215,5 @@ def _join(parts: Sequence[CalibrationData]) -> CalibrationData:
     labels = [part.labels for part in parts if part.labels is not None]
     joined = CalibrationData(inputs, torch.cat(labels) if labels else None, first.is_positional)
     if joined.samples == 0:
-        raise CalibrationDataError(
-            "calibration data is empty: give at least a few dozen samples, better 1,000"
-        )
+        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
     return joined

@@ -44,9 +44,7 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 12, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(12)
-        self.blocks = nn.Sequential(
-            _Block(12, 12, 1), _Block(12, 24, 2), _Block(24, 24, 1), _Block(24, 32, 2)
-        )
+        self.blocks = nn.Sequential(_Block(12, 12, 1), _Block(12, 24, 2), _Block(24, 24, 1), _Block(24, 32, 2))
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,14 +88,12 @@ def train_digits_net(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: 
         torch.manual_seed(seed)
         model = DigitsNet().train()
         steps = epochs * -(-len(images) // 64)
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
         for _ in range(epochs):
             for rows in torch.randperm(len(images)).split(64):
                 optimizer.zero_grad()
-                functional.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+                functional.cross_entropy(model(images[rows]), labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
     return model.eval()
@@ -117,9 +113,7 @@ def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoR
     table = score(prepared, (images, labels), progress=progress)
     allocation = allocate(table, budget)
     quantized = convert(prepared, allocation)
-    uniform_bits = {
-        site.name: int(budget) if site.kind == "weight" else 8 for site in prepared.inventory.sites
-    }
+    uniform_bits = {site.name: int(budget) if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     uniform = convert(prepared, Allocation(bits=uniform_bits))
     export_onnx(quantized, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -20,9 +20,7 @@ _PATCH = 14
 _DINOV2_REPOSITORY = "facebookresearch/dinov2"
 
 
-def encode_inputs(
-    inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *, batch_size: int = 64
-) -> Tensor:
+def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *, batch_size: int = 64) -> Tensor:
     """Compress the inputs of all samples.
 
     Args:
@@ -75,7 +73,8 @@ def principal_components(inputs: Mapping[str, Tensor], components: int = 32) -> 
     values, vectors = values[-count:].flip(0).clamp_min(0), vectors[:, -count:].flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     vectors = vectors * vectors.gather(0, largest).sign()
-    return (vectors * values.sqrt()).float()
+    scores: Tensor = (vectors * values.sqrt()).float()
+    return scores
 
 
 def load_dinov2(name: str = "dinov2_vits14") -> Encoder:

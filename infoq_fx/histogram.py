@@ -103,11 +103,11 @@ class Histogram:
 def scale_significant_bits(bits: int, is_weight: bool) -> int:
     """Significant bits of a scale: so few that float32 sums over quantized values are exact.
 
-    A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant
-    bits, and sums of such products, of both signs and seldom of full size, nearly always fit the 24 of float32:
-    they come out the same in every order. Two runtimes agree to the last bit where they would else round
-    single values to different steps, which grow from layer to layer. The price is a scale that is off its best value by at most 3 to 12 % (weights at 8
-    bits: 25 %), where the squared error is flat.
+    A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant bits, and
+    sums of such products, of both signs and seldom of full size, nearly always fit the 24 of float32: they come out
+    the same in every order. Two runtimes agree to the last bit where they would else round single values to
+    different steps, which grow from layer to layer. The price is a scale that is off its best value by at most 3 to
+    12 % (weights at 8 bits: 25 %), where the squared error is flat.
     """
     return min(5, 10 - bits) if is_weight else min(5, 12 - bits)
 
@@ -133,18 +133,14 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
         raise OptionError(f"activations take an affine QuantSpec for the whole tensor, got {spec}")
     if histogram.is_empty or not histogram.is_finite:
         found = "no value" if histogram.is_empty else "NaN or infinite values"
-        raise CalibrationDataError(
-            f"cannot choose qparams: the histogram saw {found}; check the calibration data"
-        )
+        raise CalibrationDataError(f"cannot choose qparams: the histogram saw {found}; check the calibration data")
     scale, zero_point = 1.0, 0
     if not histogram.minimum == histogram.maximum == 0:
         scale, zero_point = _search_affine(histogram, spec)
     limits = torch.finfo(torch.float32)
     # A smaller scale would be subnormal, which accelerators flush to zero.
     scale = min(max(scale, limits.tiny), limits.max)
-    return QParams(
-        spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32)
-    )
+    return QParams(spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32))
 
 
 def _coprime_stride(numel: int) -> int:
@@ -211,9 +207,7 @@ def _cumulative_table(histogram: Histogram) -> tuple[torch.Tensor, float]:
     moment = mass * (left + 0.5 * width)
     columns = [mass.cumsum(0) - mass, moment.cumsum(0) - moment, mass, left, width, half_inverse]
     mean_square = float((mass * (left * left + left * width + width * width / 3)).sum())
-    table = functional.pad(
-        torch.stack(columns, 1), (0, 0, 1, 1)
-    )  # rows for what lies left and right of it all
+    table = functional.pad(torch.stack(columns, 1), (0, 0, 1, 1))  # rows for what lies left and right of it all
     table[-1, 0], table[-1, 1] = 1.0, moment.sum()
     return table, mean_square
 

@@ -198,7 +198,8 @@ def class_logits(output: Tensor) -> Tensor:
 
 def first_output(prepared: PreparedModel) -> fx.Node:
     """The node of the model's first output."""
-    return next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0]
+    output: fx.Node = next(iter(reversed(prepared.graph_module.graph.nodes)))
+    return output.all_input_nodes[0]
 
 
 class _Calibrator(fx.Interpreter):
@@ -233,9 +234,7 @@ def read_weight(prepared: PreparedModel, node: fx.Node) -> Tensor:
     return weight.detach()
 
 
-def _plan(
-    prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None
-) -> RunPlan:
+def _plan(prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None) -> RunPlan:
     nodes = [node for node in prepared.graph_module.graph.nodes if node.op != "output"]
     downstream = set(nodes) if start is None else _downstream(nodes, start)
     needed: set[fx.Node] = set()

@@ -42,9 +42,7 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise OptionError(
-            f"cannot import {module_name!r} ({error}); is it installed, or on PYTHONPATH?"
-        ) from error
+        raise OptionError(f"cannot import {module_name!r} ({error}); is it installed, or on PYTHONPATH?") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise OptionError(f"{module_name!r} has no {part!r}; nearest: {nearest_names(part, dir(found))}")
@@ -80,9 +78,7 @@ def load_samples(
     if path.is_dir():
         return load_images(path, limit=limit, image_size=image_size, mean=mean, std=std), None
     if path.suffix != ".npz" or not path.is_file():
-        raise CalibrationDataError(
-            f"DATA is {str(path)!r}; give an .npz file or a folder of images that exists"
-        )
+        raise CalibrationDataError(f"DATA is {str(path)!r}; give an .npz file or a folder of images that exists")
     try:
         with np.load(path, allow_pickle=False) as held:
             arrays = {key: held[key] for key in held.files}
@@ -93,7 +89,8 @@ def load_samples(
     inputs = next((arrays[key] for key in _INPUT_KEYS if key in arrays), None)
     if inputs is None or inputs.ndim == 0:
         raise CalibrationDataError(
-            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under one of {_INPUT_KEYS}"
+            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under one of "
+            f"{', '.join(_INPUT_KEYS)}"
         )
     rows = _spread(len(inputs), limit)
     labels = next((torch.from_numpy(arrays[key][rows]) for key in _LABEL_KEYS if key in arrays), None)
@@ -101,9 +98,7 @@ def load_samples(
     return chosen.float() if chosen.dtype == torch.float64 else chosen, labels
 
 
-def load_images(
-    folder: Path, *, limit: int, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def load_images(folder: Path, *, limit: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of a folder and all below it, float32 ``[samples, 3, image_size, image_size]``, in path order.
 
     Raises:
@@ -123,9 +118,7 @@ def _read_image(path: Path, size: int) -> Tensor:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise CalibrationDataError(
-            f"cannot read the image {str(path)!r} ({error}); remove it or mend it"
-        ) from error
+        raise CalibrationDataError(f"cannot read the image {str(path)!r} ({error}); remove it or mend it") from error
     ratio = size * 8 / 7 / min(image.size)
     width, height = (max(size, round(side * ratio)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -135,8 +128,4 @@ def _read_image(path: Path, size: int) -> Tensor:
 
 
 def _spread(count: int, limit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return (
-        np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
-        if count
-        else np.arange(0)
-    )
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)) if count else np.arange(0)

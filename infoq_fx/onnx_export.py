@@ -58,9 +58,7 @@ def export_onnx(quantized: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     provenance = provenance_of(quantized)
     if provenance is None:
-        raise OptionError(
-            f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned"
-        )
+        raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
     target = Path(path)
     with _new_file_beside(target) as draft:
         model = _trace(quantized, provenance)
@@ -294,8 +292,7 @@ def _name_batch(model: ir.Model) -> None:
     for value in [*model.graph.inputs, *outputs] if symbol else []:
         if value.shape is not None:
             renamed = [
-                str(d.value).replace(str(symbol), "batch") if isinstance(d, ir.SymbolicDim) else d
-                for d in value.shape
+                str(d.value).replace(str(symbol), "batch") if isinstance(d, ir.SymbolicDim) else d for d in value.shape
             ]
             value.shape = ir.Shape(renamed)
 
@@ -318,9 +315,7 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
         found = session.run(list(provenance.output_names), feeds)
     except Exception as error:
-        raise ExportError(
-            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}"
-        ) from error
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}") from error
     with torch.no_grad():
         outputs = quantized(*provenance.example_inputs.values())
     expected = [x.cpu().numpy() for x in _flat_tensors(outputs)]
@@ -328,9 +323,9 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         if ours.shape != theirs.shape:
             raise ExportError(f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}")
         # Sums in another order flip single steps, which grow on their way; a wrong graph is off by its whole size.
-        error = float(np.linalg.norm(ours - theirs))
-        if not error <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
-            raise ExportError(f"onnxruntime disagrees with the module at output {name!r} by {error:g} (L2)")
+        distance = float(np.linalg.norm(ours - theirs))
+        if not distance <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
+            raise ExportError(f"onnxruntime disagrees with the module at output {name!r} by {distance:g} (L2)")
 
 
 def _flat_tensors(value: Any) -> list[Tensor]:

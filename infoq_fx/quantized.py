@@ -60,9 +60,7 @@ def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
     graph = getattr(quantized, "graph", None)
     bits = read_bits(graph) if isinstance(graph, fx.Graph) else {}
     if not bits:
-        raise OptionError(
-            f"{type(quantized).__name__} holds no quantized site; pass what quantize() returned"
-        )
+        raise OptionError(f"{type(quantized).__name__} holds no quantized site; pass what quantize() returned")
     return Allocation(bits=bits)
 
 

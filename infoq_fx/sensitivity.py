@@ -46,9 +46,7 @@ def measure_sensitivity(
     """
     found = find_criterion(criterion)
     if found.needs_data and data is None:
-        raise CalibrationDataError(
-            f"criterion {found.name!r} needs calibration data; without data use 'eagl'"
-        )
+        raise CalibrationDataError(f"criterion {found.name!r} needs calibration data; without data use 'eagl'")
     sites = [s for s in prepared.inventory.sites if s.is_searched and len(s.bits) > 1]
     batch_size = choose_batch_size(prepared)
     measurements: list[Measurement] = []

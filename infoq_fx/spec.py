@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -233,7 +233,7 @@ class Allocation:
     scores: Mapping[str, Score] = field(default_factory=dict)
 
 
-def check_bits(bits: int | tuple[int, ...] | list[int], option: str) -> tuple[int, ...]:
+def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
     """Candidate bit-widths as an ascending tuple without repeats.
 
     Raises:
@@ -244,7 +244,5 @@ def check_bits(bits: int | tuple[int, ...] | list[int], option: str) -> tuple[in
         raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-            raise OptionError(
-                f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}"
-            )
+            raise OptionError(f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}")
     return tuple(sorted(set(given)))

@@ -135,9 +135,7 @@ def _decode(document: Any) -> SensitivityTable:
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise OptionError(f"its format marker is not {_FORMAT!r}")
     if document.get("version") != _VERSION:
-        raise OptionError(
-            f"it has version {document.get('version')!r}; this release reads version {_VERSION}"
-        )
+        raise OptionError(f"it has version {document.get('version')!r}; this release reads version {_VERSION}")
     scores = {
         name: {int(bits): Score(float(s["value"]), float(s["standard_error"])) for bits, s in by_bits.items()}
         for name, by_bits in document["scores"].items()
@@ -152,8 +150,7 @@ def _decode(document: Any) -> SensitivityTable:
 
 def _decode_inventory(document: dict[str, Any]) -> Inventory:
     sites = tuple(
-        QuantSite(**{**site, "shape": tuple(site["shape"]), "bits": tuple(site["bits"])})
-        for site in document["sites"]
+        QuantSite(**{**site, "shape": tuple(site["shape"]), "bits": tuple(site["bits"])}) for site in document["sites"]
     )
     operations = tuple(Operation(**operation) for operation in document["operations"])
     return Inventory(**{**document, "sites": sites, "operations": operations})

@@ -26,9 +26,7 @@ def _seeded():
 def real_models() -> ModuleType:
     """Pretrained models and real images that are not part of the project."""
     if not REAL_MODELS.exists():
-        pytest.skip(
-            f"real models are not here: no {REAL_MODELS.parent.name}/{REAL_MODELS.name} beside the project"
-        )
+        pytest.skip(f"real models are not here: no {REAL_MODELS.parent.name}/{REAL_MODELS.name} beside the project")
     spec = importlib.util.spec_from_file_location("real_models", REAL_MODELS)
     module = importlib.util.module_from_spec(spec)
     sys.modules["real_models"] = module

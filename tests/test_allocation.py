@@ -44,15 +44,11 @@ def make_table(
     return SensitivityTable(
         criterion="test",
         inventory=Inventory(sites, operations, **{"float_bytes": 0, **inventory}),
-        scores={
-            name: {b: Score(value, value / 10) for b, value in by.items()} for name, by in scores.items()
-        },
+        scores={name: {b: Score(value, value / 10) for b, value in by.items()} for name, by in scores.items()},
     )
 
 
-def random_table(
-    rng: random.Random, *, weights: int, activations: int, sign: bool = False
-) -> SensitivityTable:
+def random_table(rng: random.Random, *, weights: int, activations: int, sign: bool = False) -> SensitivityTable:
     """All that an inventory may hold: shared sites, float operands, attention, fixed and unsearched sites."""
     triples = [(2, 4, 8), (2, 3, 4), (4, 6, 8), (3, 8), (5,)]
     sites = [
@@ -64,12 +60,8 @@ def random_table(
     operations = tuple(
         Operation(f"op{i}", rng.randrange(1, 10**6), rng.choice(names), rng.choice(names)) for i in range(6)
     )
-    scores = {
-        s.name: {b: rng.random() * 4.0**-b - sign * 0.01 for b in s.bits} for s in sites if len(s.bits) > 1
-    }
-    return make_table(
-        tuple(sites), scores, operations, float_bytes=rng.randrange(50), ignored_weights=rng.randrange(9)
-    )
+    scores = {s.name: {b: rng.random() * 4.0**-b - sign * 0.01 for b in s.bits} for s in sites if len(s.bits) > 1}
+    return make_table(tuple(sites), scores, operations, float_bytes=rng.randrange(50), ignored_weights=rng.randrange(9))
 
 
 def every_allocation(inventory: Inventory) -> Iterator[dict[str, int]]:
@@ -85,15 +77,11 @@ def score_of(table: SensitivityTable, bits: Mapping[str, int], alpha: float = 1.
 
 def meets(cost: Cost, budget: Budget) -> bool:
     upper = {name: limit for name, limit in budget.limits.items() if name != "compression"}
-    return cost.compression >= (budget.compression or 0) and all(
-        getattr(cost, n) <= v for n, v in upper.items()
-    )
+    return cost.compression >= (budget.compression or 0) and all(getattr(cost, n) <= v for n, v in upper.items())
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
-    fitting = (
-        b for b in every_allocation(table.inventory) if meets(measure_cost(table.inventory, b), budget)
-    )
+    fitting = (b for b in every_allocation(table.inventory) if meets(measure_cost(table.inventory, b), budget))
     return min((score_of(table, bits, alpha) for bits in fitting), default=None)
 
 
@@ -155,10 +143,7 @@ def test_equals_brute_force(names: tuple[str, ...]) -> None:
 def test_scores_of_any_magnitude(exponents: list[float], seed: int, mean_bits: float) -> None:
     rng = random.Random(seed)
     sites = tuple(weight(f"w{i}", rng.randrange(1, 5000), (2, 4, 8)) for i in range(4))
-    scores = {
-        f"w{i}": {b: 10.0**e * rng.uniform(0.2, 1) * 4.0**-b for b in (2, 4, 8)}
-        for i, e in enumerate(exponents)
-    }
+    scores = {f"w{i}": {b: 10.0**e * rng.uniform(0.2, 1) * 4.0**-b for b in (2, 4, 8)} for i, e in enumerate(exponents)}
     table = make_table(sites, scores)
     expected = best_by_enumeration(table, Budget(weight_bits=mean_bits), 1.0)
     assert allocate(table, mean_bits).score == pytest.approx(expected, rel=1e-12)
@@ -462,9 +447,7 @@ def test_the_solver_is_silent_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("solver", ["no-such-solver", "false"])
-def test_a_solver_that_fails_is_reported(
-    solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_solver_that_fails_is_reported(solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("pulp.PULP_CBC_CMD.pulp_cbc_path", shutil.which(solver) or solver)
@@ -498,9 +481,7 @@ def test_near_ties_in_the_budget(seed: int) -> None:
         activation("x", 9, (2, 3)),
     )
     operations = tuple(Operation(f"w{i}", 10**10 + rng.randrange(-3, 4), f"w{i}", "x") for i in range(3))
-    table = make_table(
-        sites, {s.name: {b: rng.random() * 4.0**-b for b in s.bits} for s in sites}, operations
-    )
+    table = make_table(sites, {s.name: {b: rng.random() * 4.0**-b for b in s.bits} for s in sites}, operations)
     target = measure_cost(table.inventory, rng.choice(list(every_allocation(table.inventory))))
     budget = Budget(bitops=target.bitops - seed % 2, size_bytes=target.size_bytes)
     expected = best_by_enumeration(table, budget, 1.0)

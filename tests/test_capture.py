@@ -44,13 +44,9 @@ def test_every_form_becomes_the_same_functional_graph(form, residual_net, images
     assert captured.output_names == ("output",)
     with torch.no_grad():
         for batch in (1, 3, 7):
-            torch.testing.assert_close(
-                captured.graph_module(images[0][:batch]), residual_net(images[0][:batch])
-            )
+            torch.testing.assert_close(captured.graph_module(images[0][:batch]), residual_net(images[0][:batch]))
     names = [str(target) for target in targets(captured.graph_module)]
-    assert not [
-        name for name in names if "dropout" in name or name.removesuffix(".default").endswith("_.Tensor")
-    ]
+    assert not [name for name in names if "dropout" in name or name.removesuffix(".default").endswith("_.Tensor")]
     assert names.count("aten.conv2d.default") == 5
     held = dict(captured.graph_module.named_parameters())
     assert {"stem.0.weight", "blocks.1.conv2.weight", "head.weight"} <= set(held)
@@ -122,9 +118,7 @@ def test_tied_weights_stay_one_tensor():
             return self.second(self.first(x).relu())
 
     captured = capture(Tied().eval(), (torch.randn(3, 4),))
-    weights = {
-        node.target for node in captured.graph_module.graph.nodes if str(node.target).endswith("weight")
-    }
+    weights = {node.target for node in captured.graph_module.graph.nodes if str(node.target).endswith("weight")}
     assert len(weights) == 1
 
 

@@ -80,9 +80,7 @@ def test_scales_count_four_bytes_a_channel(axis: int | None, scales: int) -> Non
 
 @given(numel=st.integers(0, 10**12), bits=st.integers(2, 8))
 def test_bytes_round_up_exactly(numel: int, bits: int) -> None:
-    assert activation_bytes(QuantSite("a", "activation", (numel,), BITS), bits) == math.ceil(
-        Fraction(numel * bits, 8)
-    )
+    assert activation_bytes(QuantSite("a", "activation", (numel,), BITS), bits) == math.ceil(Fraction(numel * bits, 8))
 
 
 def test_float_operands_count_32_bits() -> None:
@@ -122,9 +120,7 @@ def test_limits_are_compared_exactly(budget: Budget, broken: list[str]) -> None:
     fixed=st.sets(st.sampled_from(["conv.weight", "input", "fc.weight", "pool"])),
     ignored=st.integers(0, 50),
 )
-def test_a_row_is_met_exactly_when_the_limit_is(
-    name: str, bits: dict[str, int], fixed: set[str], ignored: int
-) -> None:
+def test_a_row_is_met_exactly_when_the_limit_is(name: str, bits: dict[str, int], fixed: set[str], ignored: int) -> None:
     net = replace(NET, ignored_weights=ignored)
     bits = {**bits, "add": 8}
     choices = {site.name: (bits[site.name],) if site.name in fixed else site.bits for site in net.sites}

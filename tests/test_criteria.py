@@ -47,9 +47,7 @@ def test_every_criterion_keeps_the_contract(name, prepared_and_data):
     assert {site: set(by_bits) for site, by_bits in scores.items()} == {s.name: set(s.bits) for s in sites}
     values = [score for by_bits in scores.values() for score in by_bits.values()]
     assert all(math.isfinite(s.value) and s.value >= 0 and s.standard_error >= 0 for s in values)
-    assert sum(by_bits[2].value for by_bits in scores.values()) > sum(
-        by_bits[8].value for by_bits in scores.values()
-    )
+    assert sum(by_bits[2].value for by_bits in scores.values()) > sum(by_bits[8].value for by_bits in scores.values())
     # Neither blocks nor a second run change a number.
     parts = [m for site in sites for m in measure(criterion, prepared, given, [site])]
     assert criterion.score(prepared, parts) == scores
@@ -91,18 +89,14 @@ def by_equation(prepared, data, site, bits, observers, criterion):
             if o.measure == "task":
                 estimates.append(estimate_ross(projected, data.labels.numpy(), k=3))
             else:
-                phi = unit_projections(
-                    features.shape[1], criterion.slices, _mix(criterion.seed, f"input of {o.name}")
-                )
+                phi = unit_projections(features.shape[1], criterion.slices, _mix(criterion.seed, f"input of {o.name}"))
                 estimates.append(estimate_ksg(np.ascontiguousarray((features @ phi).T), projected, k=5))
         total += estimates[0].mean()
         change += abs((estimates[0] - estimates[1]).mean())
     return change / total / bits
 
 
-@pytest.mark.parametrize(
-    ("site", "bits"), [("stem.0.weight", 2), ("blocks.1.conv1.weight", 2), ("head.weight", 4)]
-)
+@pytest.mark.parametrize(("site", "bits"), [("stem.0.weight", 2), ("blocks.1.conv1.weight", 2), ("head.weight", 4)])
 def test_infoq_is_equation_4(site, bits, prepared_and_data):
     prepared, data = prepared_and_data
     observers = [Observer("head.input", "task"), Observer("output", "task"), Observer("blocks.0", "input")]
@@ -160,9 +154,7 @@ def test_auto_takes_the_observers_whose_change_follows_the_accuracy_drop(prepare
 def test_auto_runs_on_a_model(prepared_and_data, caplog):
     prepared, data = prepared_and_data
     with caplog.at_level(logging.INFO):
-        table = infoq_fx.score(
-            prepared, data, criterion=infoq_fx.InfoQ(observers="auto", slices=8), progress=False
-        )
+        table = infoq_fx.score(prepared, data, criterion=infoq_fx.InfoQ(observers="auto", slices=8), progress=False)
     assert "observers='auto' chose" in caplog.text
     assert len(table.scores) == 6
 

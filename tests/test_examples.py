@@ -38,7 +38,5 @@ def test_the_readmes_map_of_the_code_is_the_code():
     from test_layout import FLOOR_OF
 
     mapped = set(re.findall(r"^\| \d+ \| (.+?) \|", README, re.MULTILINE))
-    names = {
-        name.removesuffix(".py").rstrip("/") for row in mapped for name in re.findall(r"`([\w./]+)`", row)
-    }
+    names = {name.removesuffix(".py").rstrip("/") for row in mapped for name in re.findall(r"`([\w./]+)`", row)}
     assert names == set(FLOOR_OF)

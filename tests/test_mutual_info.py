@@ -84,9 +84,7 @@ def test_ksg_equals_brute_force(samples, k, draw):
 @given(data=st.data(), k=st.integers(1, 6), x_levels=st.integers(2, 6), y_levels=st.integers(2, 30))
 @settings(max_examples=150, deadline=None)
 def test_ksg_equals_brute_force_on_ties(data, k, x_levels, y_levels):
-    pairs = data.draw(
-        st.lists(st.tuples(st.integers(0, x_levels), st.integers(0, y_levels)), min_size=7, max_size=60)
-    )
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, x_levels), st.integers(0, y_levels)), min_size=7, max_size=60))
     x, y = np.array(pairs).T
     found = estimate_ksg(np.stack([x, y]), np.stack([y, x]), k=k)
     if min(np.ptp(x), np.ptp(y)) == 0:
@@ -239,9 +237,7 @@ def test_ksg_of_a_rectified_value_and_its_sign_is_one_bit():
     assert np.mean(estimate_ksg(np.maximum(g, 0), np.sign(g))) == pytest.approx(LN2, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("chance", "truth"), [(0.5, 0.0), (0.0, LN2)], ids=["unrelated labels", "the sign as label"]
-)
+@pytest.mark.parametrize(("chance", "truth"), [(0.5, 0.0), (0.0, LN2)], ids=["unrelated labels", "the sign as label"])
 def test_ross_copes_with_rectified_values(chance, truth):
     generator = np.random.default_rng(10)
     labels = generator.integers(0, 2, 1000)
@@ -335,9 +331,7 @@ def test_a_constant_slice_carries_exactly_nothing(value):
     x[1] = value
     expected_ksg[1] = expected_ross[1] = 0
     np.testing.assert_array_equal(estimate_ksg(x, y), expected_ksg)
-    np.testing.assert_array_equal(
-        estimate_ksg(y, x), [0 if i == 1 else estimate_ksg(y[i], x[i])[0] for i in range(3)]
-    )
+    np.testing.assert_array_equal(estimate_ksg(y, x), [0 if i == 1 else estimate_ksg(y[i], x[i])[0] for i in range(3)])
     np.testing.assert_array_equal(estimate_ross(x, labels), expected_ross)
 
 

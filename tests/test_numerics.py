@@ -95,9 +95,7 @@ def weights(kind: str, rows: int, size: int) -> torch.Tensor:
         "gaussian": lambda: rng.standard_normal((rows, size)),
         "laplace": lambda: rng.laplace(size=(rows, size)),
         "uniform": lambda: rng.uniform(-0.4, 0.6, (rows, size)),
-        "sparse": lambda: (
-            rng.standard_normal((rows, size)) * (rng.random((rows, size)) < 0.1 + (np.arange(size) == 0))
-        ),
+        "sparse": lambda: rng.standard_normal((rows, size)) * (rng.random((rows, size)) < 0.1 + (np.arange(size) == 0)),
         "outlier": lambda: rng.standard_normal((rows, size)) + 40 * (np.arange(size) == 0),
     }[kind]()
     return torch.from_numpy(values).float()
@@ -236,9 +234,7 @@ def state(histogram: Histogram) -> tuple[float, float, int, int, bytes]:
 
 
 MAGNITUDES = st.sampled_from([0.0, 1e-42, 1e-30, 1e-6, 1.0, 3.0, 1e4, 1e30, 3e38])
-VALUES = st.builds(
-    lambda sign, size, x: sign * size * x, st.sampled_from([-1, 1]), MAGNITUDES, st.floats(0, 1)
-)
+VALUES = st.builds(lambda sign, size, x: sign * size * x, st.sampled_from([-1, 1]), MAGNITUDES, st.floats(0, 1))
 
 
 @settings(max_examples=150, deadline=None)
@@ -356,9 +352,7 @@ def test_levels_as_fine_as_bins() -> None:
 
     scale = float(choose_activation_qparams(histogram, activation_spec(8)).scale)
     assert scale < 3 * histogram.bin_width
-    assert error(scale) <= 1.02 * min(
-        error(s) for s in short_scales(0.005, 0.5, scale_significant_bits(8, False))
-    )
+    assert error(scale) <= 1.02 * min(error(s) for s in short_scales(0.005, 0.5, scale_significant_bits(8, False)))
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -434,9 +428,7 @@ def test_fake_quantize_per_channel_is_bit_for_bit_both_steps() -> None:
     for axis, values in ((1, x), (0, x.T), (-1, x)):
         scale, zero_point = torch.tensor([0.25, 0.1, 3e-3]), torch.zeros(3, dtype=torch.int32)
         qparams = QParams(weight_spec(4, axis), scale, zero_point)
-        assert bits_of(fake_quantize(values, qparams)) == bits_of(
-            dequantize(quantize(values, qparams), qparams)
-        )
+        assert bits_of(fake_quantize(values, qparams)) == bits_of(dequantize(quantize(values, qparams), qparams))
         assert quantize(values, qparams).shape == values.shape
 
 

@@ -112,7 +112,7 @@ def exported(tmp_path_factory):
 
 
 def test_the_container_is_the_one_that_was_promised(exported):
-    quantized, path, images = exported
+    quantized, path, _images = exported
     model = onnx.load(path)
     assert model.ir_version == 8
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
@@ -131,9 +131,7 @@ def test_the_container_is_the_one_that_was_promised(exported):
     assert len(biases) == 6
     assert all(array.dtype == np.int32 for array in biases)
     # No float copy of anything: what is left in float32 are scales.
-    assert all(
-        "scale" in name for name, array in held.items() if array.dtype == np.float32 and array.size > 1
-    )
+    assert all("scale" in name for name, array in held.items() if array.dtype == np.float32 and array.size > 1)
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
     assert b".py" not in path.read_bytes()
 
@@ -149,7 +147,7 @@ def test_the_allocation_reads_back_from_a_session(exported):
 
 
 def test_convolutions_and_residual_additions_become_integer_kernels(exported, tmp_path):
-    _, path, images = exported
+    _, path, _images = exported
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4

@@ -102,9 +102,7 @@ def grouped_transposed():
     return nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize(
-    ("build", "left"), [(NormFirst, 1), (UsedTwice, 1), (SharedConv, 2), (grouped_transposed, 1)]
-)
+@pytest.mark.parametrize(("build", "left"), [(NormFirst, 1), (UsedTwice, 1), (SharedConv, 2), (grouped_transposed, 1)])
 def test_a_batch_norm_that_cannot_fold_stays_one_node(build, left):
     model, x = randomise(build()).eval(), torch.randn(4, 4 if build is grouped_transposed else 3, 5, 5)
     graph_module = run_passes(capture(model, (x,)).graph_module, [fold_batch_norm])
@@ -189,9 +187,7 @@ def test_shared_tensors_and_shared_weights_are_one_site():
     activations = by_kind(plan, "activation")
     assert activations.count("a.input") == 1
     assert "b.input" not in activations
-    assert {"attention.query", "attention.key", "attention.value", "matmul.left", "matmul.right"} <= set(
-        activations
-    )
+    assert {"attention.query", "attention.key", "attention.value", "matmul.left", "matmul.right"} <= set(activations)
     site = plan.inventory["up.weight"]
     assert (site.shape, site.channel_axis) == ((4, 2, 3), 1)
     macs = {operation.name: operation.macs for operation in plan.inventory.operations}
@@ -303,9 +299,7 @@ def test_a_failing_pass_is_named(residual_net, images):
         raise KeyError("lost")
 
     graph_module = capture(residual_net, (images[0][:4],)).graph_module
-    with pytest.raises(
-        UnsupportedModelError, match=r"break_everything failed \(passes done: fold_constants\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"break_everything failed \(passes done: fold_constants\)"):
         run_passes(graph_module, [fold_constants, break_everything])
 
 

@@ -22,13 +22,9 @@ def quantized_and_images():
 
 def test_ops_pass_torchs_own_checks():
     x = torch.randn(3, 4)
-    torch.library.opcheck(
-        quantize_dequantize_op, (x, 0.1, 7, 5, "site"), test_utils=["test_schema", "test_faketensor"]
-    )
+    torch.library.opcheck(quantize_dequantize_op, (x, 0.1, 7, 5, "site"), test_utils=["test_schema", "test_faketensor"])
     q, scale = torch.randint(-8, 8, (3, 4), dtype=torch.int8), torch.rand(3)
-    torch.library.opcheck(
-        dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"]
-    )
+    torch.library.opcheck(dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"])
 
 
 def test_ops_compute_onnx_arithmetic():
@@ -57,9 +53,7 @@ def annotated(module):
     return sorted((node.meta["infoq"] for node in module.graph.nodes if "infoq" in node.meta), key=str)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_are_the_same_module(copied, quantized_and_images):
     quantized, images = quantized_and_images
     again = copied(copied(quantized))

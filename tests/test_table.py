@@ -164,7 +164,4 @@ def test_text_has_a_line_a_scored_site() -> None:
 
 
 def test_text_of_an_empty_table() -> None:
-    assert (
-        str(make_table(scores={})).splitlines()[0]
-        == "sensitivity by 'infoq': 0 sites scored, 3 at fixed bits"
-    )
+    assert str(make_table(scores={})).splitlines()[0] == "sensitivity by 'infoq': 0 sites scored, 3 at fixed bits"

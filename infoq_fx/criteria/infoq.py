@@ -100,7 +100,8 @@ class InfoQ:
         labels = _task_labels(prepared, data, runs, self.seed)
         features = encode_inputs(data.inputs, self.encoder, batch_size=batch_size).numpy()
         estimator = _Estimator(self, features, labels)
-        baseline = {observer: estimator(observer, runs.projected[_BASELINE][node]) for observer, node in observers.items()}  # fmt: skip
+        projected = runs.projected[_BASELINE]
+        baseline = {observer: estimator(observer, projected[node]) for observer, node in observers.items()}
         measured = []
         for site in sites:
             for bits in site.bits:
@@ -124,9 +125,7 @@ class InfoQ:
         for found in measurements:
             keys = [key for key in chosen if f"{key}:change" in found.values]
             if not keys:
-                raise OptionError(
-                    f"site {found.site!r} has no observer downstream; add 'output' to observers"
-                )
+                raise OptionError(f"site {found.site!r} has no observer downstream; add 'output' to observers")
             total = sum(found.values[f"{key}:baseline"] for key in sorted(keys))
             scale = found.bits * max(total, _SMALLEST_BASELINE_NATS)
             change = sum(found.values[f"{key}:change"] for key in sorted(keys))
@@ -145,9 +144,7 @@ class InfoQ:
         keys = sorted({k.removesuffix(suffix) for m in below for k in m.values if k.endswith(suffix)})
         found = {}
         for key in keys:
-            pairs = [
-                (m.values[key + suffix], m.values[_ACCURACY_DROP]) for m in below if key + suffix in m.values
-            ]
+            pairs = [(m.values[key + suffix], m.values[_ACCURACY_DROP]) for m in below if key + suffix in m.values]
             changes, drops = np.array(pairs).T
             if len(pairs) > 2 and np.std(changes) > 0 and np.std(drops) > 0:
                 found[key] = float(np.corrcoef(changes, drops)[0, 1])
@@ -258,9 +255,7 @@ def _run_all(
             for bits in site.bits:
                 run = (site.name, bits)
                 if bits != BASELINE_BITS:
-                    interpreter.run_plan(
-                        plans[site.name], known, perturbed=run, read=recorder.reader(run, start)
-                    )
+                    interpreter.run_plan(plans[site.name], known, perturbed=run, read=recorder.reader(run, start))
                 advance(len(next(iter(batch.values()))) / data.samples)
     for site in sites:
         if BASELINE_BITS in site.bits:  # nothing is perturbed
@@ -274,9 +269,7 @@ def _run_all(
 class _Estimator:
     """Per-slice mutual information of one observer's projections, in nats."""
 
-    def __init__(
-        self, criterion: InfoQ, features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
-    ) -> None:
+    def __init__(self, criterion: InfoQ, features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
         self._criterion, self._features, self._labels = criterion, features, labels
         self._projected_inputs: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -290,9 +283,7 @@ class _Estimator:
         return estimate_ksg(self._projected_inputs[observer.name], projected, k=self._criterion.neighbours)
 
 
-def _task_labels(
-    prepared: PreparedModel, data: CalibrationData, runs: _Runs, seed: int
-) -> np.ndarray[Any, Any]:
+def _task_labels(prepared: PreparedModel, data: CalibrationData, runs: _Runs, seed: int) -> np.ndarray[Any, Any]:
     """Y: the labels, or the baseline's predictions; grouped where there are too few samples of a class."""
     data.check_labels(runs.logits.shape[1])
     labels = runs.predictions[_BASELINE] if data.labels is None else data.labels.cpu()

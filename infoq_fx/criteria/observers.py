@@ -52,7 +52,7 @@ def find_observers(
     named = prepared.observer_nodes()
     if wanted == "auto":
         first_names = {node: name for name, node in reversed(named.items())}
-        return {Observer(name, m): node for node, name in first_names.items() for m in ("input", "task")}  # type: ignore[arg-type]
+        return {Observer(name, m): node for node, name in first_names.items() for m in ("input", "task")}
     if not wanted or isinstance(wanted, str):
         raise OptionError(f"observers={wanted!r}; give a list of names or Observer values, 'auto' or None")
     chosen: dict[Observer, fx.Node] = {}

@@ -24,9 +24,7 @@ def annotate_bits(graph_module: fx.GraphModule) -> bool:
         if node.target in (quantize_dequantize_op, dequantize_op):
             node.meta[_META_KEY] = {"site": node.args[4], "bits": node.args[3]}
         elif node.target in LAYER_OPS or node.target in MATMUL_OPS:
-            operands = [
-                source.meta.get(_META_KEY, {}).get("bits", FLOAT_BITS) for source in node.all_input_nodes
-            ]
+            operands = [source.meta.get(_META_KEY, {}).get("bits", FLOAT_BITS) for source in node.all_input_nodes]
             node.meta[_META_KEY] = {"operand_bits": tuple(operands)}
     return True
 

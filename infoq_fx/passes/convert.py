@@ -123,9 +123,7 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     with graph_module.graph.inserting_before(node):
         integers = graph_module.graph.get_attr(target)
         scale = graph_module.graph.get_attr(f"{target}_scale")
-        weight_node = graph_module.graph.call_function(
-            dequantize_op, (integers, scale, axis, qparams.spec.bits, site)
-        )
+        weight_node = graph_module.graph.call_function(dequantize_op, (integers, scale, axis, qparams.spec.bits, site))
     weight_node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     return weight_node
 
@@ -135,11 +133,12 @@ def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams) -
     scale = qparams.scale
     for layer in node.users:
         op = LAYER_OPS[layer.target]
-        source, bias = layer.args[op.source], op.bias_of(layer)
+        source: Any = layer.args[op.source]
+        bias = op.bias_of(layer)
         if _calls(source, quantize_dequantize_op) and isinstance(bias, fx.Node) and bias.op == "get_attr":
             value = read_tensor(graph_module, bias)
             if value.shape == scale.shape:
-                scale = torch.maximum(scale, value.abs() / (source.args[1] * _LARGEST_BIAS))
+                scale = torch.maximum(scale, value.abs() / (float(source.args[1]) * _LARGEST_BIAS))
     return QParams(qparams.spec, scale, qparams.zero_point)
 
 

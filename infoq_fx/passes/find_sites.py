@@ -78,9 +78,7 @@ def find_sites(
     shapes = _record_shapes(graph_module, example_inputs)
     all_layers = _find_layers(graph_module)
     if not all_layers:
-        raise UnsupportedModelError(
-            "no layer to quantize: the model has no convolution, linear layer or matmul"
-        )
+        raise UnsupportedModelError("no layer to quantize: the model has no convolution, linear layer or matmul")
     known = _known_paths(all_layers)
     _check_patterns("ignore", ignore, known)
     layers = [layer for layer in all_layers if not any(_matches(layer, pattern) for pattern in ignore)]
@@ -149,7 +147,7 @@ def _find_layers(graph_module: fx.GraphModule) -> list[_Layer]:
             operands = tuple(
                 (x, f"{name}.{role}", "activation", None) for x, role in zip(node.args, roles, strict=False)
             )
-            layers.append(_Layer(node, name, operands))  # type: ignore[arg-type]
+            layers.append(_Layer(node, name, operands))
     return layers
 
 
@@ -207,9 +205,7 @@ def _place_layers(
             elif is_weight:
                 tensor = read_tensor(graph_module, node)
                 if not bool(torch.isfinite(tensor).all()):
-                    raise UnsupportedModelError(
-                        f"weight {name!r} holds NaN or infinity: mend the checkpoint first"
-                    )
+                    raise UnsupportedModelError(f"weight {name!r} holds NaN or infinity: mend the checkpoint first")
                 site = QuantSite(name, "weight", tuple(tensor.shape), bits, axis)
                 found[key] = Placement(site, node, (layer.node,))
             elif activation_bits is not None:
@@ -228,8 +224,7 @@ def _apply_pins(
         if not pinned:
             raise unknown_name_error("layer in pin", pattern, known)
         placements = [
-            replace(p, site=replace(p.site, bits=(fixed,))) if p.site.name in pinned else p
-            for p in placements
+            replace(p, site=replace(p.site, bits=(fixed,))) if p.site.name in pinned else p for p in placements
         ]
     return placements
 
@@ -259,9 +254,7 @@ def _place_fused(
         users = [user for user in node.users if user.op != "output"]
         users = [user for user in users if user not in quantized_users.get(node, ())]
         if users and node.op != "placeholder":
-            site = QuantSite(
-                _unique(name, taken), "activation", shapes(node), (BASELINE_BITS,), is_searched=False
-            )
+            site = QuantSite(_unique(name, taken), "activation", shapes(node), (BASELINE_BITS,), is_searched=False)
             found.append(Placement(site, node, tuple(users)))
     return found
 
@@ -273,9 +266,7 @@ def _after_activation(node: fx.Node) -> fx.Node:
 
 def _joins_convolutions(node: fx.Node, outputs: Mapping[fx.Node, str]) -> bool:
     operands = node.args[:2]
-    return all(isinstance(x, fx.Node) and x.op != "get_attr" for x in operands) and any(
-        x in outputs for x in operands
-    )
+    return all(isinstance(x, fx.Node) and x.op != "get_attr" for x in operands) and any(x in outputs for x in operands)
 
 
 def _tensor_name(node: fx.Node) -> str:
@@ -293,17 +284,13 @@ def _take_inventory(
     operations = []
     weights: dict[str, int] = {}
     for layer in layers:
-        names = [
-            by_tensor[id(node)] if kind == "activation" else name for node, name, kind, _ in layer.operands
-        ]
+        names = [by_tensor[id(node)] if kind == "activation" else name for node, name, kind, _ in layer.operands]
         for node, name, kind, _ in layer.operands:
             if kind == "weight":
                 weights[name] = read_tensor(graph_module, node).numel()
         sides = [name if name in present else None for name in names]
         for index, (macs, left, right) in enumerate(_products(graph_module, layer, sides, shapes)):
-            operations.append(
-                Operation(layer.name if index == 0 else f"{layer.name}.{index}", macs, left, right)
-            )
+            operations.append(Operation(layer.name if index == 0 else f"{layer.name}.{index}", macs, left, right))
     stored = [*graph_module.parameters(), *graph_module.buffers()]
     quantized = sum(count for name, count in weights.items() if name in present)
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
@@ -334,9 +321,7 @@ def _products(
         return [(outputs * shapes(first)[-1], sides[0], sides[1])]
     weight = read_tensor(graph_module, first)
     if op.is_transposed:
-        return [
-            (math.prod(shapes(layer.operands[1][0])) * weight.numel() // weight.shape[0], sides[0], sides[1])
-        ]
+        return [(math.prod(shapes(layer.operands[1][0])) * weight.numel() // weight.shape[0], sides[0], sides[1])]
     return [(outputs * weight.numel() // weight.shape[op.channel_axis], sides[0], sides[1])]
 
 

@@ -84,7 +84,7 @@ def _affine_map(graph_module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Te
     )
     assert mean is not None
     assert variance is not None
-    epsilon = norm.args[6]
+    epsilon = float(norm.args[6])  # type: ignore[arg-type]
     gain = torch.rsqrt(variance.double() + epsilon)
     gain = gain if weight is None else gain * weight.double()
     shift = -mean.double() * gain

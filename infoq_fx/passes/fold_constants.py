@@ -61,9 +61,7 @@ def _replace(graph_module: fx.GraphModule, operand: fx.Node, name: str) -> None:
 
 
 def _free_name(graph_module: fx.GraphModule, path: str, kind: str) -> str:
-    taken = {name for name, _ in graph_module.named_parameters()} | {
-        n for n, _ in graph_module.named_buffers()
-    }
+    taken = {name for name, _ in graph_module.named_parameters()} | {n for n, _ in graph_module.named_buffers()}
     base = f"{path}.{kind}" if path else kind
     name, count = base, 1
     while name in taken:

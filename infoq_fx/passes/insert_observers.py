@@ -49,9 +49,7 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
 def _source(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
     """The value that a layer multiplies, in front of its quantizer."""
     source: fx.Node = layer.args[LAYER_OPS[layer.target].source]  # type: ignore[assignment]
-    is_quantized = source.op == "call_module" and isinstance(
-        graph_module.get_submodule(str(source.target)), Quantizer
-    )
+    is_quantized = source.op == "call_module" and isinstance(graph_module.get_submodule(str(source.target)), Quantizer)
     return source.all_input_nodes[0] if is_quantized else source
 
 
