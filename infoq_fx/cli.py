@@ -33,19 +33,14 @@ def demo(
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(output or Path(folder) / "digits.onnx", budget=budget)
     typer.echo(summarize(result.allocation, result.prepared.inventory))
-    typer.echo(f"\ntop-1 on {597} unseen digits, in percent, and bytes:")
-    rows = [
+    typer.echo("\n                              top-1 of unseen digits, %   file bytes")
+    for name, top1, size in (
         ("float32", result.float_top1, result.float_bytes),
-        (f"uniform {int(budget)} bits", result.uniform_top1, None),
-        (f"InfoQ at a mean of {budget:g} bits", result.quantized_top1, result.weight_bytes),
+        (f"uniform {int(budget)} bits", result.uniform_top1, result.uniform_bytes),
+        (f"InfoQ, a mean of {budget:g} bits", result.quantized_top1, result.onnx_bytes),
         ("the same in onnxruntime", result.onnx_top1, result.onnx_bytes),
-    ]
-    for name, top1, size in rows:
-        typer.echo(
-            f"  {name:<28} {top1:5.1f}  {size if size is not None else '':>10,}"
-            if size is not None
-            else f"  {name:<28} {top1:5.1f}"
-        )
+    ):
+        typer.echo(f"{name:<28}  {top1:25.1f}  {size:11,}")
     if output is not None:
         typer.echo(f"wrote {output}")
 

@@ -80,7 +80,7 @@ def load_samples(
     if path.suffix != ".npz" or not path.is_file():
         raise CalibrationDataError(f"DATA is {str(path)!r}; give an .npz file or a folder of images that exists")
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = {key: held[key] for key in held.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise CalibrationDataError(

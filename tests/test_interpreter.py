@@ -65,6 +65,7 @@ class Attention(nn.Module):
 
 
 GRAPHS = {
+    "residual": (lambda: randomise_norms(ResidualNet()), 1),
     "chain": (Chain, 1),
     "shared_weight": (SharedWeight, 1),
     "two_inputs": (TwoInputs, 2),
@@ -79,7 +80,8 @@ def prepare(name):
     if name not in PREPARED:
         torch.manual_seed(3)
         build, inputs = GRAPHS[name]
-        data = [(tuple(torch.randn(32, 6) for _ in range(inputs)), None)]
+        shape = (32, 1, 8, 8) if name == "residual" else (32, 6)
+        data = [(tuple(torch.randn(*shape) for _ in range(inputs)), None)]
         prepared = infoq_fx.prepare(build().eval(), data, activation_bits=(2, 4, 8))
         PREPARED[name] = prepared, read_data(data).named(prepared.input_names)
     return PREPARED[name]

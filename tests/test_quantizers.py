@@ -1,5 +1,6 @@
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_torch_compile_takes_it_whole(quantized_and_images):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_it_whole(quantized_and_images):
     quantized, images = quantized_and_images
     compiled = torch.compile(quantized, fullgraph=True)
