@@ -1,6 +1,6 @@
 """What the main job reaches on real pretrained models: a table, to be run again by anyone who has the models.
 
-    python tests/benchmarks/real_models.py [resnet20] [mobilenet_v2] [vit]
+    python tests/benchmarks/real_models.py [resnet20] [mobilenet_v2] [vit] [--bits 2 3 4 6 8]
 
 Needs the models and images beside the project (``../shared/data/real_models.py``). Weights are rounded to nearest and
 nothing else is done to them; activations are at 8 bits; evaluation images are never seen in calibration.
@@ -45,7 +45,7 @@ def load_cases(real, names):
         yield "vit", Case(real.cifar_vit(), (train[0][:1024], train[1][:1024]), test, (5, 4, 3))
     if "mobilenet_v2" in names:
         halves = real.imagenet_sample(range(0, 1000, 2)), real.imagenet_sample(range(1, 1000, 2))
-        yield "mobilenet_v2", Case(real.imagenet_mobilenet_v2(), *halves, (6, 5, 4))
+        yield "mobilenet_v2", Case(real.imagenet_mobilenet_v2(), *halves, (6, 5, 4.5, 4))
 
 
 def top1(predictions, labels):
@@ -66,9 +66,9 @@ def predict_onnx(path, images, level):
     return torch.from_numpy(np.concatenate(logits)).argmax(1)
 
 
-def run_case(name, case):
+def run_case(name, case, bits):
     start = time.process_time()
-    prepared = infoq_fx.prepare(case.model, case.calibration)
+    prepared = infoq_fx.prepare(case.model, case.calibration, bits=bits)
     prepared_at = time.process_time()
     criterion = infoq_fx.InfoQ()
     data = read_data(case.calibration).named(prepared.input_names)
@@ -103,15 +103,16 @@ def run_budget(prepared, table, budget, images, labels, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["resnet20", "vit", "mobilenet_v2"])
-    chosen = parser.parse_args().models
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="candidate bit-widths")
+    arguments = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
     spec = importlib.util.spec_from_file_location("real_models", DATA)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
     torch.manual_seed(0)
-    for name, case in load_cases(real, chosen):
-        run_case(name, case)
+    for name, case in load_cases(real, arguments.models):
+        run_case(name, case, arguments.bits)
 
 
 if __name__ == "__main__":
