@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -39,10 +40,10 @@ _TOLERATED_ERROR = 0.25
 def export_onnx(quantized: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a quantized module as ONNX: opset 18, IR 8, dynamic batch, integers in int8, uint8 and int32.
 
-    A weight of fewer than 8 bits is stored as int8 with values within its bit-width; an activation of fewer than
-    8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. The allocation stands as JSON in the
-    model's metadata under ``METADATA_KEY``. The file is put in its place only after the ONNX checker, strict shape
-    inference and a run in onnxruntime that agrees with the module.
+    A weight of fewer than 8 bits is stored as int8 with values within its bit-width, one of 8 bits as uint8 around
+    zero point 128; an activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear.
+    The allocation stands as JSON in the model's metadata under ``METADATA_KEY``. The file is put in its place only
+    after the ONNX checker, strict shape inference and a run in onnxruntime that agrees with the module.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned.
@@ -211,7 +212,11 @@ def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
 
 
 def _lower_dequantize(model: ir.Model) -> None:
-    """Dequantize -> DequantizeLinear; weights get the zero point that integer kernels look for."""
+    """Dequantize -> DequantizeLinear; weights get the zero point that integer kernels look for.
+
+    Weights that use all of 8 bits are stored shifted, as uint8 with zero point 128: products of uint8 with int8
+    saturate on x86 processors without VNNI, those with fewer bits or of uint8 with uint8 do not.
+    """
     for node in _nodes(model, "Dequantize"):
         source, scale = node.inputs
         assert source is not None
@@ -219,8 +224,13 @@ def _lower_dequantize(model: ir.Model) -> None:
         assert scale is not None
         inputs: list[ir.Value | None] = [source, scale]
         if source.const_value.dtype == ir.DataType.INT8:
-            count = scale.const_value.shape[0]  # type: ignore[union-attr]
-            inputs.append(_add_initializer(model, f"{source.name}_zero_point", np.zeros(count, np.int8)))
+            integers: np.ndarray[Any, Any] = source.const_value.numpy()
+            zero_points = np.zeros(math.prod(scale.shape or ()), np.int8)  # type: ignore[arg-type]
+            if node.attributes["bits"].as_int() == MAX_BITS:
+                shifted = (integers.astype(np.int16) + 128).astype(np.uint8)
+                inputs[0] = _add_initializer(model, f"{source.name}_shifted", shifted)
+                zero_points = np.full(zero_points.shape, 128, np.uint8)
+            inputs.append(_add_initializer(model, f"{source.name}_zero_point", zero_points))
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
         _take_over(node, [lowered], node.attributes["site"].as_string())
 
