@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from infoq_fx.allocation import allocate, check_budget
 from infoq_fx.capture import CapturedModel, capture
-from infoq_fx.criteria import Criterion, InfoQ
+from infoq_fx.criteria import Criterion, InfoQ, find_criterion
 from infoq_fx.data import CalibrationData, read_data
 from infoq_fx.encoders import Encoder
 from infoq_fx.errors import CalibrationDataError, OptionError
@@ -68,7 +68,7 @@ def quantize(
         bits: candidate bit-widths of weights, 2 to 8.
         activation_bits: candidate bit-widths of activations; one is fixed, several are searched jointly; None
             leaves activations in float.
-        criterion: how sensitivity is scored, a registered name or an object.
+        criterion: how sensitivity is scored, a registered name or an object (which brings its own options and seed).
         observers: where InfoQ measures, see :class:`infoq_fx.InfoQ`.
         encoder: X -> X_E of InfoQ, see :func:`infoq_fx.encoders.encode_inputs`.
         alpha: weight of activation scores against weight scores (Eq. 5).
@@ -189,7 +189,6 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
         if allocation.bits.get(name) not in known:
             found = allocation.bits.get(name, "no bit-width")
             raise OptionError(f"the allocation gives site {name!r} {found}; it was calibrated for {known}")
-    # Fake tensors in meta would be copied one by one; the copy shares them.
     graph_module = copy.deepcopy(prepared.graph_module)
     passes = [remove_observers, _named(convert_quantizers, bits=allocation.bits), quantize_biases]
     provenance = Provenance(allocation, prepared.example_inputs, prepared.output_names)
@@ -202,8 +201,6 @@ def _make_criterion(
     encoder: Encoder | str | None,
     seed: int,
 ) -> Criterion:
-    from infoq_fx.criteria import find_criterion
-
     if criterion == "infoq":
         return InfoQ(observers=observers, encoder=encoder, seed=seed)
     if observers is not None or encoder is not None:

@@ -172,6 +172,16 @@ def test_one_seed_gives_one_file(tmp_path):
     assert files[0] == files[1]
 
 
+def test_float_activations_and_ignored_layers_are_exported_too(tmp_path):
+    images = torch.randn(32, 1, 8, 8)
+    model = residual_net().eval()
+    prepared = infoq_fx.prepare(model, example_inputs=(images[:2],), bits=(4,), activation_bits=None, ignore=["head"])
+    quantized = infoq_fx.convert(prepared, Allocation(bits={s.name: 4 for s in prepared.inventory.sites}))
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    found, _ = run(path, {"x": images.numpy()})
+    np.testing.assert_allclose(found[0], quantized(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_only_quantized_modules_are_exported(tmp_path):
     with pytest.raises(OptionError, match="is not a quantized module"):
         infoq_fx.export_onnx(nn.Linear(2, 2), tmp_path / "model.onnx")
