@@ -89,7 +89,8 @@ def run_budget(prepared, table, budget, images, labels, path):
     quantized = infoq_fx.convert(prepared, infoq_fx.allocate(table, budget))
     ours = predict(quantized, images)
     uniform = ""
-    if budget == int(budget):
+    known = {bits for site in prepared.inventory.sites if site.kind == "weight" for bits in (*site.bits, 8)}
+    if budget in known:
         bits = {s.name: int(budget) if s.kind == "weight" else 8 for s in prepared.inventory.sites}
         uniform = f"{top1(predict(infoq_fx.convert(prepared, infoq_fx.Allocation(bits=bits)), images), labels):.1f}"
     infoq_fx.export_onnx(quantized, path)
