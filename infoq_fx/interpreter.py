@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +14,15 @@ from infoq_fx.histogram import Histogram, choose_activation_qparams
 from infoq_fx.numerics import choose_weight_qparams
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer, spec_of
-from infoq_fx.spec import BASELINE_BITS
+from infoq_fx.run_plan import RunPlan, plan_baseline_run
+from infoq_fx.spec import BASELINE_BITS, QuantSite
 
 __all__ = [
-    "RunPlan",
     "SiteInterpreter",
     "baseline_logits",
     "calibrate",
     "class_logits",
     "first_output",
-    "plan_baseline_run",
-    "plan_perturbed_run",
     "predict",
     "read_weight",
 ]
@@ -33,18 +30,6 @@ __all__ = [
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 ReadValue = Callable[[fx.Node, Any], None]
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """Which nodes a run computes, in order, and which values it frees behind each of them.
-
-    ``boundary`` are the nodes whose values must be there already: of the baseline, for a perturbed run.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    boundary: frozenset[fx.Node]
-    freed_after: Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
 def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
@@ -75,33 +60,34 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
             module.set_qparams(chosen, device)
 
 
-def plan_baseline_run(prepared: PreparedModel, keep: Iterable[fx.Node]) -> RunPlan:
-    """A whole run as far as the nodes to ``keep`` need it; their values stay, all others are freed."""
-    kept = set(keep)
-    return _plan(prepared, kept, kept, start=None)
-
-
-def plan_perturbed_run(prepared: PreparedModel, site: str, observed: Iterable[fx.Node]) -> RunPlan:
-    """What must run again for the ``observed`` nodes when one site's bit-width changes: no more.
-
-    Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
-    where no observed node lies downstream.
-    """
-    start = next(node for node, module in prepared.quantizer_nodes() if module.site.name == site)
-    return _plan(prepared, set(observed), set(), start=start)
-
-
 class SiteInterpreter(fx.Interpreter):
     """Runs plans over a prepared graph; every site is at 8 bits but the one that is perturbed.
 
-    Quantized weights are kept for as long as the interpreter lives: each (site, bit-width) is made once.
+    Quantized weights are kept for as long as the interpreter and its forks live: each (site, bit-width) is made
+    once. An interpreter serves one thread; others take a :meth:`fork` of it.
     """
 
-    def __init__(self, prepared: PreparedModel) -> None:
+    def __init__(self, prepared: PreparedModel, weights: dict[tuple[str, int], Tensor] | None = None) -> None:
         super().__init__(prepared.graph_module, garbage_collect_values=False)
+        self._prepared = prepared
         self._inputs: Mapping[str, Tensor] = {}
         self._perturbed: tuple[str, int] | None = None
-        self._weights: dict[tuple[str, int], Tensor] = {}
+        self._weights: dict[tuple[str, int], Tensor] = {} if weights is None else weights
+
+    def fork(self) -> SiteInterpreter:
+        """Another interpreter of the same model that shares the quantized weights."""
+        return SiteInterpreter(self._prepared, self._weights)
+
+    def quantize_weights(self, sites: Iterable[QuantSite] = ()) -> None:
+        """Quantize every weight for the baseline, and those of ``sites`` at their candidate bit-widths too."""
+        wanted = {site.name: site.bits for site in sites if site.kind == "weight"}
+        with torch.inference_mode():
+            for node, module in self._prepared.quantizer_nodes():
+                name = module.site.name
+                for bits in {*wanted.get(name, ()), BASELINE_BITS} if module.site.kind == "weight" else ():
+                    if (name, bits) not in self._weights:
+                        weight = module.quantize_at(read_weight(self._prepared, node), bits)
+                        self._weights[name, bits] = _channels_last(weight)
 
     def run_plan(
         self,
@@ -111,6 +97,7 @@ class SiteInterpreter(fx.Interpreter):
         inputs: Mapping[str, Tensor] | None = None,
         perturbed: tuple[str, int] | None = None,
         read: ReadValue | None = None,
+        is_stopped: Callable[[], bool] | None = None,
     ) -> dict[fx.Node, Any]:
         """Run the nodes of a plan.
 
@@ -120,6 +107,7 @@ class SiteInterpreter(fx.Interpreter):
             inputs: the batch by input name, for the baseline run.
             perturbed: (site, bit-width), for a perturbed run.
             read: called with every node and its value as it is computed, before anything is freed.
+            is_stopped: asked before every node; the run ends early where it says so.
 
         Returns:
             The values that were not freed, by node.
@@ -128,7 +116,9 @@ class SiteInterpreter(fx.Interpreter):
         self.env = {node: known[node] for node in plan.boundary}
         with torch.inference_mode():
             for node in plan.nodes:
-                value = self.run_node(node)
+                if is_stopped is not None and is_stopped():
+                    break
+                value = self._compute(node, plan)
                 self.env[node] = value
                 if read is not None:
                     read(node, value)
@@ -137,11 +127,19 @@ class SiteInterpreter(fx.Interpreter):
         env, self.env = self.env, {}
         return env
 
-    def forget_weights(self, site: str) -> None:
-        """Free the weights of a site at all bit-widths but the baseline's."""
-        stale = [key for key in self._weights if key[0] == site and key[1] != BASELINE_BITS]
-        for key in stale:
-            del self._weights[key]
+    def _compute(self, node: fx.Node, plan: RunPlan) -> Any:
+        if node in plan.repeats:
+            return self.env[plan.repeats[node]]
+        if node not in plan.merged:
+            return self.run_node(node)
+        module, merged = self.fetch_attr(str(node.target)), plan.merged[node]
+        first, *others = (self.env[source] for source in merged.sources)
+        addend = others[0] if others else None
+        return module.quantize_at(first, self._bits_of(module), addend=addend, clip=merged.clip)
+
+    def _bits_of(self, module: Quantizer) -> int:
+        is_perturbed = self._perturbed is not None and self._perturbed[0] == module.site.name
+        return self._perturbed[1] if self._perturbed is not None and is_perturbed else BASELINE_BITS
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The batch's tensor of that name; images with channels last, which CPUs convolve 3 times faster."""
@@ -158,15 +156,12 @@ class SiteInterpreter(fx.Interpreter):
         module = self.fetch_attr(target)
         if not isinstance(module, Quantizer):
             return super().call_module(target, args, kwargs)
-        name = module.site.name
-        bits = BASELINE_BITS
-        if self._perturbed is not None and self._perturbed[0] == name:
-            bits = self._perturbed[1]
+        key = module.site.name, self._bits_of(module)
         if module.site.kind == "activation":
-            return module.quantize_at(args[0], bits)
-        if (name, bits) not in self._weights:
-            self._weights[name, bits] = _channels_last(module.quantize_at(args[0], bits))
-        return self._weights[name, bits]
+            return module.quantize_at(args[0], key[1])
+        if key not in self._weights:
+            self._weights[key] = _channels_last(module.quantize_at(args[0], key[1]))
+        return self._weights[key]
 
 
 def predict(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> Tensor:
@@ -232,31 +227,3 @@ def read_weight(prepared: PreparedModel, node: fx.Node) -> Tensor:
     path, _, name = str(node.all_input_nodes[0].target).rpartition(".")
     weight: Tensor = getattr(prepared.graph_module.get_submodule(path), name)
     return weight.detach()
-
-
-def _plan(prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None) -> RunPlan:
-    nodes = [node for node in prepared.graph_module.graph.nodes if node.op != "output"]
-    downstream = set(nodes) if start is None else _downstream(nodes, start)
-    needed: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if node in wanted or any(user in needed for user in node.users):
-            needed.add(node)
-    run = [node for node in nodes if node in downstream and node in needed]
-    running = set(run)
-    boundary = {source for node in run for source in node.all_input_nodes if source not in running}
-    last_use: dict[fx.Node, fx.Node] = {}
-    for node in run:
-        last_use.update(dict.fromkeys((node, *node.all_input_nodes), node))
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for node, last in last_use.items():
-        if node not in kept:
-            freed.setdefault(last, []).append(node)
-    return RunPlan(tuple(run), frozenset(boundary), {node: tuple(values) for node, values in freed.items()})
-
-
-def _downstream(nodes: Iterable[fx.Node], start: fx.Node) -> set[fx.Node]:
-    found = {start}
-    for node in nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found

@@ -5,35 +5,110 @@ compares two networks projects both onto the same directions and takes the diffe
 the estimator's spread is common to the two and cancels.
 
 ReLU and low bit-widths put many samples on one value. A sample whose k-th neighbour lies at distance 0 is
-therefore counted as a discrete value, by its copies; all others follow the plain formulas.
+therefore counted as a discrete value, by its copies; where several neighbours lie at the k-th distance, those
+strictly nearer are counted instead of k. Without ties both are the plain formulas.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 from scipy.special import digamma
 
+from infoq_fx import kernels
 from infoq_fx.errors import CalibrationDataError, OptionError
 
-__all__ = ["absolute_change", "estimate_ksg", "estimate_ross", "group_classes", "unit_projections"]
+__all__ = [
+    "ClassedSamples",
+    "RankedSamples",
+    "absolute_change",
+    "class_samples",
+    "estimate_ksg",
+    "estimate_ross",
+    "group_classes",
+    "rank_samples",
+    "unit_projections",
+]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Doubles: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_LANES = 128  # points whose neighbours are sought together; enough to hide the loop around them
+_CHUNK_VALUES = 1 << 14  # slices are done a few at a time, so that what lies between two steps stays in cache
 _MIN_VALUES_PER_THREAD = 1 << 14  # a few ms of work; for less a thread costs more than it saves
 _MAX_LLOYD_STEPS = 100
+
+
+@dataclass(frozen=True)
+class RankedSamples:
+    """One variable, made ready once for the estimates of many others: see :func:`rank_samples`.
+
+    ``ascending`` ``[slices, samples]`` are the values within [-1, 1], ``order`` puts the samples into their
+    order, ``deviation`` ``[slices]`` belongs to them, ``has_ties`` and ``is_varied`` are ``[slices]``.
+    """
+
+    ascending: Floats
+    order: Integers
+    deviation: Doubles
+    has_ties: Mask
+    is_varied: Mask
+
+
+@dataclass(frozen=True)
+class ClassedSamples:
+    """The classes of the samples, made ready once: see :func:`class_samples`.
+
+    ``is_kept`` ``[samples]`` leaves out those alone in their class; ``classes`` are numbered without gaps,
+    ``[samples kept]``; ``sizes`` ``[classes]``.
+    """
+
+    is_kept: Mask
+    classes: Integers
+    sizes: Integers
+
+
+def rank_samples(x: ArrayLike) -> RankedSamples:
+    """Sort a variable whose information with many others will be estimated.
+
+    Args:
+        x: ``[slices, samples]``, or ``[samples]``; float32 and float64 are kept.
+
+    Raises:
+        OptionError: another shape.
+        CalibrationDataError: values that are NaN or infinite.
+    """
+    return _rank(_as_slices(x, "x"))
+
+
+def class_samples(labels: ArrayLike) -> ClassedSamples:
+    """Count the classes of samples for many estimates.
+
+    Args:
+        labels: integers ``[samples]``, any values.
+
+    Raises:
+        OptionError: labels that are no integers, or not one-dimensional.
+        CalibrationDataError: no class has two samples.
+    """
+    given = np.asarray(labels)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
+        raise OptionError(f"labels must be integers [samples], got {given.dtype} {list(given.shape)}")
+    _, classes, counts = np.unique(given, return_inverse=True, return_counts=True)
+    is_kept = counts[classes] > 1
+    if not is_kept.any():
+        found = f"none of {len(counts)} classes has two samples"
+        raise CalibrationDataError(f"{found}; give more samples, or merge classes with group_classes")
+    _, classes, sizes = np.unique(given[is_kept], return_inverse=True, return_counts=True)
+    return ClassedSamples(is_kept, classes, sizes)
 
 
 def unit_projections(dimension: int, slices: int, seed: int) -> NDArray[np.float32]:
@@ -59,16 +134,18 @@ def unit_projections(dimension: int, slices: int, seed: int) -> NDArray[np.float
     return np.asarray(normals / np.linalg.norm(normals, axis=0), np.float32)
 
 
-def estimate_ksg(x: ArrayLike, y: ArrayLike, *, k: int = 5) -> Doubles:
+def estimate_ksg(x: ArrayLike | RankedSamples, y: ArrayLike, *, k: int = 5, threads: int | None = None) -> Doubles:
     """Mutual information of two continuous variables, slice by slice, from k-th neighbour distances.
 
     Both variables are brought to unit standard deviation; neighbours are exact, under the maximum norm. For a
     sample with at least ``k`` copies, neighbours and margins count the copies.
 
     Args:
-        x: ``[slices, samples]``, or ``[samples]`` for the same samples in every slice.
+        x: ``[slices, samples]``, or ``[samples]`` for the same samples in every slice; or what
+            :func:`rank_samples` made of it, where several ``y`` meet one ``x``.
         y: the same for the second variable. float32 and float64 are kept, other types become float64.
         k: neighbours; more of them mean less variance and more bias.
+        threads: slices are spread over so many; None for numba's own setting. The result is the same.
 
     Returns:
         float64 ``[slices]`` in nats, never clipped at 0; exactly 0 where ``x`` or ``y`` is constant.
@@ -82,29 +159,38 @@ def estimate_ksg(x: ArrayLike, y: ArrayLike, *, k: int = 5) -> Doubles:
         mutual information for discrete-continuous mixtures", 2017.
     """
     _check_integer("k", k, 1)
-    x, y = _as_slices(x, "x"), _as_slices(y, "y")
-    slices, samples = max(len(x), len(y)), x.shape[1]
-    if y.shape[1] != samples or {len(x), len(y)} - {1, slices}:
-        raise OptionError(f"x {x.shape} and y {y.shape} need the same samples and slices (or one to share)")
+    y = _as_slices(y, "y")
+    if not isinstance(x, RankedSamples):
+        raw = _as_slices(x, "x")
+        dtype = np.result_type(raw, y)
+        x, y = _rank(raw.astype(dtype, copy=False)), y.astype(dtype, copy=False)
+    ranked, y = x, y.astype(x.ascending.dtype, copy=False)
+    slices, samples = max(len(ranked.ascending), len(y)), y.shape[1]
+    if ranked.ascending.shape[1] != samples or {len(ranked.ascending), len(y)} - {1, slices}:
+        raise OptionError(
+            f"x {ranked.ascending.shape} and y {y.shape} need the same samples and slices (or one to share)"
+        )
     if samples <= k:
         remedy = f"give more, or k={samples - 1}" if samples > 1 else "give more"
         raise CalibrationDataError(f"k={k} neighbours need {k + 1} samples, found {samples}; {remedy}")
-    dtype, psi = np.result_type(x, y), digamma(np.arange(samples + 1.0))
-    x, y = (np.broadcast_to(v.astype(dtype, copy=False), (slices, samples)) for v in (x, y))
+    psi = _digammas(samples)
     # Not by the standard deviation: rounding of the mean leaves a constant a little of it.
-    is_varied = (x.min(1) < x.max(1)) & (y.min(1) < y.max(1))
-    return _map_slices(lambda rows: _ksg_of_slices(x[rows], y[rows], int(k), psi), is_varied, samples)
+    is_varied = ranked.is_varied & (y.min(1) < y.max(1))
+    return _map_slices(lambda rows: _ksg_of_slices(ranked, y, rows, int(k), psi), is_varied, samples, threads)
 
 
-def estimate_ross(x: ArrayLike, labels: ArrayLike, *, k: int = 3) -> Doubles:
+def estimate_ross(
+    x: ArrayLike, labels: ArrayLike | ClassedSamples, *, k: int = 3, threads: int | None = None
+) -> Doubles:
     """Mutual information of a continuous variable and a class, slice by slice.
 
     A class of ``n`` samples uses ``min(k, n - 1)`` neighbours; samples alone in their class are left out.
 
     Args:
         x: ``[slices, samples]``, or ``[samples]`` for one slice; float32 and float64 are kept.
-        labels: integers ``[samples]``, any values.
+        labels: integers ``[samples]``, any values; or what :func:`class_samples` made of them.
         k: neighbours within the class; more of them mean less variance and more bias.
+        threads: slices are spread over so many; None for numba's own setting. The result is the same.
 
     Returns:
         float64 ``[slices]`` in nats, never clipped at 0; exactly 0 for a constant ``x`` or one usable class.
@@ -117,20 +203,15 @@ def estimate_ross(x: ArrayLike, labels: ArrayLike, *, k: int = 3) -> Doubles:
         Ross, "Mutual information between discrete and continuous data sets", 2014; ties as in Gao et al.
     """
     _check_integer("k", k, 1)
-    x, labels = _as_slices(x, "x"), np.asarray(labels)
-    if labels.shape != x.shape[1:] or labels.dtype.kind not in "iu":
-        raise OptionError(f"labels must be integers [{x.shape[1]}], got {labels.dtype} {list(labels.shape)}")
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    is_kept = counts[classes] > 1
-    if not is_kept.any():
-        found = f"none of {len(counts)} classes has two samples"
-        raise CalibrationDataError(f"{found}; give more samples, or merge classes with group_classes")
-    _, classes, counts = np.unique(labels[is_kept], return_inverse=True, return_counts=True)
-    if len(counts) == 1:
+    x = _as_slices(x, "x")
+    classed = labels if isinstance(labels, ClassedSamples) else class_samples(labels)
+    if len(classed.is_kept) != x.shape[1]:
+        raise OptionError(f"labels must be integers [{x.shape[1]}], got {len(classed.is_kept)} of them")
+    if len(classed.sizes) == 1:
         return np.zeros(len(x))
-    x, samples = x[:, is_kept], len(classes)
+    x, samples = x[:, classed.is_kept], len(classed.classes)
     is_varied, psi = x.min(1) < x.max(1), digamma(np.arange(samples + 1.0))
-    return _map_slices(lambda rows: _ross_of_slices(x[rows], classes, int(k), psi), is_varied, samples)
+    return _map_slices(lambda rows: _ross_of_slices(x[rows], classed, int(k), psi), is_varied, samples, threads)
 
 
 def absolute_change(baseline: ArrayLike, perturbed: ArrayLike) -> tuple[float, float]:
@@ -222,179 +303,66 @@ def _as_slices(values: ArrayLike, name: str) -> Floats:
     return array
 
 
-def _map_slices(estimate: Callable[[Integers], Doubles], is_varied: Mask, samples: int) -> Doubles:
-    """Estimates of the varied slices, in as many threads as numba may use; 0 for the others."""
-    estimates, rows = np.zeros(len(is_varied)), np.flatnonzero(is_varied)
-    threads = min(numba.get_num_threads(), len(rows), max(1, len(rows) * samples // _MIN_VALUES_PER_THREAD))
-    if threads > 1:
+def _map_slices(estimate: Callable[[Integers], Doubles], is_varied: Mask, samples: int, threads: int | None) -> Doubles:
+    """Estimates of the varied slices, a few at a time and in several threads; 0 for the others."""
+    wanted = kernels.usable_threads() if threads is None else threads
+    slices = len(is_varied)
+    count = max(1, min(wanted, slices, slices * samples // _MIN_VALUES_PER_THREAD))
+    step = max(1, _CHUNK_VALUES // samples)
+    chunks = [slice(start, start + step) for start in range(0, slices, step)]
+    if count > 1:
         # numba's own parallel loops can abort the process when two threads, or a forked child, enter them.
-        with ThreadPoolExecutor(threads) as pool:
-            estimates[rows] = np.concatenate(list(pool.map(estimate, np.array_split(rows, threads))))
-    elif len(rows):
-        estimates[rows] = estimate(rows)
-    return estimates
+        with ThreadPoolExecutor(count) as pool:
+            estimates = np.concatenate(list(pool.map(estimate, chunks)))
+    else:
+        estimates = np.concatenate([estimate(chunk) for chunk in chunks])
+    return np.where(is_varied, estimates, 0.0)
 
 
-def _normalize(values: Floats) -> tuple[Floats, Doubles]:
-    """Each slice within [-1, 1], times a power of two, which is exact; and its standard deviation."""
-    exponents = np.frexp(np.abs(values).max(1))[1]
-    largest = np.finfo(values.dtype).maxexp - 2
-    scaled = values * np.exp2(np.clip(-exponents, -largest, largest).astype(values.dtype))[:, None]
-    return scaled, np.std(scaled, axis=1, dtype=np.float64)
+def _rank(x: Floats) -> RankedSamples:
+    scaled = x * _scales(np.maximum(x.max(1), -x.min(1)))[:, None]
+    order = np.argsort(scaled, axis=1)
+    ascending = np.take_along_axis(scaled, order, 1)
+    has_ties = (ascending[:, 1:] == ascending[:, :-1]).any(1)
+    deviation = np.array([kernels.deviation(values) for values in ascending])
+    return RankedSamples(ascending, order, deviation, has_ties, ascending[:, 0] < ascending[:, -1])
 
 
-def _ksg_of_slices(x: Floats, y: Floats, k: int, psi: Doubles) -> Doubles:
-    (x, x_deviations), (y, y_deviations) = _normalize(x), _normalize(y)
-    ratios = (x_deviations / y_deviations).astype(x.dtype)
-    order = np.argsort(x, axis=1)
-    ascending = np.take_along_axis(x, order, 1)
-    for row in np.flatnonzero((ascending[:, 1:] == ascending[:, :-1]).any(1)):
-        order[row] = np.lexsort((y[row], x[row]))  # copies of a sample must lie side by side
-    paired = np.take_along_axis(y, order, 1)
-    distances = _find_kth_distances(ascending, paired, ratios, k)
-    neighbours = _count_neighbours(distances, np.full(x.shape, k), ascending, paired)
-    limits = _limit_counts(distances)
-    x_counts = _count_within(ascending, ascending, limits)
-    y_counts = _count_within(np.sort(y, axis=1), paired, limits / ratios[:, None])
-    return np.asarray(psi[-1] + (psi[neighbours] - psi[x_counts] - psi[y_counts]).mean(1))
+@functools.lru_cache(maxsize=8)
+def _digammas(samples: int) -> Doubles:
+    return np.asarray(digamma(np.arange(samples + 1.0)))
 
 
-def _ross_of_slices(x: Floats, classes: Integers, k: int, psi: Doubles) -> Doubles:
-    x, _ = _normalize(x)
-    order, sizes = np.argsort(x, axis=1), np.bincount(classes)
-    ascending, class_of = np.take_along_axis(x, order, 1), np.repeat(np.arange(len(sizes)), sizes)
-    members, distances = _find_kth_in_classes(ascending, classes[order], np.cumsum(sizes), k)
-    plain, class_of = (np.broadcast_to(v, x.shape) for v in (np.minimum(k, sizes[class_of] - 1), class_of))
-    neighbours = _count_neighbours(distances, plain, members, class_of)
-    counts = _count_within(ascending, members, _limit_counts(distances))
-    return np.asarray(psi[-1] + (psi[neighbours] - psi[sizes[class_of]] - psi[counts]).mean(1))
+def _scales(largest: Floats) -> Floats:
+    """Powers of two that bring values near 1: exact, and far from overflow and subnormal numbers."""
+    limit = np.finfo(largest.dtype).maxexp - 2
+    return np.asarray(np.exp2(np.clip(-np.frexp(largest)[1], -limit, limit).astype(largest.dtype)))
 
 
-def _limit_counts(distances: Floats) -> Floats:
-    """Values nearer than this are counted: copies at distance 0; none that only rounding has made nearer."""
-    info = np.finfo(distances.dtype)
-    return np.where(distances > 0, distances * distances.dtype.type(1 - 64 * info.eps), info.tiny)
+def _ksg_of_slices(ranked: RankedSamples, y: Floats, rows: slice, k: int, psi: Doubles) -> Doubles:
+    shared = slice(None)
+    x_rows, y_rows = (rows if len(v) > 1 else shared for v in (ranked.ascending, y))
+    ascending, order, values = ranked.ascending[x_rows], ranked.order[x_rows], y[y_rows]
+    if ranked.has_ties[x_rows].any():
+        order = _order_copies(ascending, order, values)
+        ascending = np.broadcast_to(ascending, order.shape)
+    y_ascending, deviation = np.sort(values, axis=1), ranked.deviation[x_rows]
+    scales = _scales(np.maximum(y_ascending[:, -1], -y_ascending[:, 0]))
+    sums = kernels.sum_ksg_terms(ascending, order, deviation, values, y_ascending, scales, k, psi)
+    return np.asarray(psi[-1] + sums / y.shape[1])
 
 
-def _count_neighbours(distances: Floats, counts: Integers, *ascending: NDArray[Any]) -> Integers:
-    """``counts``, but where the distance is 0 the copies of the sample: they lie side by side."""
-    if distances.all():
-        return counts
-    is_first = np.ones(distances.shape, bool)
-    is_first[:, 1:] = np.any([values[:, 1:] != values[:, :-1] for values in ascending], axis=0)
-    runs = np.cumsum(is_first) - 1
-    return np.where(distances > 0, counts, np.bincount(runs)[runs].reshape(distances.shape))
+def _order_copies(ascending: Floats, order: Integers, y: Floats) -> Integers:
+    """Order of the samples by x and, among those of equal x, by y: copies of a sample lie side by side."""
+    found = np.array(np.broadcast_to(order, np.broadcast_shapes(order.shape, y.shape)))
+    for i in range(len(found)):
+        by_sample = np.empty(y.shape[1], y.dtype)
+        by_sample[found[i]] = ascending[i % len(ascending)]
+        found[i] = np.lexsort((y[i % len(y)], by_sample))
+    return found
 
 
-def _jit(function: _Function) -> _Function:
-    return cast(_Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
-
-
-@_jit
-def _count_within(ascending: Floats, centres: Floats, limits: Floats) -> Integers:
-    """How many values of its slice are less than its limit away from each centre."""
-    counts, one = np.empty(ascending.shape, np.int64), np.uint64(1)
-    first, last = np.empty((2, ascending.shape[1]), np.uint64)
-    for s in range(len(ascending)):
-        values, points, reach, size = ascending[s], centres[s], limits[s], np.uint64(ascending.shape[1])
-        first[:], last[:] = 0, 0
-        while size > 0:
-            half = max(size >> one, one)
-            for i in range(len(points)):  # bisection with points innermost: the compiler needs no branch
-                a, b = first[i], last[i]
-                first[i] = a + half if points[i] - values[a + half - one] >= reach[i] else a
-                last[i] = b + half if values[b + half - one] - points[i] < reach[i] else b
-            size -= half
-        counts[s] = last - first
-    return counts
-
-
-@_jit
-def _measure_lanes(x: Floats, y: Floats, other_x: Floats, other_y: Floats, ratio: float, out: Floats) -> None:
-    for lane in range(len(out)):
-        dx, dy = abs(other_x[lane] - x[lane]), abs(other_y[lane] - y[lane]) * ratio
-        out[lane] = dx if dx > dy else dy
-
-
-@_jit
-def _insert_lanes(nearest: Floats, left: Floats, right: Floats) -> None:
-    """Keep the smallest of three in ``nearest``, hand the two others on to the next rank."""
-    for lane in range(len(nearest)):
-        kept, a, b = nearest[lane], left[lane], right[lane]
-        low = min(kept, a)  # min and max, not an exchange: they become vector instructions
-        nearest[lane], left[lane], right[lane] = min(low, b), max(kept, a), max(low, b)
-
-
-@_jit
-def _search_on(x: Floats, y: Floats, i: int, steps: int, ratio: float, nearest: Floats) -> None:
-    """Go on to both sides, beyond ``steps``, until the difference in x alone reaches the k-th distance."""
-    last = len(nearest) - 1
-    for direction in (-1, 1):
-        j = i + direction * (steps + 1)
-        while abs(x[j] - x[i]) < nearest[last]:
-            distance = max(abs(x[j] - x[i]), abs(y[j] - y[i]) * ratio)
-            if distance < nearest[last]:
-                nearest[last] = distance
-                for rank in range(last, 0, -1):
-                    low, high = nearest[rank - 1], nearest[rank]
-                    nearest[rank - 1], nearest[rank] = min(low, high), max(low, high)
-            j += direction
-
-
-@_jit
-def _search_slice(x: Floats, y: Floats, steps: int, ratio: float, k: int, distances: Floats) -> None:
-    """Distances to the k-th neighbours under the maximum norm, for samples ascending in x.
-
-    The ``steps`` samples to either side are compared for many points at a time, without a branch; then each
-    goes on alone. ``x`` is padded with infinity: ``steps + 1`` in front, ``steps + 1 + _LANES`` behind.
-    """
-    ranks, nearest = np.empty((k, _LANES), x.dtype), np.empty(k, x.dtype)
-    left, right = np.empty(_LANES, x.dtype), np.empty(_LANES, x.dtype)
-    for block in range(0, len(distances), _LANES):
-        start, stop = block + steps + 1, block + steps + 1 + _LANES
-        ranks[:] = np.inf
-        for step in range(1, steps + 1):
-            behind, ahead = slice(start - step, stop - step), slice(start + step, stop + step)
-            _measure_lanes(x[start:stop], y[start:stop], x[behind], y[behind], ratio, left)
-            _measure_lanes(x[start:stop], y[start:stop], x[ahead], y[ahead], ratio, right)
-            for rank in range(k):
-                _insert_lanes(ranks[rank], left, right)
-        for lane in range(min(_LANES, len(distances) - block)):
-            nearest[:] = ranks[:, lane]
-            _search_on(x, y, start + lane, steps, ratio, nearest)
-            distances[block + lane] = nearest[k - 1]
-
-
-@_jit
-def _find_kth_distances(x: Floats, paired: Floats, ratios: Floats, k: int) -> Floats:
-    """The k-th distances of all slices: ``x`` ascending, ``paired`` its y."""
-    samples, distances = x.shape[1], np.empty_like(x)
-    steps = int(math.sqrt(k * samples)) * 2 // 3  # more than most points need
-    padded_x = np.full(samples + 2 * (steps + 1) + _LANES, np.inf, x.dtype)
-    padded_x[: steps + 1] = -np.inf
-    padded_y = np.zeros_like(padded_x)
-    for s in range(len(x)):
-        padded_x[steps + 1 : steps + 1 + samples] = x[s]
-        padded_y[steps + 1 : steps + 1 + samples] = paired[s]
-        _search_slice(padded_x, padded_y, steps, ratios[s], k, distances[s])
-    return distances
-
-
-@_jit
-def _find_kth_in_classes(x: Floats, classes: Integers, stops: Integers, k: int) -> tuple[Floats, Floats]:
-    """Every slice class by class, ascending, and the distances to the k-th neighbours within the class."""
-    members, distances = np.empty_like(x), np.empty_like(x)
-    for s in range(len(x)):
-        ends, start = np.append(0, stops), 0
-        for i in range(x.shape[1]):
-            members[s, ends[classes[s, i]]] = x[s, i]
-            ends[classes[s, i]] += 1
-        for stop in stops:
-            near, values = min(k, stop - start - 1), members[s, start:stop]
-            for i in range(len(values)):
-                best = np.inf  # over the windows of near + 1 values that hold this one
-                for low in range(max(0, i - near), min(i, len(values) - 1 - near) + 1):
-                    best = min(best, max(values[i] - values[low], values[low + near] - values[i]))
-                distances[s, start + i] = best
-            start = stop
-    return members, distances
+def _ross_of_slices(x: Floats, classed: ClassedSamples, k: int, psi: Doubles) -> Doubles:
+    ranked = _rank(x)
+    sums = kernels.sum_ross_terms(ranked.ascending, ranked.order, classed.classes, classed.sizes, k, psi)
+    return np.asarray(psi[-1] + sums / x.shape[1])

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
 from infoq_fx.histogram import scale_significant_bits
+from infoq_fx.pointwise import fake_quantize_flat, fake_quantize_sum
 from infoq_fx.spec import QParams, QuantSpec
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _CHUNK_ELEMENTS = 1 << 15  # below what torch splits over threads, and within a core's cache
 _SUM_BLOCK = 1024
+_KERNEL_THREADS = 4  # with more of them torch's own operations, several passes but in parallel, are faster
 
 
 def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec) -> QParams:
@@ -101,25 +104,36 @@ def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
     return (q.to(torch.float32) - zero_point).mul_(scale)
 
 
-def fake_quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor,
+    qparams: QParams,
+    *,
+    addend: torch.Tensor | None = None,
+    clip: tuple[float, float] = (-math.inf, math.inf),
+) -> torch.Tensor:
     """``dequantize(quantize(x))`` bit for bit, without the integers; only NaN stays NaN.
+
+    What often comes before it is merged into the same pass over memory.
 
     Args:
         x: float, any shape and device. No gradient flows: see :func:`fake_quantize_ste`.
         qparams: how; moved to the device of ``x``.
+        addend: added to ``x`` first.
+        clip: what ``x`` (with the addend) is limited to first, as by ReLU.
 
     Returns:
         float32, of the shape of ``x``.
     """
-    spec = qparams.spec
+    if addend is not None and (addend.shape != x.shape or x.dtype != torch.float32):
+        x, addend = x.detach() + addend.detach(), None
+    spec, x = qparams.spec, x.detach().to(torch.float32)
+    if spec.channel_axis is None and x.device.type == "cpu" and torch.get_num_threads() <= _KERNEL_THREADS:
+        return _fake_quantize_in_one_pass(x, qparams, addend, clip)
+    x = x if addend is None else x + addend.detach()
+    x = x.clamp(*clip) if clip != (-math.inf, math.inf) else x
     scale, zero_point = _broadcast(qparams, x)
-    y = torch.round_(x.detach().to(torch.float32) / scale)
-    if spec.channel_axis is None and y.device.type == "cpu":
-        # Plain numbers vectorise where 0-d tensors do not. 0 + y * scale makes -0.0 plain, as integers do.
-        shift = int(zero_point)
-        y.clamp_(spec.quant_min - shift, spec.quant_max - shift)
-        return torch.add(y.new_zeros(()), y, alpha=float(scale), out=y)
-    # Elsewhere reading a number would wait for the device. Adding the zero point makes -0.0 plain.
+    y = torch.round_(x / scale)
+    # Reading a number would wait for the device. Adding the zero point makes -0.0 plain.
     return y.add_(zero_point).clamp_(spec.quant_min, spec.quant_max).sub_(zero_point).mul_(scale)
 
 
@@ -176,6 +190,37 @@ class _LearnedStepSize(torch.autograd.Function):
         outside = level.clamp(quant_min, quant_max) - zero_point
         slope = torch.where(is_inside, torch.round(ratio) - ratio, outside)
         return grads[0] * is_inside, (grads[0] * slope).sum_to_size(scale.shape), None, None, None
+
+
+def _fake_quantize_in_one_pass(
+    x: torch.Tensor, qparams: QParams, addend: torch.Tensor | None, clip: tuple[float, float]
+) -> torch.Tensor:
+    spec, shift = qparams.spec, int(qparams.zero_point)
+    scale = qparams.scale.detach().cpu().numpy()[()]
+    # Rounding is monotone: to clip before it is to clip its result at the rounded limits.
+    limits = [np.rint(np.float32(bound) / scale) for bound in clip]
+    low, high = (np.clip(np.float32(q - shift), *limits) for q in (spec.quant_min, spec.quant_max))
+    first, second = _dense_alike(x, addend)
+    out = torch.empty_like(first)
+    if second is None:
+        fake_quantize_flat(_flat(first), scale, low, high, _flat(out))
+    else:
+        fake_quantize_sum(_flat(first), _flat(second), scale, low, high, _flat(out))
+    return out
+
+
+def _dense_alike(x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both without gaps in memory and in the same order, copied only where they are not."""
+    layout = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    if y is not None:
+        y = y.detach().to(torch.float32).contiguous(memory_format=layout)
+        y = y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    return x, y
+
+
+def _flat(x: torch.Tensor) -> Any:
+    return x.as_strided((x.numel(),), (1,)).numpy()
 
 
 def _broadcast_shape(x: torch.Tensor, channel_axis: int | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -38,9 +39,16 @@ class Quantizer(nn.Module):
             spec_of(self.site, bits), self.get_buffer(f"scale_{bits}"), self.get_buffer(f"zero_point_{bits}")
         )
 
-    def quantize_at(self, x: Tensor, bits: int) -> Tensor:
-        """Fake quantize ``x`` at ``bits``, whatever the module's own setting."""
-        return numerics.fake_quantize(x, self.qparams_at(bits))
+    def quantize_at(
+        self,
+        x: Tensor,
+        bits: int,
+        *,
+        addend: Tensor | None = None,
+        clip: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Tensor:
+        """Fake quantize ``x`` at ``bits``, whatever the module's own setting; see :func:`numerics.fake_quantize`."""
+        return numerics.fake_quantize(x, self.qparams_at(bits), addend=addend, clip=clip)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` (any shape for an activation, the weight's for a weight) at ``self.bits``."""

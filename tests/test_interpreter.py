@@ -11,7 +11,8 @@ from torch.nn import functional
 import infoq_fx
 from infoq_fx.data import read_data
 from infoq_fx.errors import CalibrationDataError
-from infoq_fx.interpreter import SiteInterpreter, plan_baseline_run, plan_perturbed_run
+from infoq_fx.interpreter import SiteInterpreter
+from infoq_fx.run_plan import plan_baseline_run, plan_perturbed_run
 
 
 class Chain(nn.Module):

@@ -11,10 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 FLOORS = [
     ["errors"],
     ["spec"],
-    ["histogram", "mutual_info", "cost", "table", "data", "encoders"],
-    ["numerics", "allocation"],
+    ["kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
+    ["mutual_info", "numerics", "relaxation"],
+    ["allocation"],
     ["quantizers"],
     ["prepared", "capture"],
+    ["run_plan"],
     ["passes", "interpreter"],
     ["criteria", "quantized"],
     ["sensitivity", "onnx_export"],
@@ -24,7 +26,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {
-    "numba": {"mutual_info"},
+    "numba": {"kernels", "pointwise"},
     "pulp": {"allocation"},
     "onnx": {"onnx_export"},
     "onnx_ir": {"onnx_export"},

@@ -38,8 +38,8 @@ def ksg_by_brute_force(x, y, k, handle_ties=True):
             copies, x_copies, y_copies = (np.sum(d[i] == 0) for d in (joint, dx, dy))
             terms.append(digamma(copies) - digamma(x_copies) - digamma(y_copies))
         else:
-            x_inside, y_inside = (np.sum(np.delete(d[i], i) < radius) for d in (dx, dy))
-            terms.append(digamma(k) - digamma(x_inside + 1) - digamma(y_inside + 1))
+            inside, x_inside, y_inside = (np.sum(np.delete(d[i], i) < radius) + 1 for d in (joint, dx, dy))
+            terms.append(digamma(inside if handle_ties else k) - digamma(x_inside) - digamma(y_inside))
     return digamma(len(joint)) + np.mean(terms)
 
 
@@ -55,7 +55,8 @@ def ross_by_brute_force(x, labels, k, handle_ties=True):
         if radius == 0 and handle_ties:
             same, overall = np.sum(row[mates] == 0) + 1, np.sum(row == 0)
         else:
-            same, overall = k_class, np.sum(row[others] < radius) + 1
+            same = np.sum(row[mates] < radius) + 1 if handle_ties else k_class
+            overall = np.sum(row[others] < radius) + 1
         terms.append(digamma(same) - digamma(mates.sum() + 1) - digamma(overall))
     return digamma(len(labels)) + np.mean(terms)
 
@@ -451,8 +452,8 @@ REFUSALS = {
         CalibrationDataError,
         "x has 1 NaN or infinite",
     ),
-    "float labels": (lambda: estimate_ross(X, X), OptionError, "labels must be integers .20., got float64"),
-    "too few labels": (lambda: estimate_ross(X, np.arange(3)), OptionError, "got int64 .3."),
+    "float labels": (lambda: estimate_ross(X, X), OptionError, "labels must be integers .samples., got float64"),
+    "too few labels": (lambda: estimate_ross(X, np.arange(3) % 2), OptionError, r"integers \[20\], got 3 of them"),
     "one a class": (
         lambda: estimate_ross(X, np.arange(20)),
         CalibrationDataError,

@@ -22,12 +22,11 @@ from infoq_fx.interpreter import (
     SiteInterpreter,
     class_logits,
     first_output,
-    plan_baseline_run,
-    plan_perturbed_run,
     read_weight,
 )
 from infoq_fx.mutual_info import absolute_change, estimate_ksg, estimate_ross, group_classes, unit_projections
 from infoq_fx.prepared import PreparedModel
+from infoq_fx.run_plan import plan_baseline_run, plan_perturbed_run
 from infoq_fx.spec import BASELINE_BITS, Measurement, Observer, QuantSite, Score
 
 __all__ = ["CORRELATION_THRESHOLD", "InfoQ"]

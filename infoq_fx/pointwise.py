@@ -1,0 +1,62 @@
+"""Compiled loops of the forward runs: fake quantization merged with what comes before it, and projection.
+
+One pass over memory in place of one an operation. Every value depends on its own row alone: the same bits
+whatever the size of the batch and the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["fake_quantize_flat", "fake_quantize_sum", "project_rows"]
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _jit(function: _Function) -> _Function:
+    try:
+        return cast(_Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written: compile every time
+        return cast(_Function, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+@_jit
+def fake_quantize_flat(x: Floats, scale: float, low: float, high: float, out: Floats) -> None:
+    """``clip(round_half_even(x / scale), low, high) * scale`` into ``out``; NaN stays NaN, -0.0 becomes 0.0."""
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = q * scale + x.dtype.type(0)
+
+
+@_jit
+def fake_quantize_sum(x: Floats, y: Floats, scale: float, low: float, high: float, out: Floats) -> None:
+    """:func:`fake_quantize_flat` of ``x + y``."""
+    for i in range(len(x)):
+        q = np.rint((x[i] + y[i]) / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = q * scale + x.dtype.type(0)
+
+
+@_jit
+def project_rows(rows: Floats, directions: Floats, out: Floats) -> None:
+    """``rows [samples, features] @ directions [features, slices]`` into ``out [slices, samples]``.
+
+    The matrix products of libraries sum in another order when there are other rows beside a row.
+    """
+    sums = np.empty(directions.shape[1], directions.dtype)
+    for i in range(len(rows)):
+        sums[:] = 0
+        for j in range(rows.shape[1]):
+            value, direction = rows[i, j], directions[j]
+            for s in range(len(sums)):
+                sums[s] += value * direction[s]
+        out[:, i] = sums
