@@ -22,8 +22,7 @@ from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import QuantizedModule, allocation_of
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
-
-__version__ = "0.1.0"
+from infoq_fx.version import __version__
 
 __all__ = [
     "CRITERIA",
@@ -43,6 +42,7 @@ __all__ = [
     "QuantizedModule",
     "SensitivityTable",
     "UnsupportedModelError",
+    "__version__",
     "allocate",
     "allocation_of",
     "convert",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ from infoq_fx.passes.insert_observers import insert_observers
 from infoq_fx.passes.insert_quantizers import insert_quantizers
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import Provenance, QuantizedModule, wrap_quantized
-from infoq_fx.sensitivity import choose_batch_size, measure_sensitivity
+from infoq_fx.sensitivity import Resources, choose_batch_size, measure_sensitivity
 from infoq_fx.spec import Allocation, Budget, Observer, check_bits
 from infoq_fx.table import SensitivityTable
 
@@ -55,6 +57,9 @@ def quantize(
     pin: Mapping[str, int] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    executor: Executor | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
     progress: bool = True,
 ) -> QuantizedModule:
     """Find every layer's bit-width under a budget and return the quantized model.
@@ -76,6 +81,10 @@ def quantize(
         pin: glob pattern on module paths or site names, to the bit-width it must have.
         seed: of everything random; the same seed gives the same result.
         device: where the work is done and the result lives.
+        executor: workers for the scoring, any ``concurrent.futures.Executor``; None for threads of this process.
+        cache_dir: folder that keeps every finished score: a run that was stopped goes on, and a run with another
+            budget or one more bit-width pays only for what is new.
+        memory_limit: bytes that scoring may take in a process, above model and data; None for half of what is free.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -108,7 +117,15 @@ def quantize(
         device=device,
         budget=budget,
     )
-    table = score(prepared, data, criterion=chosen, progress=progress)
+    table = score(
+        prepared,
+        data,
+        criterion=chosen,
+        executor=executor,
+        cache_dir=cache_dir,
+        memory_limit=memory_limit,
+        progress=progress,
+    )
     return convert(prepared, allocate(table, budget, alpha=alpha))
 
 
@@ -170,12 +187,20 @@ def score(
     observers: Sequence[Observer | str] | Literal["auto"] | None = None,
     encoder: Encoder | str | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
     progress: bool = True,
 ) -> SensitivityTable:
-    """Score every searched site at every bit-width; see :func:`quantize` for arguments and errors."""
+    """Score every searched site at every bit-width; see :func:`quantize` for arguments and errors.
+
+    The same scores to the last digit, whatever the executor, the threads, the cache and (from 1 GiB on) the memory.
+    Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
+    """
     data = None if calibration_data is None else _fit_data(prepared, read_data(calibration_data))
     chosen = _make_criterion(criterion, observers, encoder, seed)
-    return measure_sensitivity(prepared, data, chosen, progress=progress)[0]
+    resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
+    return measure_sensitivity(prepared, data, chosen, resources)[0]
 
 
 def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "add_fake_quantized",
     "sum_ksg_terms",
     "sum_ross_terms",
     "usable_threads",
 ]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-Integers: TypeAlias = NDArray[np.int64]
+Integers: TypeAlias = NDArray[np.integer[Any]]
+Number: TypeAlias = float | np.floating[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LANES = 64  # points whose neighbours are sought together: the compiler makes vector instructions of them
@@ -133,7 +133,7 @@ def _find_kth_distances(
     x: Floats,
     paired: Floats,
     values: Floats,
-    ratio: float,
+    ratio: Number,
     k: int,
     room: tuple[Floats, Floats, Integers, int],
     distances: Floats,
@@ -184,7 +184,7 @@ def _set_limits(distances: Floats) -> None:
 
 
 @_jit
-def _count_within(values: Floats, points: Floats, limits: Floats, ratio: float, counts: Integers) -> None:
+def _count_within(values: Floats, points: Floats, limits: Floats, ratio: Number, counts: Integers) -> None:
     """How many of the ascending values are less than ``limit / ratio`` away from each point, one of them."""
     one, size, last = np.uint32(1), np.uint32(len(points)), counts
     first, reach = np.zeros(len(points), np.uint32), limits / ratio
@@ -201,7 +201,7 @@ def _count_within(values: Floats, points: Floats, limits: Floats, ratio: float, 
 
 
 @_jit
-def _fill_band(plane: Floats, pad: int, samples: int, low: float, high: float, band: Floats, places: Integers) -> int:
+def _fill_band(plane: Floats, pad: int, samples: int, low: Number, high: Number, band: Floats, places: Integers) -> int:
     """Copy the points with ``low <= y <= high`` behind the same padding; their places in the plane."""
     x, y = plane[0, pad : pad + samples], plane[1, pad : pad + samples]
     band_x, band_y, count = band[0, pad:], band[1, pad:], 0
@@ -218,8 +218,8 @@ def _search_band(
     pad: int,
     band: Floats,
     places: Integers,
-    limits: tuple[float, float, float, float],
-    ratio: float,
+    limits: tuple[Number, Number, Number, Number],
+    ratio: Number,
     k: int,
     distances: Floats,
     inside: Integers,
@@ -260,7 +260,7 @@ def _search_band(
 
 @_jit_min
 def _search_alone(
-    x: Floats, y: Floats, i: int, done: int, low: float, high: float, ratio: float, nearest: Floats
+    x: Floats, y: Floats, i: int, done: int, low: Number, high: Number, ratio: Number, nearest: Floats
 ) -> None:
     """Go to both sides from ``done`` places on, until the difference in x alone reaches the k-th distance.
 
@@ -284,7 +284,7 @@ def _search_alone(
 
 
 @_jit
-def _insert(nearest: Floats, distance: float) -> None:
+def _insert(nearest: Floats, distance: Number) -> None:
     last = len(nearest) - 1
     nearest[last] = distance
     for rank in range(last, 0, -1):
@@ -293,7 +293,7 @@ def _insert(nearest: Floats, distance: float) -> None:
 
 
 @_jit
-def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: float, n: Floats) -> None:
+def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: Number, n: Floats) -> None:
     """Compare a block with the points ``done + 1`` to ``done + _STRIDE`` places before and behind.
 
     ``n`` holds the five smallest distances of every lane, one rank behind the other; written out, they stay in
@@ -324,7 +324,7 @@ def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: float, n: Floats)
 
 
 @_jit
-def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: float, ranks: Floats, displaced: Floats) -> None:
+def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: Number, ranks: Floats, displaced: Floats) -> None:
     """The same for any number of ranks: two candidates a lane are handed from rank to rank."""
     left, right = displaced[0], displaced[1]
     for step in range(done + 1, done + _STRIDE + 1):

@@ -303,7 +303,7 @@ def _as_slices(values: ArrayLike, name: str) -> Floats:
     return array
 
 
-def _map_slices(estimate: Callable[[Integers], Doubles], is_varied: Mask, samples: int, threads: int | None) -> Doubles:
+def _map_slices(estimate: Callable[[slice], Doubles], is_varied: Mask, samples: int, threads: int | None) -> Doubles:
     """Estimates of the varied slices, a few at a time and in several threads; 0 for the others."""
     wanted = kernels.usable_threads() if threads is None else threads
     slices = len(is_varied)

@@ -196,10 +196,10 @@ def _fake_quantize_in_one_pass(
     x: torch.Tensor, qparams: QParams, addend: torch.Tensor | None, clip: tuple[float, float]
 ) -> torch.Tensor:
     spec, shift = qparams.spec, int(qparams.zero_point)
-    scale = qparams.scale.detach().cpu().numpy()[()]
+    scale = np.float32(float(qparams.scale.detach()))
     # Rounding is monotone: to clip before it is to clip its result at the rounded limits.
-    limits = [np.rint(np.float32(bound) / scale) for bound in clip]
-    low, high = (np.clip(np.float32(q - shift), *limits) for q in (spec.quant_min, spec.quant_max))
+    lowest, highest = np.rint(np.float32(clip[0]) / scale), np.rint(np.float32(clip[1]) / scale)
+    low, high = (np.float32(min(max(q - shift, lowest), highest)) for q in (spec.quant_min, spec.quant_max))
     first, second = _dense_alike(x, addend)
     out = torch.empty_like(first)
     if second is None:

@@ -1,93 +1,266 @@
-"""The loop over sites and bit-widths that fills a sensitivity table."""
+"""The loop over sites and bit-widths that fills a sensitivity table: cached, spread over workers, within memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from infoq_fx.criteria import Criterion, find_criterion
+from infoq_fx.cache import MeasurementCache, digest_run
+from infoq_fx.criteria import Criterion, Measure, Work, find_criterion
 from infoq_fx.data import CalibrationData
-from infoq_fx.errors import CalibrationDataError
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.machine import available_memory_bytes, one_torch_thread
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.spec import Measurement, QuantSite
+from infoq_fx.spec import BASELINE_BITS, Measurement, QuantSite
 from infoq_fx.table import SensitivityTable
+from infoq_fx.workers import count_workers, map_blocks, pack_job
 
-__all__ = ["choose_batch_size", "measure_sensitivity"]
+__all__ = ["Resources", "choose_batch_size", "measure_sensitivity"]
 
 _BATCH_BYTES = 256 << 20
 _MAX_BATCH = 64
-_BLOCK_RUNS = 64
+_BLOCK_RUNS = 32  # what an interrupted run may lose; each block runs a part of the baseline again
+_WORKER_BLOCK_RUNS = 16
+_MEMORY_SHARE = 0.5
+_SMALLEST_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What scoring may use and where it keeps what it found; none of it changes a score.
+
+    Args:
+        executor: any ``concurrent.futures.Executor``: blocks of sites are scored by its workers. None scores here, in
+            as many threads as torch has. It stays open.
+        cache_dir: folder where every finished (site, bit-width) is kept at once; a later run takes from there what
+            was made of the same weights, graph, data and settings by the same version, and scores the rest.
+        memory_limit: bytes that one process may take for scoring, above model and data; None for half of what is
+            available (divided by the workers of a local executor).
+        progress: show a bar over (site, bit-width) on standard error.
+    """
+
+    executor: Executor | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    memory_limit: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        limit = self.memory_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise OptionError(f"memory_limit={limit!r} is not a number of bytes; half a gigabyte is {1 << 29}")
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise OptionError(
+                f"executor is a {type(self.executor).__name__}; give a concurrent.futures.Executor, such as "
+                "ProcessPoolExecutor(4) or a Dask client's get_executor()"
+            )
 
 
 def measure_sensitivity(
     prepared: PreparedModel,
     data: CalibrationData | None,
     criterion: Criterion | str,
-    *,
-    progress: bool = True,
+    resources: Resources | None = None,
 ) -> tuple[SensitivityTable, list[Measurement]]:
     """Score every searched site at every candidate bit-width.
+
+    An interrupt (Ctrl-C) or an error ends the scoring but loses nothing that is finished: it is in ``cache_dir``, or
+    is written to a new folder that the message names; the same call with that ``cache_dir`` goes on from there.
 
     Args:
         prepared: calibrated.
         data: by the model's input names, on the model's device; None for a criterion that needs none.
         criterion: a registered name or an object.
-        progress: show a bar over (site, bit-width) on standard error.
+        resources: workers, cache, memory and progress.
 
     Returns:
         The table, and the criterion's own measurements behind it.
 
     Raises:
-        OptionError: an unknown criterion.
+        OptionError: an unknown criterion, or resources that cannot be used.
         CalibrationDataError: the criterion needs data and there is none.
+        KeyboardInterrupt: interrupted; the message says how to go on.
     """
-    found = find_criterion(criterion)
+    found, given = find_criterion(criterion), resources or Resources()
     if found.needs_data and data is None:
         raise CalibrationDataError(f"criterion {found.name!r} needs calibration data; without data use 'eagl'")
-    sites = [s for s in prepared.inventory.sites if s.is_searched and len(s.bits) > 1]
-    batch_size = choose_batch_size(prepared)
-    measurements: list[Measurement] = []
+    sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
+    limit = _choose_memory_limit(given)
+    batch_size = choose_batch_size(prepared, limit)
+    settings = {"criterion": found.name, **found.describe(prepared, data)}
+    key = digest_run(prepared, data, settings, batch_size=batch_size)
+    folder = None if given.cache_dir is None else Path(given.cache_dir)
+    cache = MeasurementCache(folder, key, {q.site.name: q for _, q in prepared.quantizer_nodes()})
+    cache.describe(settings)
+    measured = {(m.site, m.bits): m for m in cache.load(sites)}
+    missing = _without(sites, measured)
+    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
     total = sum(len(site.bits) for site in sites)
-    form = "{l_bar}{bar}| {n:.0f}/{total} bit-widths [{elapsed}<{remaining}]"
-    with tqdm(total=total, disable=not progress, desc=f"scoring ({found.name})", bar_format=form) as bar:
-        for block in _blocks(sites):
-            measurements += found.measure(prepared, data, block, batch_size=batch_size, advance=bar.update)
+    with tqdm(
+        total=total,
+        initial=len(measured),
+        disable=not given.progress,
+        desc=f"scoring ({found.name})",
+        unit="bit-width",
+        bar_format=form,
+    ) as bar:
+        finished = _Finished(measured, cache, bar)
+        with finished.kept(total):
+            if missing:
+                _measure(prepared, data, found, missing, given, limit, batch_size, finished)
+    ordered = [measured[site.name, bits] for site in sites for bits in site.bits if (site.name, bits) in measured]
     table = SensitivityTable(
         criterion=found.name,
         inventory=prepared.inventory,
-        scores=found.score(prepared, measurements),
-        settings=_settings_of(found, data),
+        scores=found.score(prepared, ordered),
+        settings={**settings, "samples": None if data is None else data.samples},
     )
-    return table, measurements
+    return table, ordered
 
 
-def choose_batch_size(prepared: PreparedModel) -> int:
-    """Samples a batch so that the values a run keeps stay near 256 MiB; the same on every machine."""
+def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
+    """Samples a batch so that the values a run keeps stay near 256 MiB, or a quarter of the limit if that is less.
+
+    With any limit from 1 GiB on it is the same on every machine.
+    """
     if prepared.batch_size is not None:
         return prepared.batch_size
+    per_sample = _bytes_per_sample(prepared)
+    share = _BATCH_BYTES if memory_limit is None else min(_BATCH_BYTES, memory_limit // 4)
+    return max(2, min(_MAX_BATCH, share // max(1, per_sample)))
+
+
+def _bytes_per_sample(prepared: PreparedModel) -> int:
     per_sample = 4 * sum(site.numel for site in prepared.inventory.sites if site.kind == "activation")
     if per_sample == 0:
         per_sample = 8 * max(operation.macs for operation in prepared.inventory.operations) // 100
-    return max(2, min(_MAX_BATCH, _BATCH_BYTES // max(1, per_sample)))
+    return per_sample
 
 
-def _blocks(sites: Sequence[QuantSite]) -> list[list[QuantSite]]:
-    """Blocks of consecutive sites whose runs are stored together: memory does not grow with the number of sites."""
+def _choose_memory_limit(resources: Resources) -> int:
+    if resources.memory_limit is not None:
+        return resources.memory_limit
+    workers = 1 if resources.executor is None else count_workers(resources.executor) or 1
+    return max(_SMALLEST_LIMIT_BYTES, int(_MEMORY_SHARE * available_memory_bytes()) // workers)
+
+
+def _without(sites: Sequence[QuantSite], measured: Mapping[tuple[str, int], Measurement]) -> list[QuantSite]:
+    """The sites with only those candidates that are not measured yet."""
+    left = [replace(s, bits=tuple(bits for bits in s.bits if (s.name, bits) not in measured)) for s in sites]
+    return [site for site in left if site.bits]
+
+
+def _measure(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    criterion: Criterion,
+    sites: Sequence[QuantSite],
+    resources: Resources,
+    limit: int,
+    batch_size: int,
+    finished: _Finished,
+) -> None:
+    with one_torch_thread() as threads:
+        threads = threads if next(iter(prepared.example_inputs.values())).device.type == "cpu" else 1
+        measure = criterion.begin(prepared, data, batch_size=batch_size, work=Work(threads=threads))
+        room = limit - batch_size * _bytes_per_sample(prepared)
+        most = _BLOCK_RUNS if resources.executor is None else _WORKER_BLOCK_RUNS
+        blocks = _cut_blocks(sites, measure, max(0, room), most)
+        here = functools.partial(_measure_here, prepared, data, measure, threads=threads, finished=finished)
+        if resources.executor is None:
+            for local in blocks:
+                here(local)
+            return
+        workers = count_workers(resources.executor)
+        share = max(1, (os.cpu_count() or 1) // workers) if workers else 1
+        with pack_job(prepared, data, measure) as job:
+            for block, found in map_blocks(resources.executor, job, blocks, share):
+                if found is None:
+                    here(block)
+                else:
+                    finished.add(found, sum(len(site.bits) for site in block))
+
+
+def _measure_here(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    measure: Measure,
+    block: Sequence[QuantSite],
+    *,
+    threads: int,
+    finished: _Finished,
+) -> None:
+    finished.add(measure(prepared, data, block, Work(threads=threads, advance=finished.advance)), 0)
+
+
+def _cut_blocks(sites: Sequence[QuantSite], measure: Measure, room: int, most: int) -> list[list[QuantSite]]:
+    """Blocks of consecutive sites whose runs are stored together, within ``room`` bytes or a single run each.
+
+    So the memory grows neither with the number of sites nor with that of bit-widths.
+    """
     blocks: list[list[QuantSite]] = []
-    runs = math.inf
+    runs, taken = most, room
     for site in sites:
-        if runs + len(site.bits) > _BLOCK_RUNS:
-            blocks.append([])
-            runs = 0
-        blocks[-1].append(site)
-        runs += len(site.bits)
+        weight_bytes = 4 * site.numel if site.kind == "weight" else 0
+        for bits in site.bits:
+            needed = 0 if bits == BASELINE_BITS else measure.run_bytes + weight_bytes
+            if not blocks or (needed and (runs + 1 > most or taken + needed > room)):
+                blocks.append([])
+                runs = taken = 0
+            runs, taken = runs + bool(needed), taken + needed
+            block = blocks[-1]
+            if block and block[-1].name == site.name:
+                block[-1] = replace(site, bits=(*block[-1].bits, bits))
+            else:
+                block.append(replace(site, bits=(bits,)))
     return blocks
 
 
-def _settings_of(criterion: Criterion, data: CalibrationData | None) -> dict[str, Any]:
-    plain = {k: v for k, v in vars(criterion).items() if isinstance(v, str | int | float | bool) or v is None}
-    plain.pop("name", None)
-    return {**plain, "samples": None if data is None else data.samples}
+class _Finished:
+    """Takes in what is measured: into the cache, the results and the bar."""
+
+    def __init__(self, measured: dict[tuple[str, int], Measurement], cache: MeasurementCache, bar: tqdm[None]) -> None:
+        self._measured, self._cache, self._bar = measured, cache, bar
+        self.advance = bar.update
+
+    def add(self, measurements: Sequence[Measurement], steps: float) -> None:
+        """Keep the measurements of a block; ``steps`` is what of it the bar does not know yet."""
+        for measurement in measurements:
+            self._cache.store(measurement)
+            self._measured[measurement.site, measurement.bits] = measurement
+        self._bar.update(steps)
+
+    @contextmanager
+    def kept(self, total: int) -> Iterator[None]:
+        """Whatever ends the scoring early, what is finished is kept, and the message says how to go on."""
+        try:
+            yield
+        except BaseException as error:
+            message = self._keep(total)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(message) from None
+            error.add_note(message)
+            raise
+
+    def _keep(self, total: int) -> str:
+        done = f"{len(self._measured)} of {total} bit-widths were scored"
+        if not self._measured:
+            return f"scoring stopped before anything was finished (0 of {total} bit-widths)"
+        cache = self._cache
+        if cache.folder is None:
+            cache = replace(cache, folder=Path(tempfile.mkdtemp(prefix="infoq_fx_scores_")))
+            try:
+                for measurement in self._measured.values():
+                    cache.store(measurement)
+            except OptionError as error:
+                logging.getLogger(__name__).warning("%s", error)
+                return f"{done} and could not be kept; give cache_dir"
+        return f"{done} and are kept; the same call with cache_dir={str(cache.folder)!r} goes on from there"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.files import read_json, write_atomically
 from infoq_fx.spec import Inventory, Operation, QuantSite, Score
 
 __all__ = ["SensitivityTable"]
@@ -65,7 +65,7 @@ class SensitivityTable:
                 f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}"
             ) from error
         try:
-            _write_atomically(Path(path), text)
+            write_atomically(Path(path), text)
         except OSError as error:
             raise OptionError(f"cannot write the sensitivity table {os.fspath(path)!r}: {error}") from error
 
@@ -80,14 +80,7 @@ class SensitivityTable:
             OptionError: the file cannot be read, is truncated, is no such table or has another version.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-            return _decode(document)
-        except OSError as error:
-            reason = str(error)
-        except json.JSONDecodeError as error:
-            reason = f"not JSON, or cut short ({error})"
-        except UnicodeDecodeError:
-            reason = "a binary file, not JSON"
+            return _decode(read_json(Path(path), _FORMAT, _VERSION))
         except OptionError as error:
             reason = str(error)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,11 +124,7 @@ def _encode(table: SensitivityTable) -> dict[str, Any]:
     }
 
 
-def _decode(document: Any) -> SensitivityTable:
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise OptionError(f"its format marker is not {_FORMAT!r}")
-    if document.get("version") != _VERSION:
-        raise OptionError(f"it has version {document.get('version')!r}; this release reads version {_VERSION}")
+def _decode(document: dict[str, Any]) -> SensitivityTable:
     scores = {
         name: {int(bits): Score(float(s["value"]), float(s["standard_error"])) for bits, s in by_bits.items()}
         for name, by_bits in document["scores"].items()
@@ -154,20 +143,3 @@ def _decode_inventory(document: dict[str, Any]) -> Inventory:
     )
     operations = tuple(Operation(**operation) for operation in document["operations"])
     return Inventory(**{**document, "sites": sites, "operations": operations})
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise OptionError(f"it holds {name}, which no table has")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    # os.replace is atomic only within one file system: the temporary file lies beside its target.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

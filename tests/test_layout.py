@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 
 # Files of one line share a floor and do not import each other.
 FLOORS = [
-    ["errors"],
-    ["spec"],
-    ["kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
+    ["errors", "version"],
+    ["spec", "files"],
+    ["machine", "kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
     ["mutual_info", "numerics", "relaxation"],
     ["allocation"],
     ["quantizers"],
@@ -19,6 +19,7 @@ FLOORS = [
     ["run_plan"],
     ["passes", "interpreter"],
     ["criteria", "quantized"],
+    ["cache", "workers"],
     ["sensitivity", "onnx_export"],
     ["api", "model_files"],
     ["demo"],
@@ -34,6 +35,7 @@ ONLY_IN = {
     "onnxruntime": {"onnx_export", "demo"},
     "typer": {"cli"},
     "tqdm": {"sensitivity"},
+    "psutil": {"machine"},
     "sklearn": {"demo"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from infoq_fx.criteria.eagl import EAGL
 from infoq_fx.criteria.infoq import InfoQ
-from infoq_fx.criteria.protocol import Criterion
+from infoq_fx.criteria.protocol import Criterion, Measure, Plain, Work
 from infoq_fx.errors import unknown_name_error
 
-__all__ = ["CRITERIA", "EAGL", "Criterion", "InfoQ", "find_criterion"]
+__all__ = ["CRITERIA", "EAGL", "Criterion", "InfoQ", "Measure", "Plain", "Work", "find_criterion"]
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {"infoq": InfoQ, "eagl": EAGL}
 

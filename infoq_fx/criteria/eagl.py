@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infoq_fx import numerics
-from infoq_fx.criteria.protocol import Scores
+from infoq_fx.criteria.protocol import Measure, Plain, Scores, Work
 from infoq_fx.data import CalibrationData
 from infoq_fx.interpreter import read_weight
 from infoq_fx.prepared import PreparedModel
@@ -36,16 +36,33 @@ class EAGL:
     name: str = "eagl"
     needs_data: bool = False
 
-    def measure(
-        self,
-        prepared: PreparedModel,
-        data: CalibrationData | None,
-        sites: Sequence[QuantSite],
-        *,
-        batch_size: int,
-        advance: Callable[[float], None],
+    def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
+        """Nothing beside the weights decides."""
+        return {}
+
+    def begin(self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, work: Work) -> Measure:
+        """Nothing is shared."""
+        return EntropyMeasure()
+
+    def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
+        """Baseline entropy minus entropy; never below 0."""
+        scores: dict[str, dict[int, Score]] = {}
+        for found in measurements:
+            lost = found.values["baseline_entropy_bits"] - found.values["entropy_bits"]
+            scores.setdefault(found.site, {})[found.bits] = Score(max(0.0, lost))
+        return scores
+
+
+@dataclass(frozen=True)
+class EntropyMeasure:
+    """Entropies in bits a weight, of the weights at each bit-width and at the 8-bit baseline."""
+
+    run_bytes: int = 0
+
+    def __call__(
+        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], work: Work
     ) -> list[Measurement]:
-        """Entropies in bits a weight, of the weights at each bit-width and at the 8-bit baseline."""
+        """Both entropies of every weight site; activation sites are left out."""
         wanted = {site.name: site for site in sites if site.kind == "weight"}
         measured = []
         for node, quantizer in prepared.quantizer_nodes():
@@ -60,16 +77,8 @@ class EAGL:
             for bits in site.bits:
                 values = {"entropy_bits": entropies[bits], "baseline_entropy_bits": entropies[BASELINE_BITS]}
                 measured.append(Measurement(site.name, bits, values))
-                advance(1.0)
+                work.advance(1.0)
         return measured
-
-    def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Baseline entropy minus entropy; never below 0."""
-        scores: dict[str, dict[int, Score]] = {}
-        for found in measurements:
-            lost = found.values["baseline_entropy_bits"] - found.values["entropy_bits"]
-            scores.setdefault(found.site, {})[found.bits] = Score(max(0.0, lost))
-        return scores
 
 
 def _entropy_bits(quantized: Tensor) -> float:

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from infoq_fx.data import CalibrationData
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.spec import Measurement, QuantSite, Score
 
-__all__ = ["Criterion", "Scores"]
+__all__ = ["Criterion", "Measure", "Plain", "Scores", "Work"]
 
+Plain = str | int | float | bool | None
 Scores = Mapping[str, Mapping[int, Score]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How a measurement is carried out; nothing here changes its result.
+
+    ``threads`` that may be used; ``advance`` is told of progress in units of (site, bit-width), in as small shares
+    as there are; ``stop`` is set when nobody waits for the result any more.
+    """
+
+    threads: int = 1
+    advance: Callable[[float], None] = field(default=lambda share: None)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Measure(Protocol):
+    """Measures blocks of sites, here or in another process: it can be pickled and holds all that blocks share."""
+
+    @property
+    def run_bytes(self) -> int:
+        """Memory that one (site, bit-width) takes until its block is done, without its quantized weight."""
+
+    def __call__(
+        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], work: Work
+    ) -> list[Measurement]:
+        """Measure every candidate bit-width of every site. The same numbers whatever the blocks and the work."""
 
 
 class Criterion(Protocol):
     """Scores how much harm one site does at one bit-width, all others at 8 bits.
 
-    ``measure`` does the costly work and may be called for any block of sites; ``score`` turns what all blocks
-    measured into scores, smaller is better, and must be cheap. Neither may change the prepared model. The same
-    arguments give the same numbers, whatever the blocks.
+    ``begin`` does what is common to all sites, once, and returns what measures them; ``score`` turns what all
+    blocks measured into scores, smaller is better, and must be cheap. None may change the prepared model.
     """
 
     @property
@@ -28,21 +56,16 @@ class Criterion(Protocol):
 
     @property
     def needs_data(self) -> bool:
-        """Whether ``measure`` must be given calibration data."""
+        """Whether ``begin`` must be given calibration data."""
 
-    def measure(
-        self,
-        prepared: PreparedModel,
-        data: CalibrationData | None,
-        sites: Sequence[QuantSite],
-        *,
-        batch_size: int,
-        advance: Callable[[float], None],
-    ) -> list[Measurement]:
-        """Measure every candidate bit-width of every site.
+    def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
+        """All that decides the measurements beside model, data and site, plain values under plain names; cheap.
 
-        ``advance`` is told of progress in units of (site, bit-width), in as small shares as there are.
+        Measurements are found again in a cache only under the same description.
         """
+
+    def begin(self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, work: Work) -> Measure:
+        """What all sites share, computed once."""
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Scores of every (site, bit-width) that was measured."""

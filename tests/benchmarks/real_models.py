@@ -20,7 +20,7 @@ import torch
 
 import infoq_fx
 from infoq_fx.data import read_data
-from infoq_fx.sensitivity import measure_sensitivity
+from infoq_fx.sensitivity import Resources, measure_sensitivity
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "real_models.py"
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -72,7 +72,7 @@ def run_case(name, case, bits):
     prepared_at = time.process_time()
     criterion = infoq_fx.InfoQ()
     data = read_data(case.calibration).named(prepared.input_names)
-    table, measurements = measure_sensitivity(prepared, data, criterion, progress=False)
+    table, measurements = measure_sensitivity(prepared, data, criterion, Resources(progress=False))
     print(f"\n{name}: prepare {prepared_at - start:.0f} s, score {time.process_time() - prepared_at:.0f} s CPU")
     low = [m for m in measurements if m.bits <= 4]
     for key, r in sorted(criterion.correlations(low).items(), key=lambda item: -item[1]):

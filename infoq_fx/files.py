@@ -1,0 +1,56 @@
+"""Files that are whole or not there: written beside their place and moved, read with a reason when they cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, NoReturn
+
+from infoq_fx.errors import OptionError
+
+__all__ = ["read_json", "write_atomically"]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file: the whole of it or nothing; what stood there before stays until then.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    # os.replace is atomic only within one file system: the temporary file lies beside its target.
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, marker: str, version: int) -> dict[str, Any]:
+    """A JSON object that carries a format marker and a version.
+
+    Raises:
+        OptionError: why it is no such file: missing, cut short, of another kind or another version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise OptionError(str(error)) from error
+    except json.JSONDecodeError as error:
+        raise OptionError(f"not JSON, or cut short ({error})") from error
+    except UnicodeDecodeError as error:
+        raise OptionError("a binary file, not JSON") from error
+    if not isinstance(document, dict) or document.get("format") != marker:
+        raise OptionError(f"its format marker is not {marker!r}")
+    if document.get("version") != version:
+        raise OptionError(f"it has version {document.get('version')!r}; this release reads version {version}")
+    return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise OptionError(f"it holds {name}, which no such file has")
