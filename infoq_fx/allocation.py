@@ -14,6 +14,7 @@ import pulp
 
 from infoq_fx.cost import CostRow, broken_limits, build_cost_row, measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
+from infoq_fx.relaxation import Candidates, search_core
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
 
@@ -192,7 +193,7 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
     return {bits: weight * scores[bits].value for bits in site.bits}
 
 
-def _total_score(candidates: _Candidates, bits: Mapping[str, int]) -> float:
+def _total_score(candidates: Candidates, bits: Mapping[str, int]) -> float:
     return math.fsum(candidates[name][b] for name, b in bits.items())
 
 
@@ -244,7 +245,7 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: _Candidate
             name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
             for name, scores in excess.items()
         }
-        found = _solve(inventory, budget, scaled)
+        found = _solve(inventory, budget, scaled, best)
         if _total_score(excess, found) < span:
             best = found
         if _total_score(excess, best) > _RESCALE * span:
@@ -261,7 +262,18 @@ def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
     return efficient
 
 
-def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
+def _solve(inventory: Inventory, budget: Budget, scores: _Candidates, known: _Bits) -> _Bits:
+    """One candidate a site, least total score, every limit met; the ``known`` one meets them."""
+    bits, rest = search_core(_build_rows(inventory, budget, scores), scores, _total_score(scores, known))
+    best = {**known, **bits}
+    if rest is None or all(len(by_bits) == 1 for by_bits in rest.values()):
+        return best
+    _LOGGER.debug("too many allocations near the bound to list them: CBC searches the rest")
+    found = _solve_with_cbc(inventory, budget, rest)
+    return min(best, found, key=lambda bits: _total_score(scores, bits))
+
+
+def _solve_with_cbc(inventory: Inventory, budget: Budget, scores: Candidates) -> _Bits:
     """One candidate a site, least total score, every limit met; some allocation is known to fit."""
     for slack in _SLACKS:
         problem, x = _build_program(inventory, budget, scores, slack)
@@ -279,11 +291,11 @@ def _solve(inventory: Inventory, budget: Budget, scores: _Candidates) -> _Bits:
 
 
 def _build_program(
-    inventory: Inventory, budget: Budget, scores: _Candidates, slack: float
+    inventory: Inventory, budget: Budget, scores: Candidates, slack: float
 ) -> tuple[Any, dict[tuple[str, int], Any]]:
     """The 0-1 program and its x[site, bits] for the sites that have a choice."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    rows = [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
+    rows = _build_rows(inventory, budget, scores)
     free = {name: by_bits for name, by_bits in scores.items() if len(by_bits) > 1}
     problem = pulp.LpProblem("allocation", pulp.LpMinimize)
     x = {
@@ -298,6 +310,11 @@ def _build_program(
     for row in rows:
         _add_row(problem, row, slack, x, z)
     return problem, x
+
+
+def _build_rows(inventory: Inventory, budget: Budget, scores: Candidates) -> list[CostRow]:
+    choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
+    return [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
 
 
 def _add_variable(problem: Any, name: str, category: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +17,15 @@ from infoq_fx.errors import CalibrationDataError
 __all__ = ["LABEL_KEYS", "MAX_BYTES", "MAX_SAMPLES", "CalibrationData", "read_data"]
 
 MAX_SAMPLES = 20_000
-MAX_BYTES = 4 << 30
+MAX_BYTES = 32 << 30
+_HELD_BYTES = 256 << 20  # more than this is spooled to disk while it is read, and mapped
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = "a batch is inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples held in memory.
+    """Samples in memory or, if they are many, mapped from disk.
 
     ``inputs`` map input names (or positions as text, before the model is known) to tensors ``[samples, ...]``;
     ``labels`` are int64 ``[samples]`` or None.
@@ -109,22 +112,68 @@ def read_data(data: Any) -> CalibrationData:
     if not isinstance(batches, Iterable):
         raise CalibrationDataError(f"calibration data is a {type(data).__name__}; {_FORMS}")
     parts: list[CalibrationData] = []
-    samples = byte_count = 0
-    for index, batch in enumerate(batches):
-        part = _read_batch(batch, index)
-        if parts:
-            _check_alike(parts[0], part, index)
-        parts.append(part)
-        samples += part.samples
-        byte_count += sum(x.numel() * x.element_size() for x in part.inputs.values())
-        if samples > MAX_SAMPLES or byte_count > MAX_BYTES or index > MAX_SAMPLES:
+    samples = byte_count = held_bytes = 0
+    with ExitStack() as stack:
+        spool = _Spool(stack)
+        for index, batch in enumerate(batches):
+            part = _read_batch(batch, index)
+            if parts:
+                _check_alike(parts[0], part, index)
+            samples += part.samples
+            part_bytes = sum(x.numel() * x.element_size() for x in part.inputs.values())
+            byte_count, held_bytes = byte_count + part_bytes, held_bytes + part_bytes
+            parts.append(part)
+            if samples > MAX_SAMPLES or byte_count > MAX_BYTES or index > MAX_SAMPLES:
+                raise CalibrationDataError(
+                    f"calibration data has not ended after {samples:,} samples ({byte_count / 2**20:,.0f} MiB); is the "
+                    "loader endless? About 1,000 samples serve: pass itertools.islice(loader, batches) or a Subset"
+                )
+            if index > 0 and held_bytes > _HELD_BYTES:
+                parts, held_bytes = [spool.take(parts)], 0
+        if samples == 0:
+            raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
+        return _join(parts) if not spool.samples else spool.map(parts)
+
+
+class _Spool:
+    """Files without a name that hold what does not fit in memory; mapped afterwards, and gone with the tensors."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._files: dict[str, Any] = {}
+        self._labels: list[Tensor] = []
+        self.samples = 0
+
+    def take(self, parts: Sequence[CalibrationData]) -> CalibrationData:
+        """Write parts to disk; an empty one, of the same form, is what is left of them."""
+        try:
+            for part in parts:
+                for name, x in part.inputs.items():
+                    if name not in self._files:
+                        file = tempfile.TemporaryFile(prefix="infoq_fx_")  # noqa: SIM115
+                        self._files[name] = self._stack.enter_context(file)
+                    self._files[name].write(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                self._labels += [] if part.labels is None else [part.labels]
+                self.samples += part.samples
+        except OSError as error:
             raise CalibrationDataError(
-                f"calibration data has not ended after {samples:,} samples ({byte_count / 2**20:,.0f} MiB); is the "
-                "loader endless? About 1,000 samples serve: pass itertools.islice(loader, batches) or a Subset"
-            )
-    if samples == 0:
-        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
-    return _join(parts)
+                f"calibration data of more than {_HELD_BYTES >> 20} MiB is held in {tempfile.gettempdir()!r}: {error}; "
+                "give fewer samples, or set TMPDIR to a larger disk"
+            ) from error
+        first = parts[0]
+        empty = {name: x[:0].clone() for name, x in first.inputs.items()}
+        return CalibrationData(empty, None if first.labels is None else first.labels[:0], first.is_positional)
+
+    def map(self, rest: Sequence[CalibrationData]) -> CalibrationData:
+        """Everything written so far and the rest, as tensors mapped from the files."""
+        form = self.take(rest)
+        inputs = {}
+        for name, file in self._files.items():
+            file.flush()
+            # Copy on write: torch wants memory that it could write.
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "c"))
+            inputs[name] = mapped.view(form.inputs[name].dtype).view(self.samples, *form.inputs[name].shape[1:])
+        return CalibrationData(inputs, torch.cat(self._labels) if self._labels else None, form.is_positional)
 
 
 def _is_batch(data: Any) -> bool:
@@ -211,9 +260,8 @@ def _check_alike(first: CalibrationData, other: CalibrationData, index: int) -> 
 
 def _join(parts: Sequence[CalibrationData]) -> CalibrationData:
     first = parts[0]
+    if len(parts) == 1:
+        return first
     inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in first.inputs}
     labels = [part.labels for part in parts if part.labels is not None]
-    joined = CalibrationData(inputs, torch.cat(labels) if labels else None, first.is_positional)
-    if joined.samples == 0:
-        raise CalibrationDataError("calibration data is empty: give at least a few dozen samples, better 1,000")
-    return joined
+    return CalibrationData(inputs, torch.cat(labels) if labels else None, first.is_positional)

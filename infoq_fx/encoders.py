@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ Encoder = Callable[[Tensor], Tensor]
 """Takes one batch of the first input ``[samples, ...]``, returns features ``[samples, ...]``."""
 
 _PATCH = 14
+_COMPONENT_SAMPLES = 2048
+_PART_FEATURES = 4096
 _DINOV2_REPOSITORY = "facebookresearch/dinov2"
 
 
@@ -58,6 +60,8 @@ def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *
 def principal_components(inputs: Mapping[str, Tensor], components: int = 32) -> Tensor:
     """Scores of the samples on their leading principal components.
 
+    With more than 2,048 samples the components are those of the first 2,048.
+
     Args:
         inputs: tensors ``[samples, ...]`` by name; all of them are flattened and joined.
         components: at most so many; fewer where there are fewer samples.
@@ -65,16 +69,29 @@ def principal_components(inputs: Mapping[str, Tensor], components: int = 32) -> 
     Returns:
         float32 ``[samples, components]``, variances descending; signs fixed so that a run repeats.
     """
-    flat = torch.cat([x.detach().cpu().flatten(1).float() for x in inputs.values()], 1)
-    flat = flat - flat.mean(0)
-    # Few samples of many pixels: the Gram matrix is the smaller of the two.
-    values, vectors = torch.linalg.eigh((flat @ flat.T).double())
-    count = max(1, min(components, flat.shape[0] - 1))
+    samples = next(iter(inputs.values())).shape[0]
+    used = min(samples, _COMPONENT_SAMPLES)
+    # Few samples of many pixels: the Gram matrix is the smaller of the two. A part of the pixels at a time.
+    gram = torch.zeros(used, used, dtype=torch.float64)
+    for part in _centred_parts(inputs, used):
+        gram += (part[:used] @ part[:used].T).double()
+    values, vectors = torch.linalg.eigh(gram)
+    count = max(1, min(components, used - 1))
     values, vectors = values[-count:].flip(0).clamp_min(0), vectors[:, -count:].flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     vectors = vectors * vectors.gather(0, largest).sign()
-    scores: Tensor = (vectors * values.sqrt()).float()
-    return scores
+    scores = torch.zeros(samples, count, dtype=torch.float64)
+    scores[:used] = vectors * values.sqrt()
+    for part in _centred_parts(inputs, used) if samples > used else ():
+        scores[used:] += (part[used:] @ (part[:used].T @ vectors.float())).double() / values.sqrt().clamp_min(1e-12)
+    return scores.float()
+
+
+def _centred_parts(inputs: Mapping[str, Tensor], used: int) -> Iterator[Tensor]:
+    for x in inputs.values():
+        for part in x.detach().flatten(1).split(_PART_FEATURES, 1):
+            values = part.cpu().float()
+            yield values - values[:used].mean(0)
 
 
 def load_dinov2(name: str = "dinov2_vits14") -> Encoder:

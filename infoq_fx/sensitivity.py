@@ -95,7 +95,8 @@ def measure_sensitivity(
     sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
     limit = _choose_memory_limit(given)
     batch_size = choose_batch_size(prepared, limit)
-    settings = {"criterion": found.name, **found.describe(prepared, data)}
+    with one_torch_thread():
+        settings = {"criterion": found.name, **found.describe(prepared, data)}
     key = digest_run(prepared, data, settings, batch_size=batch_size)
     folder = None if given.cache_dir is None else Path(given.cache_dir)
     cache = MeasurementCache(folder, key, {q.site.name: q for _, q in prepared.quantizer_nodes()})
@@ -186,7 +187,7 @@ def _measure(
                 if found is None:
                     here(block)
                 else:
-                    finished.add(found, sum(len(site.bits) for site in block))
+                    finished.add(found)
 
 
 def _measure_here(
@@ -198,7 +199,7 @@ def _measure_here(
     threads: int,
     finished: _Finished,
 ) -> None:
-    finished.add(measure(prepared, data, block, Work(threads=threads, advance=finished.advance)), 0)
+    finished.add(measure(prepared, data, block, Work(threads=threads, advance=finished.advance)))
 
 
 def _cut_blocks(sites: Sequence[QuantSite], measure: Measure, room: int, most: int) -> list[list[QuantSite]]:
@@ -229,14 +230,17 @@ class _Finished:
 
     def __init__(self, measured: dict[tuple[str, int], Measurement], cache: MeasurementCache, bar: tqdm[None]) -> None:
         self._measured, self._cache, self._bar = measured, cache, bar
-        self.advance = bar.update
 
-    def add(self, measurements: Sequence[Measurement], steps: float) -> None:
-        """Keep the measurements of a block; ``steps`` is what of it the bar does not know yet."""
+    def advance(self, share: float) -> None:
+        """Move the bar within a block, in units of (site, bit-width)."""
+        self._bar.update(min(share, self._bar.total - self._bar.n))
+
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Keep the measurements of a block."""
         for measurement in measurements:
             self._cache.store(measurement)
             self._measured[measurement.site, measurement.bits] = measurement
-        self._bar.update(steps)
+        self._bar.update(len(self._measured) - self._bar.n)
 
     @contextmanager
     def kept(self, total: int) -> Iterator[None]:

@@ -89,8 +89,9 @@ def map_blocks(
     to_submit, unfinished = list(range(len(blocks))), set(range(len(blocks)))
     try:
         while unfinished:
-            while to_submit:
-                waiting[executor.submit(measure_block, job, blocks[to_submit[0]], threads)] = to_submit.pop(0)
+            for index in to_submit:
+                waiting[executor.submit(measure_block, job, blocks[index], threads)] = index
+            to_submit = []
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 index = waiting.pop(future)

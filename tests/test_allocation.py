@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from infoq_fx import allocation
 from infoq_fx.allocation import allocate, check_budget, summarize
@@ -112,7 +113,13 @@ LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_byte
     ],
     ids=["mean", "compression", "bitops", "size and bitops", "bitops and activations", "all limits"],
 )
-def test_equals_brute_force(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("branches", "states"), [(400, 1 << 15), (10**6, 4), (0, 0)], ids=["listed", "split", "CBC"])
+def test_equals_brute_force(
+    names: tuple[str, ...], branches: int, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", branches)
+    monkeypatch.setattr("infoq_fx.relaxation._MAX_STATES", states)
+    monkeypatch.setattr("infoq_fx.relaxation._FEW_STATES", 0)
     rng = random.Random(str(names))
     infeasible = 0
     for trial in range(12):
@@ -171,6 +178,13 @@ def test_a_huge_score_to_be_avoided_does_not_hide_small_ones(seed: int) -> None:
     assert allocate(table, 2.9).score == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.fixture
+def only_cbc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is listed: CBC has to find all that the bound leaves."""
+    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", 0)
+
+
+@pytest.mark.usefixtures("only_cbc")
 def test_the_rows_hold_without_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows that are too loose would still give the optimum, by cutting off one wrong allocation after another.
     runs = []
@@ -262,6 +276,88 @@ def test_equals_another_solver_on_a_real_size(mean_bits: float, bitops: float) -
     assert found.score == pytest.approx(solve_with_highs(table, limits), rel=1e-6)
     assert found.uniform_score is not None
     assert found.score < found.uniform_score
+
+
+def size_and_bitops_budgets(table: SensitivityTable, sizes: int = 10, speeds: int = 5) -> list[Budget]:
+    """A grid from tight to loose: mean weight bits of 2.2 to 6.5, BitOps of 2.4 to 6.5 bits squared."""
+    weights = [site for site in table.inventory.sites if site.kind == "weight"]
+    numel, channels = sum(site.numel for site in weights), sum(site.shape[0] for site in weights)
+    macs = sum(operation.macs for operation in table.inventory.operations)
+    return [
+        Budget(
+            size_bytes=math.floor(float(mean) * numel / 8) + 4 * channels + table.inventory.float_bytes,
+            bitops=math.floor(macs * float(bits) ** 2),
+        )
+        for mean in np.linspace(2.2, 6.5, sizes)
+        for bits in np.linspace(2.4, 6.5, speeds)
+    ]
+
+
+def solve_pairs_with_highs(table: SensitivityTable, budget: Budget) -> float:
+    """Eq. 5 with searched activations by HiGHS, a variable for every pair of bit-widths of an operation."""
+    inventory, limits = table.inventory, budget.limits
+    columns = [("site", s.name, b) for s in inventory.sites for b in s.bits]
+    columns += [
+        (o.name, i, j) for o in inventory.operations for i in inventory[o.left].bits for j in inventory[o.right].bits
+    ]
+    at = {column: k for k, column in enumerate(columns)}
+    size = {
+        at["site", s.name, b]: math.ceil(s.numel * b / 8) + 4 * s.shape[0]
+        for s in inventory.sites
+        if s.kind == "weight"
+        for b in s.bits
+    }
+    macs = {o.name: o.macs for o in inventory.operations}
+    bitops = {k: macs[name] * i * j for (name, i, j), k in at.items() if name != "site"}
+    rows: list[tuple[dict[int, float], float, float]] = []
+    for costs, limit in ((size, limits["size_bytes"] - inventory.float_bytes), (bitops, limits["bitops"])):
+        rows.append(({k: cost / limit for k, cost in costs.items()}, -np.inf, 1.0))
+    rows += [({at["site", s.name, b]: 1.0 for b in s.bits}, 1.0, 1.0) for s in inventory.sites]
+    for o in inventory.operations:
+        lefts, rights = inventory[o.left].bits, inventory[o.right].bits
+        rows += [({at["site", o.left, i]: -1.0} | {at[o.name, i, j]: 1.0 for j in rights}, 0, 0) for i in lefts]
+        rows += [({at["site", o.right, j]: -1.0} | {at[o.name, i, j]: 1.0 for i in lefts}, 0, 0) for j in rights]
+    entries = [(r, k, value) for r, (row, _, _) in enumerate(rows) for k, value in row.items()]
+    index, column, value = zip(*entries, strict=True)
+    matrix = csr_array((value, (index, column)), shape=(len(rows), len(columns)))
+    result = milp(
+        c=[table.scores[s][b].value if kind == "site" else 0.0 for kind, s, b in columns],
+        integrality=[float(kind == "site") for kind, _, _ in columns],
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
+        options={"mip_rel_gap": 0.0},
+    )
+    assert result.success
+    chosen = {s: b for (kind, s, b), on in zip(columns, result.x, strict=True) if kind == "site" and on > 0.5}
+    assert meets(measure_cost(inventory, chosen), budget)
+    return score_of(table, chosen)
+
+
+@pytest.mark.parametrize("index", [7, 16, 23, 31])
+def test_equals_another_solver_with_searched_activations(index: int) -> None:
+    table = resnet50_sized_table(1)
+    budget = size_and_bitops_budgets(table)[index]
+    found = allocate(table, budget)
+    assert meets(measure_cost(table.inventory, found.bits), budget)
+    assert found.score == pytest.approx(solve_pairs_with_highs(table, budget), rel=1e-9)
+
+
+def test_fifty_budgets_in_ten_seconds() -> None:
+    table = resnet50_sized_table(1)
+    budgets = size_and_bitops_budgets(table)
+    started = time.process_time()
+    scores = [allocate(table, budget).score for budget in budgets]
+    assert len(scores) == 50
+    assert time.process_time() - started < 10
+    grid = np.array(scores, dtype=float).reshape(10, 5)
+    assert (np.diff(grid, axis=0) <= 0).all()
+    assert (np.diff(grid, axis=1) <= 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(50))
+def test_fifty_budgets_equal_another_solver(index: int) -> None:
+    test_equals_another_solver_with_searched_activations(index)
 
 
 @pytest.mark.slow
@@ -433,9 +529,11 @@ def test_nothing_to_search() -> None:
     )
 
 
+@pytest.mark.parametrize("branches", [400, 0], ids=["listed", "CBC"])
 def test_the_solver_is_silent_and_leaves_nothing(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    branches: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", branches)
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -446,6 +544,7 @@ def test_the_solver_is_silent_and_leaves_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
+@pytest.mark.usefixtures("only_cbc")
 @pytest.mark.parametrize("solver", ["no-such-solver", "false"])
 def test_a_solver_that_fails_is_reported(solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -456,12 +555,14 @@ def test_a_solver_that_fails_is_reported(solver: str, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("only_cbc")
 def test_an_unproven_optimum_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infoq_fx.allocation._CBC_OPTIONS", ("seconds 0",))
     with pytest.raises(InfoqError, match="no proven optimum"):
         allocate(resnet50_sized_table(1), 3)
 
 
+@pytest.mark.usefixtures("only_cbc")
 def test_a_program_that_cbc_loses_is_solved_with_another_slack(monkeypatch: pytest.MonkeyPatch) -> None:
     run = allocation._run_cbc
     answers = [pulp.LpSolutionInfeasible, pulp.LpSolutionNoSolutionFound]
