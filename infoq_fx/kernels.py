@@ -105,6 +105,19 @@ def sum_ksg_terms(
 
 
 @_jit
+def order_copies(ascending: Floats, y: Floats, order: Integers) -> None:
+    """Within every run of equal x, put ``order`` ``[slices, samples]`` into that of y: copies lie side by side."""
+    for s in range(len(order)):
+        x, values, start = ascending[s % len(ascending)], y[s % len(y)], 0
+        for i in range(1, len(x) + 1):
+            if i == len(x) or x[i] != x[start]:
+                if i - start > 1:
+                    places = order[s, start:i].copy()
+                    order[s, start:i] = places[np.argsort(values[places])]
+                start = i
+
+
+@_jit
 def deviation(values: Floats) -> float:
     """Standard deviation; summed in eight parts, which is the same on every processor."""
     size, total = len(values), np.zeros(8)

@@ -344,22 +344,12 @@ def _ksg_of_slices(ranked: RankedSamples, y: Floats, rows: slice, k: int, psi: D
     x_rows, y_rows = (rows if len(v) > 1 else shared for v in (ranked.ascending, y))
     ascending, order, values = ranked.ascending[x_rows], ranked.order[x_rows], y[y_rows]
     if ranked.has_ties[x_rows].any():
-        order = _order_copies(ascending, order, values)
-        ascending = np.broadcast_to(ascending, order.shape)
+        order = np.array(np.broadcast_to(order, np.broadcast_shapes(order.shape, values.shape)))
+        kernels.order_copies(ascending, values, order)
     y_ascending, deviation = np.sort(values, axis=1), ranked.deviation[x_rows]
     scales = _scales(np.maximum(y_ascending[:, -1], -y_ascending[:, 0]))
     sums = kernels.sum_ksg_terms(ascending, order, deviation, values, y_ascending, scales, k, psi)
     return np.asarray(psi[-1] + sums / y.shape[1])
-
-
-def _order_copies(ascending: Floats, order: Integers, y: Floats) -> Integers:
-    """Order of the samples by x and, among those of equal x, by y: copies of a sample lie side by side."""
-    found = np.array(np.broadcast_to(order, np.broadcast_shapes(order.shape, y.shape)))
-    for i in range(len(found)):
-        by_sample = np.empty(y.shape[1], y.dtype)
-        by_sample[found[i]] = ascending[i % len(ascending)]
-        found[i] = np.lexsort((y[i % len(y)], by_sample))
-    return found
 
 
 def _ross_of_slices(x: Floats, classed: ClassedSamples, k: int, psi: Doubles) -> Doubles:
