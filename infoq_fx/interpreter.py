@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import CalibrationDataError
 from infoq_fx.histogram import Histogram, choose_activation_qparams
-from infoq_fx.numerics import choose_weight_qparams
+from infoq_fx.integer_convolution import IntegerWeight, convolve, quantize_activation, quantize_weight
+from infoq_fx.numerics import choose_weight_qparams, fake_quantize
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer, spec_of
 from infoq_fx.run_plan import RunPlan, plan_baseline_run
@@ -67,27 +68,31 @@ class SiteInterpreter(fx.Interpreter):
     once. An interpreter serves one thread; others take a :meth:`fork` of it.
     """
 
-    def __init__(self, prepared: PreparedModel, weights: dict[tuple[str, int], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        integers: frozenset[fx.Node] = frozenset(),
+        weights: dict[tuple[str, int], Tensor | IntegerWeight] | None = None,
+    ) -> None:
         super().__init__(prepared.graph_module, garbage_collect_values=False)
-        self._prepared = prepared
+        self._prepared, self._integers = prepared, integers
+        self._quantizers = dict(prepared.quantizer_nodes())
         self._inputs: Mapping[str, Tensor] = {}
         self._perturbed: tuple[str, int] | None = None
-        self._weights: dict[tuple[str, int], Tensor] = {} if weights is None else weights
+        self._weights = {} if weights is None else weights
 
     def fork(self) -> SiteInterpreter:
         """Another interpreter of the same model that shares the quantized weights."""
-        return SiteInterpreter(self._prepared, self._weights)
+        return SiteInterpreter(self._prepared, self._integers, self._weights)
 
     def quantize_weights(self, sites: Iterable[QuantSite] = ()) -> None:
         """Quantize every weight for the baseline, and those of ``sites`` at their candidate bit-widths too."""
         wanted = {site.name: site.bits for site in sites if site.kind == "weight"}
         with torch.inference_mode():
-            for node, module in self._prepared.quantizer_nodes():
+            for node, module in self._quantizers.items():
                 name = module.site.name
                 for bits in {*wanted.get(name, ()), BASELINE_BITS} if module.site.kind == "weight" else ():
-                    if (name, bits) not in self._weights:
-                        weight = module.quantize_at(read_weight(self._prepared, node), bits)
-                        self._weights[name, bits] = _channels_last(weight)
+                    self._quantize_weight(node, module, bits)
 
     def run_plan(
         self,
@@ -130,12 +135,29 @@ class SiteInterpreter(fx.Interpreter):
     def _compute(self, node: fx.Node, plan: RunPlan) -> Any:
         if node in plan.repeats:
             return self.env[plan.repeats[node]]
-        if node not in plan.merged:
-            return self.run_node(node)
-        module, merged = self.fetch_attr(str(node.target)), plan.merged[node]
-        first, *others = (self.env[source] for source in merged.sources)
-        addend = others[0] if others else None
-        return module.quantize_at(first, self._bits_of(module), addend=addend, clip=merged.clip)
+        if node in plan.merged:
+            module, merged = self._quantizers[node], plan.merged[node]
+            first, *others = (self.env[source] for source in merged.sources)
+            qparams, addend = module.qparams_at(self._bits_of(module)), others[0] if others else None
+            quantize = quantize_activation if node in self._integers else fake_quantize
+            return quantize(first, qparams, addend=addend, clip=merged.clip)
+        if node in self._quantizers:
+            return self._quantize_weight(node, self._quantizers[node], self._bits_of(self._quantizers[node]))
+        if node in self._integers:
+            x, weight, *rest = node.args[:3]
+            bias = self.env[rest[0]] if rest and isinstance(rest[0], fx.Node) else None
+            return convolve(node, self.env[x], self.env[weight], bias)  # type: ignore[index]
+        return self.run_node(node)
+
+    def _quantize_weight(self, node: fx.Node, module: Quantizer, bits: int) -> Tensor | IntegerWeight:
+        key = module.site.name, bits
+        if key not in self._weights:
+            weight = read_weight(self._prepared, node)
+            is_integer = node in self._integers
+            quantized = quantize_weight if is_integer else fake_quantize
+            found = quantized(weight, module.qparams_at(bits))
+            self._weights[key] = found if isinstance(found, IntegerWeight) else _channels_last(found)
+        return self._weights[key]
 
     def _bits_of(self, module: Quantizer) -> int:
         is_perturbed = self._perturbed is not None and self._perturbed[0] == module.site.name
@@ -150,18 +172,6 @@ class SiteInterpreter(fx.Interpreter):
         if target in _VIEWS:
             return args[0].reshape(args[1])
         return super().call_function(target, args, kwargs)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Quantizers run at the bit-width of this run; every other module as it is."""
-        module = self.fetch_attr(target)
-        if not isinstance(module, Quantizer):
-            return super().call_module(target, args, kwargs)
-        key = module.site.name, self._bits_of(module)
-        if module.site.kind == "activation":
-            return module.quantize_at(args[0], key[1])
-        if key not in self._weights:
-            self._weights[key] = _channels_last(module.quantize_at(args[0], key[1]))
-        return self._weights[key]
 
 
 def predict(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> Tensor:

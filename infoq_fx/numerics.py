@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
 from infoq_fx.histogram import scale_significant_bits
-from infoq_fx.pointwise import fake_quantize_flat, fake_quantize_sum
+from infoq_fx.pointwise import fake_quantize_flat, fake_quantize_sum, quantize_flat, quantize_sum
 from infoq_fx.spec import QParams, QuantSpec
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_ste",
     "quantize",
+    "quantize_in_one_pass",
 ]
 
 # A smaller scale would be subnormal, which accelerators flush to zero.
@@ -124,7 +125,7 @@ def fake_quantize(
     Returns:
         float32, of the shape of ``x``.
     """
-    if addend is not None and (addend.shape != x.shape or x.dtype != torch.float32):
+    if addend is not None and x.dtype != torch.float32:
         x, addend = x.detach() + addend.detach(), None
     spec, x = qparams.spec, x.detach().to(torch.float32)
     if spec.channel_axis is None and x.device.type == "cpu" and torch.get_num_threads() <= _KERNEL_THREADS:
@@ -192,16 +193,38 @@ class _LearnedStepSize(torch.autograd.Function):
         return grads[0] * is_inside, (grads[0] * slope).sum_to_size(scale.shape), None, None, None
 
 
+def quantize_in_one_pass(
+    x: torch.Tensor,
+    qparams: QParams,
+    *,
+    addend: torch.Tensor | None = None,
+    clip: tuple[float, float] = (-math.inf, math.inf),
+) -> torch.Tensor:
+    """The integers behind :func:`fake_quantize` of the same arguments: uint8, on the CPU.
+
+    Args:
+        x: float32 on the CPU, without NaN.
+        qparams: affine, for the whole tensor.
+        addend: as in :func:`fake_quantize`.
+        clip: as in :func:`fake_quantize`.
+    """
+    first, second = _dense_alike(x.detach(), addend)
+    out = torch.empty_like(first, dtype=torch.uint8)
+    scale, low, high = _rounded_limits(qparams, clip)
+    shift = np.float32(int(qparams.zero_point))
+    if second is None:
+        quantize_flat(_flat(first), scale, low, high, shift, _flat(out))
+    else:
+        quantize_sum(_flat(first), _flat(second), scale, low, high, shift, _flat(out))
+    return out
+
+
 def _fake_quantize_in_one_pass(
     x: torch.Tensor, qparams: QParams, addend: torch.Tensor | None, clip: tuple[float, float]
 ) -> torch.Tensor:
-    spec, shift = qparams.spec, int(qparams.zero_point)
-    scale = np.float32(float(qparams.scale.detach()))
-    # Rounding is monotone: to clip before it is to clip its result at the rounded limits.
-    lowest, highest = np.rint(np.float32(clip[0]) / scale), np.rint(np.float32(clip[1]) / scale)
-    low, high = (np.float32(min(max(q - shift, lowest), highest)) for q in (spec.quant_min, spec.quant_max))
     first, second = _dense_alike(x, addend)
     out = torch.empty_like(first)
+    scale, low, high = _rounded_limits(qparams, clip)
     if second is None:
         fake_quantize_flat(_flat(first), scale, low, high, _flat(out))
     else:
@@ -209,8 +232,19 @@ def _fake_quantize_in_one_pass(
     return out
 
 
+def _rounded_limits(qparams: QParams, clip: tuple[float, float]) -> tuple[np.float32, np.float32, np.float32]:
+    """Scale, and the limits of ``round(x / scale)``: rounding is monotone, so it takes the clip over."""
+    spec, shift = qparams.spec, int(qparams.zero_point)
+    scale = np.float32(float(qparams.scale.detach()))
+    lowest, highest = np.rint(np.float32(clip[0]) / scale), np.rint(np.float32(clip[1]) / scale)
+    low, high = (np.float32(min(max(q - shift, lowest), highest)) for q in (spec.quant_min, spec.quant_max))
+    return scale, low, high
+
+
 def _dense_alike(x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Both without gaps in memory and in the same order, copied only where they are not."""
+    if y is not None and y.shape != x.shape:
+        x, y = x + y, None
     layout = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     if y is not None:

@@ -13,9 +13,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["fake_quantize_flat", "fake_quantize_sum", "project_rows"]
+__all__ = ["fake_quantize_flat", "fake_quantize_sum", "project_rows", "quantize_flat", "quantize_sum"]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
+Bytes: TypeAlias = NDArray[np.uint8]
 Number: TypeAlias = float | np.floating[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,6 +46,28 @@ def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Nu
         q = low if q < low else q
         q = high if q > high else q
         out[i] = q * scale + x.dtype.type(0)
+
+
+@_jit
+def quantize_flat(x: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes) -> None:
+    """The integers behind :func:`fake_quantize_flat`, ``zero_point`` added, into uint8 ``out``; x is not NaN."""
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = np.uint8(np.int32(q + zero_point))
+
+
+@_jit
+def quantize_sum(
+    x: Floats, y: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes
+) -> None:
+    """:func:`quantize_flat` of ``x + y``."""
+    for i in range(len(x)):
+        q = np.rint((x[i] + y[i]) / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = np.uint8(np.int32(q + zero_point))
 
 
 @_jit

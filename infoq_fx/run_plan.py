@@ -47,26 +47,39 @@ class RunPlan:
     repeats: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
 
-def plan_baseline_run(prepared: PreparedModel, keep: Iterable[fx.Node]) -> RunPlan:
-    """A whole run as far as the nodes to ``keep`` need it; their values stay, all others are freed."""
+def plan_baseline_run(
+    prepared: PreparedModel, keep: Iterable[fx.Node], integers: frozenset[fx.Node] = frozenset()
+) -> RunPlan:
+    """A whole run as far as the nodes to ``keep`` need it; their values stay, all others are freed.
+
+    ``integers`` are the nodes that the interpreter runs over integers, as in every plan of the same runs.
+    """
     kept = set(keep)
-    return _plan(prepared, kept, kept, start=None)
+    return _plan(prepared, kept, kept, None, integers)
 
 
-def plan_perturbed_run(prepared: PreparedModel, site: str, observed: Iterable[fx.Node]) -> RunPlan:
+def plan_perturbed_run(
+    prepared: PreparedModel, site: str, observed: Iterable[fx.Node], integers: frozenset[fx.Node] = frozenset()
+) -> RunPlan:
     """What must run again for the ``observed`` nodes when one site's bit-width changes: no more.
 
     Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
     where no observed node lies downstream. The run ends with the last observed node.
     """
     start = next(node for node, module in prepared.quantizer_nodes() if module.site.name == site)
-    return _plan(prepared, set(observed), set(), start=start)
+    return _plan(prepared, set(observed), set(), start, integers)
 
 
-def _plan(prepared: PreparedModel, wanted: set[fx.Node], kept: set[fx.Node], start: fx.Node | None) -> RunPlan:
+def _plan(
+    prepared: PreparedModel,
+    wanted: set[fx.Node],
+    kept: set[fx.Node],
+    start: fx.Node | None,
+    integers: frozenset[fx.Node],
+) -> RunPlan:
     nodes = [node for node in prepared.graph_module.graph.nodes if node.op != "output"]
     merged = _merge_quantizers(prepared)
-    repeats = _find_repeats(prepared, merged, start)
+    repeats = _find_repeats(prepared, merged, start, integers)
     needed = _find_needed(nodes, wanted, merged, repeats)
     # Where the sum itself is needed too, the quantizer reads it instead of adding once more.
     for node, quantizer in merged.items():
@@ -166,14 +179,18 @@ def _summed(quantizer: MergedQuantizer, node: fx.Node) -> fx.Node | None:
 
 
 def _find_repeats(
-    prepared: PreparedModel, merged: Mapping[fx.Node, MergedQuantizer], perturbed: fx.Node | None
+    prepared: PreparedModel,
+    merged: Mapping[fx.Node, MergedQuantizer],
+    perturbed: fx.Node | None,
+    integers: frozenset[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
     first: dict[Any, tuple[fx.Node, Quantizer]] = {}
     repeats = {}
     for node, quantizer in prepared.quantizer_nodes():
         if node not in merged or node is perturbed or BASELINE_BITS not in quantizer.calibrated_bits:
             continue
-        found = first.setdefault((merged[node].sources, merged[node].clip), (node, quantizer))
+        key = merged[node].sources, merged[node].clip, node in integers
+        found = first.setdefault(key, (node, quantizer))
         if found[0] is not node and _have_equal_qparams(found[1], quantizer):
             repeats[node] = found[0]
     return repeats

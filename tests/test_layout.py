@@ -16,7 +16,7 @@ FLOORS = [
     ["allocation"],
     ["quantizers"],
     ["prepared", "capture"],
-    ["run_plan"],
+    ["run_plan", "integer_convolution"],
     ["passes", "interpreter"],
     ["criteria", "quantized"],
     ["cache", "workers"],

@@ -119,7 +119,7 @@ def test_a_dask_cluster_loses_a_worker_and_no_score(prepared_and_data, table, tm
                 time.sleep(0.002)
             os.kill(victim, signal.SIGKILL)
 
-        killer = threading.Thread(target=kill_in_the_middle)
+        killer = threading.Thread(target=kill_in_the_middle, daemon=True)
         killer.start()
         found = score(*prepared_and_data, executor=client.get_executor(), cache_dir=tmp_path, memory_limit=1)
         killer.join()

@@ -17,6 +17,7 @@ from infoq_fx.criteria.observers import pool_features
 from infoq_fx.criteria.protocol import Work
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import CalibrationDataError
+from infoq_fx.integer_convolution import find_integer_nodes
 from infoq_fx.interpreter import SiteInterpreter, class_logits, first_output, read_weight
 from infoq_fx.machine import ThreadMap, thread_map
 from infoq_fx.mutual_info import (
@@ -120,12 +121,14 @@ class InformationMeasure:
         """All perturbed runs of a block; batches outside, sites inside, so that each baseline runs once."""
         nodes = self._nodes(prepared)
         observed = set(nodes) | ({first_output(prepared)} if self.accuracy else set())
-        plans = {site.name: plan_perturbed_run(prepared, site.name, observed) for site in sites}
+        integers = find_integer_nodes(prepared)
+        plans = {site.name: plan_perturbed_run(prepared, site.name, observed, integers) for site in sites}
         runs = [(site.name, bits) for site in sites for bits in site.bits if bits != BASELINE_BITS]
         if not runs:
             return {}
-        baseline_plan = plan_baseline_run(prepared, set().union(*(plan.boundary for plan in plans.values())))
-        interpreter = SiteInterpreter(prepared)
+        boundary = set().union(*(plan.boundary for plan in plans.values()))
+        baseline_plan = plan_baseline_run(prepared, boundary, integers)
+        interpreter = SiteInterpreter(prepared, integers)
         interpreter.quantize_weights(sites)
         records = {run: _Record(nodes, first_output(prepared), data.samples) for run in runs}
         own = _ForkPerThread(interpreter)
@@ -232,9 +235,10 @@ def measure_baseline(
     output = first_output(prepared)
     names = {node: min(n for n, m in prepared.observer_nodes().items() if m is node) for node in observers.values()}
     logits: list[Tensor] = [torch.empty(0)] * -(-data.samples // batch_size)
-    interpreter = SiteInterpreter(prepared)
+    integers = find_integer_nodes(prepared)
+    interpreter = SiteInterpreter(prepared, integers)
     interpreter.quantize_weights()
-    own, plan = _ForkPerThread(interpreter), plan_baseline_run(prepared, {*names, output})
+    own, plan = _ForkPerThread(interpreter), plan_baseline_run(prepared, {*names, output}, integers)
     record = _Record({}, output, data.samples)
 
     def run(numbered: tuple[int, Mapping[str, Tensor]]) -> None:

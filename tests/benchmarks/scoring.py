@@ -1,0 +1,267 @@
+"""What scoring costs beside the straightforward program, in CPU time of one run: anyone can run it again.
+
+    python tests/benchmarks/scoring.py [kernel] [resnet20] [tried] [memory]
+
+``kernel`` needs nothing; the others need the models beside the project (``../shared/data/real_models.py``).
+One thread everywhere. The kernel's figures are the least of many short rounds in turn with ``numpy.argsort``, since
+other programs on the machine only ever add to a time.
+
+The straightforward program runs the prepared module itself, whole, with hooks at the observers, for every
+(site, bit-width), and calls scikit-learn's ``mutual_info_regression`` and ``mutual_info_classif`` on the same
+projections. It is measured on a sample of runs and of slices and multiplied.
+
+Tried, on ResNet-20 (``tried`` measures the first two again):
+
+- channels_last: convolutions of the forward runs take a third of the time of the default layout. Kept.
+- bf16 convolutions: without instructions for it they are slower, and the scores move by several of their standard
+  errors, since low bit-widths differ by less than bf16 resolves. Not kept.
+- ReLU, clamps and residual additions merged into the quantizer that reads them, one pass over memory: a third of the
+  forward time before, a tenth after. Kept. Two quantizers with the same input and qparams are computed once. Kept.
+- All perturbed variants of a site as one larger batch: slower, the values leave the cache. Not kept.
+- Runs at 8 bits are not run, nothing is perturbed. Bounding other bit-widths from measured ones: the scores are not
+  monotonous in the bits within their standard error, so a bound would not be exact. Not kept.
+- k-d trees: 40 times slower than sweeps. Sweeps over the whole plane grow with N ** 1.5; in bands of y with N ** 1.1.
+"""
+
+import argparse
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
+
+import infoq_fx
+from infoq_fx.criteria import Work
+from infoq_fx.criteria.information import InformationMeasure
+from infoq_fx.criteria.observers import choose_default_observers, pool_features
+from infoq_fx.data import read_data
+from infoq_fx.interpreter import SiteInterpreter, first_output
+from infoq_fx.machine import one_torch_thread
+from infoq_fx.mutual_info import estimate_ksg, estimate_ross, rank_samples, unit_projections
+from infoq_fx.run_plan import plan_baseline_run
+from infoq_fx.sensitivity import Resources, choose_batch_size, measure_sensitivity
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "real_models.py"
+SAMPLES, SLICES = 1024, 256
+
+
+def cpu_seconds(function, *arguments):
+    start = time.process_time()
+    result = function(*arguments)
+    return time.process_time() - start, result
+
+
+def load_real_models():
+    if not DATA.exists():
+        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
+    spec = importlib.util.spec_from_file_location("real_models", DATA)
+    real = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real)
+    return real
+
+
+def run_kernel():
+    print(
+        "kernel, one thread, k = 5, microseconds a slice and in multiples of numpy.argsort of the same float32 points"
+    )
+    generator, least = np.random.default_rng(0), {}
+    for samples in (1024, 2048, 4096, 8192):
+        slices = max(2, (1 << 14) // samples)
+        x = generator.standard_normal((slices, samples)).astype(np.float32)
+        y = (0.5 * x + generator.standard_normal(x.shape)).astype(np.float32)
+        labels, ranked = generator.integers(0, 10, samples), rank_samples(x)
+        work = {
+            "argsort": lambda x=x: [np.argsort(row) for row in x],
+            "KSG, x sorted once": lambda ranked=ranked, y=y: estimate_ksg(ranked, y, threads=1),
+            "KSG with the sort": lambda x=x, y=y: estimate_ksg(x, y, threads=1),
+            "Ross": lambda x=x, labels=labels: estimate_ross(x, labels, threads=1),
+        }
+        for _ in range(200):
+            for name, function in work.items():
+                took = cpu_seconds(function)[0] / slices
+                least[samples, name] = min(took, least.get((samples, name), took))
+        cells = [
+            f"{n} {1e6 * least[samples, n]:.0f} ({least[samples, n] / least[samples, 'argsort']:.1f})" for n in work
+        ]
+        print(f"  N = {samples}: " + ", ".join(cells), flush=True)
+    growth = np.log(least[8192, "KSG, x sorted once"] / least[1024, "KSG, x sorted once"]) / np.log(8)
+    print(f"  growth from 1,024 to 8,192: N ** {growth:.2f}")
+
+
+def prepare_resnet20(real):
+    images, labels = real.cifar10("train")
+    data = images[:SAMPLES], labels[:SAMPLES]
+    prepared = infoq_fx.prepare(real.cifar_resnet20(), data)
+    return prepared, read_data(data).named(prepared.input_names)
+
+
+def run_resnet20(real):
+    prepared, data = prepare_resnet20(real)
+    sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
+    runs = sum(len(site.bits) for site in sites)
+    forward_seconds, run = [], InformationMeasure._run
+
+    def timed(self, *arguments):
+        took, records = cpu_seconds(run, self, *arguments)
+        forward_seconds.append(took)
+        return records
+
+    InformationMeasure._run = timed
+    criterion = infoq_fx.InfoQ(slices=SLICES)
+    with one_torch_thread():
+        criterion.begin(prepared, data.take(64), batch_size=64, work=Work())  # kernels compiled or loaded
+    ours, _ = cpu_seconds(measure_sensitivity, prepared, data, criterion, Resources(progress=False))
+    InformationMeasure._run = run
+    module_pass, seen = cpu_seconds(run_whole, prepared, data)
+    interpreter_pass, _ = cpu_seconds(run_whole_in_interpreter, prepared, data)
+    estimates = estimate_with_scikit_learn(prepared, data, seen)
+    theirs = runs * (module_pass + estimates)
+    forward = sum(forward_seconds)
+    print(f"ResNet-20, {runs} bit-widths, {SAMPLES} images, {SLICES} slices, default observers, CPU seconds")
+    print(f"  straightforward {theirs:.0f}: {runs} x ({module_pass:.2f} forward + {estimates:.1f} scikit-learn)")
+    print(
+        f"  infoq_fx {ours:.0f}: forward {forward:.0f}, the rest {ours - forward:.0f}; {theirs / ours:.1f} times less"
+    )
+    print(
+        f"  forward: {runs * module_pass / forward:.1f} times less than whole passes of the module, "
+        f"{runs * interpreter_pass / forward:.2f} times less than whole passes with the same kernels"
+    )
+
+
+def run_whole(prepared, data):
+    """One whole pass of the prepared module, with hooks at the observers: pooled values by observer."""
+    observers, seen = choose_default_observers(prepared), {}
+    handles = [
+        prepared.graph_module.get_submodule(str(node.target)).register_forward_hook(
+            lambda module, args, out, observer=observer, node=node: seen.setdefault(observer, []).append(
+                pool_features(out, node)
+            )
+        )
+        for observer, node in observers.items()
+    ]
+    with torch.no_grad():
+        for batch in data.batches(64):
+            prepared.graph_module(*batch.values())
+    for handle in handles:
+        handle.remove()
+    return {observer: torch.cat(values).numpy() for observer, values in seen.items()}
+
+
+def run_whole_in_interpreter(prepared, data):
+    with one_torch_thread():
+        interpreter, output = SiteInterpreter(prepared), first_output(prepared)
+        plan = plan_baseline_run(prepared, [output])
+        for batch in data.batches(choose_batch_size(prepared)):
+            interpreter.run_plan(plan, {}, inputs=batch)
+
+
+def estimate_with_scikit_learn(prepared, data, seen, sample=4):
+    """CPU seconds for all observers and slices of one run, from a sample of slices.
+
+    Observers that are not downstream of a site are not estimated for it: the mean over sites is taken.
+    """
+    features, total = np.random.default_rng(0).standard_normal((SAMPLES, sample)), 0.0
+    sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
+    order = {node: index for index, node in enumerate(prepared.graph_module.graph.nodes)}
+    quantizers = {module.site.name: node for node, module in prepared.quantizer_nodes()}
+    layers = {site.name: min(order[user] for user in quantizers[site.name].users) for site in sites}
+    for observer, node in choose_default_observers(prepared).items():
+        share = sum(layers[site.name] < order[node] for site in sites) / len(sites)
+        projected = seen[observer] @ unit_projections(seen[observer].shape[1], sample, 0)
+        for column, x in zip(projected.T, features.T, strict=True):
+            if observer.measure == "task":
+                took, _ = cpu_seconds(
+                    lambda c=column: mutual_info_classif(c[:, None], data.labels.numpy(), discrete_features=False)
+                )
+            else:
+                took, _ = cpu_seconds(lambda c=column, x=x: mutual_info_regression(x[:, None], c, n_neighbors=5))
+            total += share * took * SLICES / sample
+    return total
+
+
+def run_tried(real):
+    prepared, data = prepare_resnet20(real)
+    data = data.take(256)
+    with one_torch_thread():
+        plan, interpreter = plan_baseline_run(prepared, [first_output(prepared)]), SiteInterpreter(prepared)
+        batches = list(data.batches(64))
+
+        def run_all():
+            return torch.cat([interpreter.run_plan(plan, {}, inputs=b)[first_output(prepared)] for b in batches])
+
+        run_all()
+        last, expected = cpu_seconds(run_all)
+        import infoq_fx.interpreter as module
+
+        module._channels_last = lambda x: x.contiguous()
+        interpreter = SiteInterpreter(prepared)
+        run_all()
+        first, _ = cpu_seconds(run_all)
+        print(f"channels_last: {first / last:.2f} times less CPU than the default layout in the forward pass")
+        module._channels_last = lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        interpreter = SiteInterpreter(prepared)
+        with torch.autocast("cpu", torch.bfloat16):
+            run_all()
+            narrow, found = cpu_seconds(run_all)
+    error = float((found.float() - expected).abs().mean() / expected.std())
+    print(
+        f"bf16: {narrow / last:.2f} times the CPU of float32, logits off by {error:.1%} of their deviation on average"
+    )
+
+
+def run_memory(real):
+    """Peak memory of scoring MobileNetV2 in a process of its own; ten sites, since it does not grow with them."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import scoring; scoring.score_mobilenet_v2()"
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True)
+
+
+def score_mobilenet_v2():
+    """Score five weight and five activation sites, at all bit-widths, from the first layers to the last."""
+    real = load_real_models()
+
+    def batches():
+        for start in range(0, 1000, 50):
+            yield real.imagenet_sample(range(start, start + 50))
+
+    data = read_data(batches())
+    model = real.imagenet_mobilenet_v2()
+    everything = infoq_fx.prepare(model, data.take(8), activation_bits=(2, 3, 4, 5, 6, 7, 8)).inventory.sites
+    searched = {
+        kind: [s.name for s in everything if s.kind == kind and s.is_searched] for kind in ("weight", "activation")
+    }
+    kept = {name for names in searched.values() for name in names[:: max(1, len(names) // 4)][:5]}
+    pin = {name: 8 for names in searched.values() for name in names if name not in kept}
+    prepared = infoq_fx.prepare(model, data, activation_bits=(2, 3, 4, 5, 6, 7, 8), pin=pin)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    table = infoq_fx.score(prepared, data, criterion=infoq_fx.InfoQ(slices=SLICES), progress=False)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"MobileNetV2, 224 pixels, {data.samples} images, {SLICES} slices, {len(table.scores)} sites of both kinds at 2 "
+        f"to 8 bits: peak resident memory {after:.0f} MiB ({before:.0f} MiB before scoring)"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["kernel", "resnet20", "tried", "memory"])
+    parts = parser.parse_args().parts
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if "kernel" in parts:
+        run_kernel()
+    real = load_real_models() if set(parts) - {"kernel"} else None
+    for name, run in (("resnet20", run_resnet20), ("tried", run_tried), ("memory", run_memory)):
+        if name in parts:
+            run(real)
+
+
+if __name__ == "__main__":
+    main()
