@@ -18,7 +18,7 @@ __all__ = ["LABEL_KEYS", "MAX_BYTES", "MAX_SAMPLES", "CalibrationData", "read_da
 
 MAX_SAMPLES = 20_000
 MAX_BYTES = 32 << 30
-_HELD_BYTES = 256 << 20  # more than this is spooled to disk while it is read, and mapped
+_HELD_BYTES = 64 << 20  # more than this is spooled to disk while it is read, and mapped
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = "a batch is inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
 

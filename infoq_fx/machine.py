@@ -43,13 +43,15 @@ def one_torch_thread() -> Iterator[int]:
 
     The last bits of a sum depend on how many threads share it. With one thread an operation, and whole runs
     spread over threads, they do not; and small operations do not pay for the exchange. May be entered by several
-    threads at once; the last to leave restores the setting.
+    threads at once.
     """
     global _entered, _threads_before
+    # The setting is one of every thread's own and, apart from that, one that new threads begin with.
+    own = torch.get_num_threads()
     with _lock:
         if _entered == 0:
-            _threads_before = torch.get_num_threads()
-            torch.set_num_threads(1)
+            _threads_before = own
+        torch.set_num_threads(1)
         _entered += 1
         before = _threads_before
     try:
@@ -57,8 +59,10 @@ def one_torch_thread() -> Iterator[int]:
     finally:
         with _lock:
             _entered -= 1
-            if _entered == 0:
-                torch.set_num_threads(_threads_before)
+            torch.set_num_threads(own)
+            others = threading.Thread(target=torch.set_num_threads, args=(1 if _entered else before,))
+            others.start()
+            others.join()
 
 
 @contextmanager

@@ -236,8 +236,8 @@ def _rounded_limits(qparams: QParams, clip: tuple[float, float]) -> tuple[np.flo
     """Scale, and the limits of ``round(x / scale)``: rounding is monotone, so it takes the clip over."""
     spec, shift = qparams.spec, int(qparams.zero_point)
     scale = np.float32(float(qparams.scale.detach()))
-    lowest, highest = np.rint(np.float32(clip[0]) / scale), np.rint(np.float32(clip[1]) / scale)
-    low, high = (np.float32(min(max(q - shift, lowest), highest)) for q in (spec.quant_min, spec.quant_max))
+    limits = (np.rint(np.float32(bound) / scale) for bound in clip)
+    low, high = (np.float32(min(max(q, spec.quant_min - shift), spec.quant_max - shift)) for q in limits)
     return scale, low, high
 
 

@@ -100,3 +100,43 @@ def test_bad_data_says_what_is_wrong(name):
 def test_labels_out_of_range(labels):
     with pytest.raises(CalibrationDataError, match="but the model has 5 classes"):
         read_data((X[:2], labels)).check_labels(5)
+
+
+def test_much_data_is_spooled_to_disk_and_mapped(monkeypatch):
+    batches = [
+        ({"x": torch.randn(n, 3, 4), "t": torch.arange(n, dtype=torch.bfloat16)}, torch.arange(n)) for n in (5, 2, 7)
+    ]
+    expected = read_data(batches)
+    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 100)
+    found = read_data(iter(batches))
+    assert all(
+        torch.equal(found.inputs[name], x) and found.inputs[name].dtype == x.dtype
+        for name, x in expected.inputs.items()
+    )
+    assert torch.equal(found.labels, expected.labels)
+    assert found.is_positional == expected.is_positional
+    found.inputs["x"][0] = 0  # a copy of one's own
+    assert torch.equal(expected.inputs["x"][1:], found.inputs["x"][1:])
+
+
+def test_spooled_data_may_have_no_labels(monkeypatch):
+    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 10)
+    found = read_data([torch.ones(2, 3), torch.zeros(4, 3)])
+    assert found.samples == 6
+    assert found.labels is None
+    assert found.inputs["0"].sum() == 6
+
+
+def test_a_full_disk_is_said(monkeypatch):
+    def full(**_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 10)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(CalibrationDataError, match=r"No space left.*TMPDIR"):
+        read_data([torch.ones(2, 3), torch.zeros(4, 3)])
+
+
+def test_one_batch_is_not_copied():
+    x = torch.ones(4, 3)
+    assert read_data(x).inputs["0"].data_ptr() == x.data_ptr()

@@ -14,6 +14,17 @@ def test_principal_components_are_scikit_learns_up_to_sign():
     np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-3, atol=1e-3)
 
 
+def test_many_samples_and_features_are_done_in_parts(monkeypatch):
+    x = torch.randn(90, 3, 4) * torch.tensor([5.0, 2.0, 1.0])[:, None]
+    expected = principal_components({"x": x}, components=4)
+    monkeypatch.setattr("infoq_fx.encoders._PART_FEATURES", 5)
+    torch.testing.assert_close(principal_components({"x": x}, components=4), expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr("infoq_fx.encoders._COMPONENT_SAMPLES", 60)
+    fitted = PCA(4, svd_solver="full").fit(x[:60].flatten(1).numpy())
+    found = principal_components({"x": x}, components=4).numpy()
+    np.testing.assert_allclose(np.abs(found), np.abs(fitted.transform(x.flatten(1).numpy())), rtol=1e-2, atol=1e-2)
+
+
 def test_few_samples_have_few_components():
     assert principal_components({"x": torch.randn(5, 100)}).shape == (5, 4)
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import dblquad, quad
+from scipy.spatial import cKDTree
 from scipy.special import digamma
 from scipy.stats import norm
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
@@ -14,9 +15,11 @@ from infoq_fx import mutual_info
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.mutual_info import (
     absolute_change,
+    class_samples,
     estimate_ksg,
     estimate_ross,
     group_classes,
+    rank_samples,
     unit_projections,
 )
 
@@ -40,6 +43,18 @@ def ksg_by_brute_force(x, y, k, handle_ties=True):
         else:
             inside, x_inside, y_inside = (np.sum(np.delete(d[i], i) < radius) + 1 for d in (joint, dx, dy))
             terms.append(digamma(inside if handle_ties else k) - digamma(x_inside) - digamma(y_inside))
+    return digamma(len(joint)) + np.mean(terms)
+
+
+def ksg_with_plain_k(x, y, k):
+    """Gao et al. to the letter: copies are counted, but k where several neighbours lie at the k-th distance."""
+    dx, dy = distance_matrix(x), distance_matrix(y)
+    joint, terms = np.maximum(dx, dy), []
+    for i, row in enumerate(joint):
+        radius = np.sort(np.delete(row, i))[k - 1]
+        inside = np.sum(row == 0) if radius == 0 else k
+        x_inside, y_inside = (np.sum(d[i] < radius) if radius else np.sum(d[i] == 0) for d in (dx, dy))
+        terms.append(digamma(inside) - digamma(x_inside) - digamma(y_inside))
     return digamma(len(joint)) + np.mean(terms)
 
 
@@ -229,8 +244,16 @@ def test_ksg_copes_with_rectified_values(rho):
     x, y = np.maximum(correlated_normals(rho, 48, 1000, seed=8), 0)
     truth = rectified_truth(rho)
     assert abs(ksg_by_brute_force(x[0], y[0], 5, handle_ties=False) - truth) > 1
-    # What is left comes from samples near the atom, whose k-th neighbours are many at the same distance.
-    assert abs(np.mean(estimate_ksg(x, y)) - truth) < 0.06
+    assert abs(np.mean(estimate_ksg(x, y)) - truth) < 0.02
+
+
+def test_ties_at_the_kth_distance_are_counted():
+    # k neighbours whatever their number at the same distance: near the atom of a rectified value that is wrong.
+    x, y = np.maximum(correlated_normals(0.0, 48, 1000, seed=8), 0)
+    found = np.mean(estimate_ksg(x, y))
+    assert abs(found) < 0.02
+    with_k = np.mean([ksg_with_plain_k(a, b, 5) for a, b in zip(x[:6], y[:6], strict=True)])
+    assert abs(with_k) > 2 * abs(found)
 
 
 def test_ksg_of_a_rectified_value_and_its_sign_is_one_bit():
@@ -255,6 +278,41 @@ def test_equal_discrete_values_carry_their_entropy(samples):
     expected = digamma(samples) - digamma(samples // 2)
     assert estimate_ksg(x, -x)[0] == pytest.approx(expected, abs=1e-12)
     assert estimate_ross(x, 1 - x)[0] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["continuous", "tied"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_prepared_once_gives_the_same(is_tied, dtype):
+    x, y = (v.astype(dtype) for v in correlated_normals(0.7, 6, 300))
+    if is_tied:
+        x, y = np.round(2 * x), np.maximum(np.round(4 * y), 0)
+    ranked, shared = rank_samples(x), rank_samples(x[0])
+    np.testing.assert_array_equal(estimate_ksg(ranked, y), estimate_ksg(x, y))
+    np.testing.assert_array_equal(estimate_ksg(shared, y), estimate_ksg(x[0], y))
+    np.testing.assert_array_equal(estimate_ksg(ranked, y[:1]), estimate_ksg(x, y[:1]))
+    labels = np.arange(300) % 7
+    np.testing.assert_array_equal(estimate_ross(x, class_samples(labels)), estimate_ross(x, labels))
+
+
+@pytest.mark.parametrize("samples", [700, 2500])
+@pytest.mark.parametrize("k", [1, 5, 6, 12])
+def test_bands_of_the_plane_change_no_neighbour(samples, k):
+    # Large enough for several bands; against a tree on the same float64 values.
+    x, y = correlated_normals(0.9, 2, samples, seed=k)
+    y[1] = np.maximum(y[1], 0)
+    for a, b, found in zip(x, y, estimate_ksg(x, y, k=k), strict=True):
+        points = np.stack([a / np.std(a), b / np.std(b)], 1)
+        distances = cKDTree(points).query(points, k + 1, p=np.inf)[0]
+        limits = distances[:, k] * (1 - 1e-12)
+        inside = (distances[:, 1:] < limits[:, None]).sum(1) + 1
+        counts = [
+            np.array(
+                [np.searchsorted(s, v + r) - np.searchsorted(s, v - r, "right") for v, r in zip(p, limits, strict=True)]
+            )
+            for p, s in ((points[:, i], np.sort(points[:, i])) for i in range(2))
+        ]
+        terms = digamma(inside) - digamma(counts[0]) - digamma(counts[1])
+        assert found == pytest.approx(digamma(samples) + terms.mean(), abs=1e-9)
 
 
 def test_estimates_are_not_clipped():

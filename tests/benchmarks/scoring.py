@@ -43,6 +43,7 @@ from infoq_fx.criteria import Work
 from infoq_fx.criteria.information import InformationMeasure
 from infoq_fx.criteria.observers import choose_default_observers, pool_features
 from infoq_fx.data import read_data
+from infoq_fx.integer_convolution import find_integer_nodes
 from infoq_fx.interpreter import SiteInterpreter, first_output
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.mutual_info import estimate_ksg, estimate_ross, rank_samples, unit_projections
@@ -157,8 +158,8 @@ def run_whole(prepared, data):
 
 def run_whole_in_interpreter(prepared, data):
     with one_torch_thread():
-        interpreter, output = SiteInterpreter(prepared), first_output(prepared)
-        plan = plan_baseline_run(prepared, [output])
+        integers, output = find_integer_nodes(prepared), first_output(prepared)
+        interpreter, plan = SiteInterpreter(prepared, integers), plan_baseline_run(prepared, [output], integers)
         for batch in data.batches(choose_batch_size(prepared)):
             interpreter.run_plan(plan, {}, inputs=batch)
 

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infoq_fx import numerics
+from infoq_fx.pointwise import project_rows
+from infoq_fx.spec import QParams, QuantSpec
+
+
+def affine(bits, scale, zero_point):
+    return QParams(
+        QuantSpec(bits=bits, symmetric=False), torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+    )
+
+
+def by_definition(x, qparams, addend, clip):
+    """The operations one after the other, as quantize and dequantize define them."""
+    total = x if addend is None else x + addend
+    return numerics.quantize(total.clamp(*clip), qparams)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.integers(2, 8),
+    scale=st.sampled_from([2.0**-5, 0.0234375, 0.1, 3.0]),
+    share=st.floats(0, 1),
+    clip=st.sampled_from([(-np.inf, np.inf), (0.0, np.inf), (0.0, 6.0), (-1.0, 1.0), (0.3, 0.35)]),
+    has_addend=st.booleans(),
+    layout=st.sampled_from(["plain", "channels last", "strided", "broadcast"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_merged_operations_equal_one_after_the_other(seed, bits, scale, share, clip, has_addend, layout):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(2, 3, 5, 4, generator=generator) * 4 for _ in range(2))
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x, y = x[:, :, ::2, 1:], y[:, :, ::2, 1:]
+    elif layout == "broadcast":
+        y = y[:1, :, :1]
+    x[0, 0, 0, 0] = -0.0
+    qparams = affine(bits, scale, round(share * (2**bits - 1)))
+    addend = y if has_addend else None
+    expected = by_definition(x, qparams, addend, clip)
+    found = numerics.quantize_in_one_pass(x, qparams, addend=addend, clip=clip)
+    assert torch.equal(found, expected)
+    values = numerics.fake_quantize(x, qparams, addend=addend, clip=clip)
+    assert torch.equal(values, numerics.dequantize(expected, qparams))
+    assert not (values.view(torch.int32) == torch.tensor(-0.0).view(torch.int32)).any()
+
+
+def test_more_threads_take_the_other_path_to_the_same_values(monkeypatch):
+    x, y, qparams = torch.randn(3, 4, 5), torch.randn(3, 4, 5), affine(8, 0.03, 17)
+    expected = numerics.fake_quantize(x, qparams, addend=y, clip=(0.0, 3.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert torch.equal(numerics.fake_quantize(x, qparams, addend=y, clip=(0.0, 3.0)), expected)
+
+
+def test_nan_stays_nan():
+    x = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf")])
+    found = numerics.fake_quantize(x, affine(8, 0.5, 10), clip=(0.0, 6.0))
+    assert torch.isnan(found[0])
+    assert found[1:].tolist() == [1.0, 6.0, 0.0]
+
+
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 40])
+def test_a_projection_does_not_depend_on_its_neighbours(samples):
+    generator = np.random.default_rng(0)
+    rows, directions = (generator.standard_normal(shape).astype(np.float32) for shape in ((40, 7), (7, 12)))
+    whole = np.empty((12, 40), np.float32)
+    project_rows(rows, directions, whole)
+    np.testing.assert_allclose(whole, (rows.astype(np.float64) @ directions).T, rtol=0, atol=1e-5)
+    part = np.zeros((12, 50), np.float32)
+    project_rows(rows[-samples:], directions, part[:, 5 : 5 + samples])
+    np.testing.assert_array_equal(part[:, 5 : 5 + samples], whole[:, -samples:])
+    assert not part[:, :5].any()
+    assert not part[:, 5 + samples :].any()
