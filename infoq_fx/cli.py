@@ -62,6 +62,9 @@ def quantize(
     ignore: Annotated[list[str] | None, typer.Option(help="Glob on module paths to leave in float.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep every finished score here; the next run goes on.")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Quantize a trained model under a budget and write it as ONNX."""
@@ -89,7 +92,15 @@ def quantize(
         device=device,
         budget=limits,
     )
-    allocation = allocate(api.score(prepared, calibration, seed=seed, progress=progress), limits)
+    try:
+        table = api.score(prepared, calibration, seed=seed, cache_dir=cache_dir, progress=progress)
+    except KeyboardInterrupt as interrupt:
+        typer.echo(
+            f"interrupted: {str(interrupt).replace('the same call with cache_dir=', 'the same command with --cache-dir ')}",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    allocation = allocate(table, limits)
     export_onnx(api.convert(prepared, allocation), output)
     typer.echo(summarize(allocation, prepared.inventory))
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")

@@ -60,6 +60,27 @@ def test_quantize_from_a_callable_and_an_image_folder(folder):
     assert onnxruntime.InferenceSession(out).get_inputs()[0].shape == ["batch", 3, 64, 64]
 
 
+def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
+    def interrupted(*_, cache_dir, **__):
+        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={str(cache_dir)!r} goes on from there")
+
+    monkeypatch.setattr("infoq_fx.api.score", interrupted)
+    files = [str(folder / "model.pt2"), str(folder / "data.npz"), "-o", str(tmp_path / "x.onnx")]
+    result = CliRunner().invoke(cli.app, ["quantize", *files, "--budget", "4", "--cache-dir", str(tmp_path)])
+    assert result.exit_code == 130
+    assert f"the same command with --cache-dir '{tmp_path}' goes on from there" in result.stderr
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_the_command_keeps_its_scores(folder, tmp_path):
+    files = [str(folder / "model.pt2"), str(folder / "data.npz"), "-o", str(tmp_path / "x.onnx"), "--no-progress"]
+    options = ["--bits", "4,8", "--cache-dir", str(tmp_path / "scores")]
+    for budget in ("4.5", "6"):
+        result = CliRunner().invoke(cli.app, ["quantize", *files, *options, "--budget", budget], catch_exceptions=False)
+        assert result.exit_code == 0
+    assert len([path for path in (tmp_path / "scores").rglob("*bit-*.json")]) == 12
+
+
 def test_errors_are_one_paragraph_and_exit_code_1(folder):
     arguments = [
         "quantize",
