@@ -95,10 +95,8 @@ def quantize(
     try:
         table = api.score(prepared, calibration, seed=seed, cache_dir=cache_dir, progress=progress)
     except KeyboardInterrupt as interrupt:
-        typer.echo(
-            f"interrupted: {str(interrupt).replace('the same call with cache_dir=', 'the same command with --cache-dir ')}",
-            err=True,
-        )
+        message = str(interrupt).replace("the same call with cache_dir=", "the same command with --cache-dir ")
+        typer.echo(f"interrupted: {message}", err=True)
         raise typer.Exit(130) from None
     allocation = allocate(table, limits)
     export_onnx(api.convert(prepared, allocation), output)

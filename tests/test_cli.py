@@ -78,7 +78,7 @@ def test_the_command_keeps_its_scores(folder, tmp_path):
     for budget in ("4.5", "6"):
         result = CliRunner().invoke(cli.app, ["quantize", *files, *options, "--budget", budget], catch_exceptions=False)
         assert result.exit_code == 0
-    assert len([path for path in (tmp_path / "scores").rglob("*bit-*.json")]) == 12
+    assert len(list((tmp_path / "scores").rglob("*bit-*.json"))) == 12
 
 
 def test_errors_are_one_paragraph_and_exit_code_1(folder):
