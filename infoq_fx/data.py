@@ -219,7 +219,7 @@ def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
             raise CalibrationDataError(f"input {name!r} of batch {index} is on the meta device: it has no values")
         if x.ndim == 0:
             raise CalibrationDataError(f"input {name!r} of batch {index} has no batch dimension; give [samples, ...]")
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        if x.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in x.split(64)):
             raise CalibrationDataError(
                 f"input {name!r} of batch {index} holds NaN or infinity: clean the data, or check its normalisation"
             )

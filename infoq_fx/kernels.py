@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from infoq_fx.jit import jit
 
 __all__ = [
     "sum_ksg_terms",
     "sum_ross_terms",
-    "usable_threads",
 ]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -32,27 +32,15 @@ _STRAGGLERS = 6  # lanes that may be unfinished when a block stops; they go on a
 _STRIDE = 8  # steps between two looks at how many are unfinished
 
 
-def usable_threads() -> int:
-    """Threads that numba was told to use; estimates are spread over so many."""
-    return int(numba.get_num_threads())
-
-
-def _jit(function: _Function, **options: Any) -> _Function:
-    try:
-        return cast(_Function, numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written: compile every time
-        return cast(_Function, numba.njit(nogil=True, error_model="numpy", **options)(function))
-
-
 def _jit_min(function: _Function) -> _Function:
     # Without NaN a minimum is the same in any order; only then does the compiler vectorise it.
-    return _jit(function, fastmath={"nnan", "nsz", "reassoc"})
+    return jit(function, fastmath={"nnan", "nsz", "reassoc"})
 
 
 # Neighbours of both variables -------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def sum_ksg_terms(
     ascending: Floats,
     order: Integers,
@@ -104,7 +92,7 @@ def sum_ksg_terms(
     return sums
 
 
-@_jit
+@jit
 def order_copies(ascending: Floats, y: Floats, order: Integers) -> None:
     """Within every run of equal x, put ``order`` ``[slices, samples]`` into that of y: copies lie side by side."""
     for s in range(len(order)):
@@ -117,7 +105,7 @@ def order_copies(ascending: Floats, y: Floats, order: Integers) -> None:
                 start = i
 
 
-@_jit
+@jit
 def deviation(values: Floats) -> float:
     """Standard deviation; summed in eight parts, which is the same on every processor."""
     size, total = len(values), np.zeros(8)
@@ -133,7 +121,7 @@ def deviation(values: Floats) -> float:
     return math.sqrt(total.sum() / size)
 
 
-@_jit
+@jit
 def _make_room(samples: int, like: Floats) -> tuple[Floats, Floats, Integers, int]:
     """The plane and a band of it, x above y, with room for infinities around x; and places in the plane."""
     pad = samples + _CHUNK + 2 * _STRIDE
@@ -141,7 +129,7 @@ def _make_room(samples: int, like: Floats) -> tuple[Floats, Floats, Integers, in
     return np.zeros((2, size), like.dtype), np.zeros((2, size), like.dtype), np.empty(samples + 1, np.int64), pad
 
 
-@_jit
+@jit
 def _find_kth_distances(
     x: Floats,
     paired: Floats,
@@ -174,7 +162,7 @@ def _find_kth_distances(
         _search_band(plane, pad, band, places[:count], (low, core_low, core_high, high), ratio, k, distances, inside)
 
 
-@_jit
+@jit
 def _count_copies(x: Floats, paired: Floats, distances: Floats, inside: Integers) -> None:
     """Where the k-th distance is 0 the copies of the sample count, itself included: they lie side by side."""
     start, samples = 0, len(x)
@@ -187,7 +175,7 @@ def _count_copies(x: Floats, paired: Floats, distances: Floats, inside: Integers
         start = stop
 
 
-@_jit
+@jit
 def _set_limits(distances: Floats) -> None:
     """What lies nearer than this is counted: copies at distance 0; nothing that only rounding has made nearer."""
     info = np.finfo(distances.dtype)
@@ -196,7 +184,7 @@ def _set_limits(distances: Floats) -> None:
         distances[i] = distances[i] * shrink if distances[i] > 0 else info.tiny
 
 
-@_jit
+@jit
 def _count_within(values: Floats, points: Floats, limits: Floats, ratio: Number, counts: Integers) -> None:
     """How many of the ascending values are less than ``limit / ratio`` away from each point, one of them."""
     one, size, last = np.uint32(1), np.uint32(len(points)), counts
@@ -213,7 +201,7 @@ def _count_within(values: Floats, points: Floats, limits: Floats, ratio: Number,
         counts[i] = last[i] - first[i]
 
 
-@_jit
+@jit
 def _fill_band(plane: Floats, pad: int, samples: int, low: Number, high: Number, band: Floats, places: Integers) -> int:
     """Copy the points with ``low <= y <= high`` behind the same padding; their places in the plane."""
     x, y = plane[0, pad : pad + samples], plane[1, pad : pad + samples]
@@ -225,7 +213,7 @@ def _fill_band(plane: Floats, pad: int, samples: int, low: Number, high: Number,
     return count
 
 
-@_jit
+@jit
 def _search_band(
     plane: Floats,
     pad: int,
@@ -296,7 +284,7 @@ def _search_alone(
             j += direction * _CHUNK
 
 
-@_jit
+@jit
 def _insert(nearest: Floats, distance: Number) -> None:
     last = len(nearest) - 1
     nearest[last] = distance
@@ -305,7 +293,7 @@ def _insert(nearest: Floats, distance: Number) -> None:
         nearest[rank - 1], nearest[rank] = min(low, high), max(low, high)
 
 
-@_jit
+@jit
 def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: Number, n: Floats) -> None:
     """Compare a block with the points ``done + 1`` to ``done + _STRIDE`` places before and behind.
 
@@ -336,7 +324,7 @@ def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: Number, n: Floats
             n[i + 4 * _LANES] = min(min(n[i + 4 * _LANES], a), b)
 
 
-@_jit
+@jit
 def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: Number, ranks: Floats, displaced: Floats) -> None:
     """The same for any number of ranks: two candidates a lane are handed from rank to rank."""
     left, right = displaced[0], displaced[1]
@@ -353,7 +341,7 @@ def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: Number, rank
                 nearest[i], left[i], right[i] = min(low, b), max(kept, a), max(low, b)
 
 
-@_jit
+@jit
 def _count_unfinished(x: Floats, start: int, step: int, kth: Floats) -> int:
     """Lanes that may have a nearer neighbour beyond ``step`` places: the difference in x alone does not exceed."""
     count, centre = 0, x[start : start + _LANES]
@@ -366,7 +354,7 @@ def _count_unfinished(x: Floats, start: int, step: int, kth: Floats) -> int:
 # Neighbours within a class ----------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def sum_ross_terms(
     ascending: Floats, order: Integers, classes: Integers, sizes: Integers, k: int, psi: Floats
 ) -> Floats:
@@ -408,7 +396,7 @@ def sum_ross_terms(
     return sums
 
 
-@_jit
+@jit
 def _find_kth_in_class(values: Floats, k: int, distances: Floats, inside: Integers) -> None:
     """Distances to the k-th neighbours among ascending values, and how many lie strictly inside."""
     shrink, size = values.dtype.type(1 - 64 * np.finfo(values.dtype).eps), len(values)

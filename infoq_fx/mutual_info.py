@@ -25,6 +25,7 @@ from scipy.special import digamma
 
 from infoq_fx import kernels
 from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.jit import usable_threads
 
 __all__ = [
     "ClassedSamples",
@@ -305,7 +306,7 @@ def _as_slices(values: ArrayLike, name: str) -> Floats:
 
 def _map_slices(estimate: Callable[[slice], Doubles], is_varied: Mask, samples: int, threads: int | None) -> Doubles:
     """Estimates of the varied slices, a few at a time and in several threads; 0 for the others."""
-    wanted = kernels.usable_threads() if threads is None else threads
+    wanted = usable_threads() if threads is None else threads
     slices = len(is_varied)
     count = max(1, min(wanted, slices, slices * samples // _MIN_VALUES_PER_THREAD))
     step = max(1, _CHUNK_VALUES // samples)

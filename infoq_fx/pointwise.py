@@ -6,29 +6,21 @@ whatever the size of the batch and the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from infoq_fx.jit import jit
 
 __all__ = ["fake_quantize_flat", "fake_quantize_sum", "project_rows", "quantize_flat", "quantize_sum"]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Bytes: TypeAlias = NDArray[np.uint8]
 Number: TypeAlias = float | np.floating[Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _jit(function: _Function) -> _Function:
-    try:
-        return cast(_Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written: compile every time
-        return cast(_Function, numba.njit(nogil=True, error_model="numpy")(function))
-
-
-@_jit
+@jit
 def fake_quantize_flat(x: Floats, scale: Number, low: Number, high: Number, out: Floats) -> None:
     """``clip(round_half_even(x / scale), low, high) * scale`` into ``out``; NaN stays NaN, -0.0 becomes 0.0."""
     for i in range(len(x)):
@@ -38,7 +30,7 @@ def fake_quantize_flat(x: Floats, scale: Number, low: Number, high: Number, out:
         out[i] = q * scale + x.dtype.type(0)
 
 
-@_jit
+@jit
 def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Number, out: Floats) -> None:
     """:func:`fake_quantize_flat` of ``x + y``."""
     for i in range(len(x)):
@@ -48,7 +40,7 @@ def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Nu
         out[i] = q * scale + x.dtype.type(0)
 
 
-@_jit
+@jit
 def quantize_flat(x: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes) -> None:
     """The integers behind :func:`fake_quantize_flat`, ``zero_point`` added, into uint8 ``out``; x is not NaN."""
     for i in range(len(x)):
@@ -58,7 +50,7 @@ def quantize_flat(x: Floats, scale: Number, low: Number, high: Number, zero_poin
         out[i] = np.uint8(np.int32(q + zero_point))
 
 
-@_jit
+@jit
 def quantize_sum(
     x: Floats, y: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes
 ) -> None:
@@ -70,7 +62,7 @@ def quantize_sum(
         out[i] = np.uint8(np.int32(q + zero_point))
 
 
-@_jit
+@jit
 def project_rows(rows: Floats, directions: Floats, out: Floats) -> None:
     """``rows [samples, features] @ directions [features, slices]`` into ``out [slices, samples]``.
 

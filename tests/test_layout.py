@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 # Files of one line share a floor and do not import each other.
 FLOORS = [
     ["errors", "version"],
-    ["spec", "files"],
+    ["spec", "files", "jit"],
     ["machine", "kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
     ["mutual_info", "numerics", "relaxation"],
     ["allocation"],
@@ -27,7 +27,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {
-    "numba": {"kernels", "pointwise"},
+    "numba": {"jit"},
     "pulp": {"allocation"},
     "onnx": {"onnx_export"},
     "onnx_ir": {"onnx_export"},
