@@ -40,7 +40,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 
 import infoq_fx
 from infoq_fx.criteria import Work
@@ -173,6 +172,8 @@ def estimate_with_scikit_learn(prepared, data, seen, sample=4):
 
     Observers that are not downstream of a site are not estimated for it: the mean over sites is taken.
     """
+    from sklearn.feature_selection import mutual_info_classif, mutual_info_regression  # the memory is measured without
+
     features, total = np.random.default_rng(0).standard_normal((SAMPLES, sample)), 0.0
     sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
     order = {node: index for index, node in enumerate(prepared.graph_module.graph.nodes)}
@@ -235,7 +236,7 @@ def run_tried(real):
 
 
 def run_memory(real):
-    """Peak memory of scoring MobileNetV2 in a process of its own; ten sites, since it does not grow with them.
+    """Peak memory of scoring MobileNetV2 in a process of its own; six sites, since it does not grow with them.
 
     The images are decoded by another process into a file and mapped, so that the decoder's memory is not counted.
     """
@@ -246,23 +247,25 @@ def run_memory(real):
 
 
 def write_images(folder):
-    images, labels = load_real_models().imagenet_sample(range(1000))
+    real = load_real_models()
+    images, labels = real.imagenet_sample(range(1000))
     np.save(Path(folder) / "images.npy", images.numpy())
     np.save(Path(folder) / "labels.npy", labels.numpy())
+    prepared = infoq_fx.prepare(real.imagenet_mobilenet_v2(), images[:8], activation_bits=(2, 8))
+    pinned = []
+    for kind in ("weight", "activation"):
+        names = [site.name for site in prepared.inventory.sites if site.kind == kind and site.is_searched]
+        kept = names[:: len(names) // 2]  # the first, the middle, the last
+        pinned += [name for name in names if name not in kept]
+    (Path(folder) / "pinned.txt").write_text("\n".join(pinned))
 
 
 def score_mobilenet_v2(folder):
-    """Score five weight and five activation sites, at all bit-widths, from the first layers to the last."""
-    real = load_real_models()
+    """Score three weight and three activation sites at all bit-widths: in the first, the middle and the last layer."""
+    model = load_real_models().imagenet_mobilenet_v2()
     images, labels = np.load(Path(folder) / "images.npy", mmap_mode="c"), np.load(Path(folder) / "labels.npy")
     data = read_data((torch.from_numpy(images), torch.from_numpy(labels)))
-    model = real.imagenet_mobilenet_v2()
-    everything = infoq_fx.prepare(model, data.take(8), activation_bits=(2, 3, 4, 5, 6, 7, 8)).inventory.sites
-    searched = {
-        kind: [s.name for s in everything if s.kind == kind and s.is_searched] for kind in ("weight", "activation")
-    }
-    kept = {name for names in searched.values() for name in names[:: max(1, len(names) // 4)][:5]}
-    pin = {name: 8 for names in searched.values() for name in names if name not in kept}
+    pin = dict.fromkeys((Path(folder) / "pinned.txt").read_text().split(), 8)
     prepared = infoq_fx.prepare(model, data, activation_bits=(2, 3, 4, 5, 6, 7, 8), pin=pin)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     table = infoq_fx.score(prepared, data, criterion=infoq_fx.InfoQ(slices=SLICES), progress=False)
