@@ -1,6 +1,6 @@
 """What scoring costs beside the straightforward program, in CPU time of one run: anyone can run it again.
 
-    python tests/benchmarks/scoring.py [kernel] [resnet20] [tried] [memory]
+    python tests/benchmarks/scoring.py [kernel] [resnet20] [tried] [memory] [--float]
 
 ``kernel`` needs nothing; the others need the models beside the project (``../shared/data/real_models.py``).
 One thread everywhere. The kernel's figures are the least of many short rounds in turn with ``numpy.argsort``, since
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 
 import infoq_fx
+from infoq_fx import integer_convolution
 from infoq_fx.criteria import Work
 from infoq_fx.criteria.information import InformationMeasure
 from infoq_fx.criteria.observers import choose_default_observers, pool_features
@@ -279,7 +280,11 @@ def score_mobilenet_v2(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["kernel", "resnet20", "tried", "memory"])
-    parts = parser.parse_args().parts
+    parser.add_argument("--float", action="store_true", help="as on a processor without exact 8-bit products")
+    arguments = parser.parse_args()
+    parts = arguments.parts
+    if arguments.float:
+        integer_convolution.can_convolve_integers = lambda: False
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if "kernel" in parts:
