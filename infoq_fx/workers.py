@@ -6,6 +6,7 @@ import hashlib
 import logging
 import pickle
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ __all__ = ["Job", "count_workers", "map_blocks", "measure_block", "pack_job"]
 
 Block = Sequence[QuantSite]
 _Loaded = tuple[PreparedModel, CalibrationData | None, Measure]
+_here: dict[str, _Loaded] = {}  # jobs of this process itself, whose threads and forks need no copy
 _loaded: dict[str, _Loaded] = {}  # in a worker: the job it is at
+_gate, _running = threading.Condition(), 0
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,43 @@ def pack_job(prepared: PreparedModel, data: CalibrationData | None, measure: Mea
         (Path(folder) / "model").write_bytes(model)
         inputs = {} if data is None else {name: x.cpu() for name, x in data.inputs.items()}
         torch.save(inputs, Path(folder) / "inputs")
-        yield Job(folder, hashlib.blake2b(model + folder.encode(), digest_size=16).hexdigest())
+        job = Job(folder, hashlib.blake2b(model + folder.encode(), digest_size=16).hexdigest())
+        _here[job.digest] = prepared, data, measure
+        try:
+            yield job
+        finally:
+            _here.pop(job.digest, None)
 
 
 def measure_block(job: Job, sites: Block, threads: int) -> list[Measurement] | None:
     """In a worker: the measurements of a block; None where the job's files cannot be read from here."""
-    if job.digest not in _loaded:
-        found = _load(job)
-        if found is None:
+    with _entered(job) as loaded:
+        if loaded is None:
             return None
-        _loaded.clear()
-        _loaded[job.digest] = found
-    prepared, data, measure = _loaded[job.digest]
-    with one_torch_thread():
-        return measure(prepared, data, sites, Work(threads=threads))
+        prepared, data, measure = loaded
+        with one_torch_thread():
+            return measure(prepared, data, sites, Work(threads=threads))
+
+
+@contextmanager
+def _entered(job: Job) -> Iterator[_Loaded | None]:
+    """The loaded job. To load one is to trace its graph, which torch.fx does for the whole process: nothing may run."""
+    global _running
+    with _gate:
+        loaded = _here.get(job.digest) or _loaded.get(job.digest)
+        if loaded is None:
+            _gate.wait_for(lambda: _running == 0)
+            loaded = _loaded.get(job.digest) or _load(job)
+            if loaded is not None:
+                _loaded.clear()
+                _loaded[job.digest] = loaded
+        _running += 1
+    try:
+        yield loaded
+    finally:
+        with _gate:
+            _running -= 1
+            _gate.notify_all()
 
 
 def count_workers(executor: Executor) -> int | None:

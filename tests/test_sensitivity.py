@@ -142,13 +142,39 @@ def test_workers_that_cannot_read_the_files_get_them_sent(prepared_and_data, tab
             sent.append(job.content is not None)
             return super().submit(function, pickle.loads(pickle.dumps(job)), *args)
 
+    class Elsewhere(dict):
+        def __setitem__(self, key, value):
+            """Another process does not have it."""
+
     current = [""]
+    monkeypatch.setattr(workers, "_here", Elsewhere())
     monkeypatch.setattr(workers, "_read", read_elsewhere)
     with Remote(1) as executor:
         found = score(*prepared_and_data, executor=executor, memory_limit=1)
     assert found.scores == table.scores
     assert any(sent)
     assert not all(sent)
+
+
+def test_threads_of_one_worker_load_the_job_once_and_before_they_run(prepared_and_data, table, monkeypatch):
+    # Loading traces the graph, for which torch.fx patches every module of the process.
+    loads, load = [], workers._load
+
+    def count(job):
+        loads.append(job.digest)
+        time.sleep(0.2)
+        return load(job)
+
+    class Elsewhere(dict):
+        def __setitem__(self, key, value):
+            """Another process does not have it."""
+
+    monkeypatch.setattr(workers, "_here", Elsewhere())
+    monkeypatch.setattr(workers, "_load", count)
+    with ThreadPoolExecutor(3) as executor:
+        found = score(*prepared_and_data, executor=executor, memory_limit=1)
+    assert found.scores == table.scores
+    assert len(loads) == 1
 
 
 class DyingPool(Executor):
