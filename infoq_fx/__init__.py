@@ -5,7 +5,7 @@ infoq_fx.export_onnx(quantized, "model.onnx")
 """
 
 from infoq_fx.allocation import allocate, summarize
-from infoq_fx.api import convert, prepare, quantize, refine, score
+from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
 from infoq_fx.encoders import load_dinov2
@@ -21,6 +21,7 @@ from infoq_fx.errors import (
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.recovery import RECOVERY_STEPS, BiasCorrection, RecoveryStep, SecondOrderRounding
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
 from infoq_fx.version import __version__
@@ -28,8 +29,10 @@ from infoq_fx.version import __version__
 __all__ = [
     "CRITERIA",
     "EAGL",
+    "RECOVERY_STEPS",
     "Allocation",
     "Audit",
+    "BiasCorrection",
     "Budget",
     "CalibrationDataError",
     "Criterion",
@@ -44,6 +47,8 @@ __all__ = [
     "OptionError",
     "PreparedModel",
     "QuantizedModule",
+    "RecoveryStep",
+    "SecondOrderRounding",
     "SensitivityTable",
     "UnsupportedModelError",
     "__version__",
@@ -55,6 +60,7 @@ __all__ = [
     "load_dinov2",
     "prepare",
     "quantize",
+    "recover",
     "refine",
     "score",
     "summarize",

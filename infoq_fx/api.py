@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,13 +33,14 @@ from infoq_fx.passes.insert_observers import insert_observers
 from infoq_fx.passes.insert_quantizers import insert_quantizers
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import Provenance, QuantizedModule, wrap_quantized
+from infoq_fx.recovery import AnyRecovery, find_steps, recover_accuracy
 from infoq_fx.refinement import choose_allocation
 from infoq_fx.runs import choose_batch_size
 from infoq_fx.sensitivity import Resources, measure_sensitivity
 from infoq_fx.spec import Allocation, Budget, Observer, check_bits
 from infoq_fx.table import SensitivityTable
 
-__all__ = ["convert", "prepare", "quantize", "refine", "score"]
+__all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -56,6 +59,7 @@ def quantize(
     encoder: Encoder | str | None = None,
     alpha: float = 1.0,
     refine: bool = True,
+    recovery: AnyRecovery = "fast",
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -83,6 +87,7 @@ def quantize(
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.encoders.encode_inputs`.
         alpha: weight of activation scores against weight scores (Eq. 5).
         refine: choose among a few allocations by running them, see :func:`refine`; needs data.
+        recovery: what is done for the accuracy at these bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths, layers to leave in float (everything below a matching module).
         pin: glob pattern on module paths or site names, to the bit-width it must have.
         seed: of everything random; the same seed gives the same result.
@@ -103,7 +108,7 @@ def quantize(
         OptionError: an argument cannot be used.
         InfeasibleBudgetError: no allocation fits; known before anything is scored.
     """
-    chosen = _make_criterion(criterion, observers, encoder, seed)
+    chosen, steps = _make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
         warnings.warn(
@@ -132,9 +137,16 @@ def quantize(
         memory_limit=memory_limit,
         progress=progress,
     )
-    if data is None or not refine:
+    if data is None:
         return convert(prepared, allocate(table, budget, alpha=alpha))
-    return convert(prepared, choose_allocation(prepared, table, budget, fit_data(prepared, data), alpha=alpha))
+    fitting = fit_data(prepared, data)
+    if refine:
+        allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha)
+    else:
+        allocation = allocate(table, budget, alpha=alpha)
+    folder = None if cache_dir is None else Path(cache_dir)
+    better = recover_accuracy(prepared, allocation.bits, fitting, steps, cache_dir=folder, progress=progress)
+    return convert(better, allocation)
 
 
 def prepare(
@@ -246,21 +258,73 @@ def refine(
     return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin)
 
 
+def recover(
+    prepared: PreparedModel,
+    allocation: Allocation,
+    calibration_data: Any,
+    recovery: AnyRecovery = "fast",
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> PreparedModel:
+    """Win back accuracy at the bit-widths of an allocation: the same graph with better weights, biases and scales.
+
+    The ladder: ``"none"``; ``"fast"``, second-order rounding with the mean error taken by the biases (the default of
+    :func:`quantize`); ``"best"``, block reconstruction on top of it. Or the name of a step in
+    :data:`infoq_fx.RECOVERY_STEPS`, a step with options of your own, or a list of these, taken in order.
+
+    Nothing is made worse: a step that lowers the agreement with the float model, measured as the mean KL divergence of
+    the outputs over every fifth sample (at most 256), which no step sees, is undone; the log tells.
+
+    Args:
+        prepared: calibrated; it stays as it is and serves for the next allocation.
+        allocation: bit-widths of all sites.
+        calibration_data: see :func:`quantize`; labels are not read.
+        recovery: what to do.
+        cache_dir: folder where long steps keep what is finished, so that a run that was stopped goes on.
+        progress: show a bar on standard error.
+
+    Returns:
+        For :func:`convert` with the same allocation. Its ``recovered_by`` are the steps that helped; another
+        ``recover`` goes on from there, and measures against the same float model.
+
+    Raises:
+        OptionError: an unknown step, an option out of range, or an allocation of another model.
+        CalibrationDataError: the data cannot be used.
+    """
+    steps = find_steps(recovery)
+    _check_allocation(prepared, allocation)
+    data = fit_data(prepared, read_data(calibration_data))
+    folder = None if cache_dir is None else Path(cache_dir)
+    return recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+
+
 def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     """The quantized model of an allocation; ``prepared`` stays as it is and serves for the next allocation.
 
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
+    _check_allocation(prepared, allocation)
+    allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
+    graph_module = copy.deepcopy(prepared.graph_module)
+    passes = [remove_observers, _named(convert_quantizers, bits=allocation.bits), quantize_biases]
+    provenance = Provenance(
+        allocation,
+        prepared.example_inputs,
+        prepared.output_names,
+        batch_size=prepared.batch_size,
+        prepared=prepared.origin or prepared,
+    )
+    return wrap_quantized(run_passes(graph_module, passes), provenance)
+
+
+def _check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
     for _, quantizer in prepared.quantizer_nodes():
         name, known = quantizer.site.name, quantizer.calibrated_bits
         if allocation.bits.get(name) not in known:
             found = allocation.bits.get(name, "no bit-width")
             raise OptionError(f"the allocation gives site {name!r} {found}; it was calibrated for {known}")
-    graph_module = copy.deepcopy(prepared.graph_module)
-    passes = [remove_observers, _named(convert_quantizers, bits=allocation.bits), quantize_biases]
-    provenance = Provenance(allocation, prepared.example_inputs, prepared.output_names)
-    return wrap_quantized(run_passes(graph_module, passes), provenance)
 
 
 def _make_criterion(

@@ -113,12 +113,18 @@ class MeasurementCache:
 
 
 def digest_run(
-    prepared: PreparedModel, data: CalibrationData | None, settings: Mapping[str, Plain], *, batch_size: int
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    settings: Mapping[str, Plain],
+    *,
+    batch_size: int,
+    bits: Mapping[str, int] | None = None,
 ) -> str:
     """A key for everything that decides measurements beside the site and its bit-width.
 
     The package's and torch's version, the graph, all its weights, the 8-bit qparams of all sites, the data and the
-    settings of the criterion. The batch size decides the last bits of some sums.
+    settings of the criterion. The batch size decides the last bits of some sums. With ``bits``, by site, the qparams at
+    these bit-widths count too.
     """
     device = next(iter(prepared.example_inputs.values())).device.type
     parts: list[str | Tensor] = [__version__, torch.__version__, device, str(batch_size)]
@@ -131,8 +137,10 @@ def digest_run(
         if id(tensor) not in of_quantizers:
             parts += [name, tensor]
     for quantizer in quantizers:
-        qparams = quantizer.qparams_at(BASELINE_BITS)
-        parts += [quantizer.site.name, qparams.scale, qparams.zero_point]
+        name = quantizer.site.name
+        for width in [BASELINE_BITS, *([] if bits is None else [bits.get(name, BASELINE_BITS)])]:
+            qparams = quantizer.qparams_at(width)
+            parts += [name, qparams.scale, qparams.zero_point]
     for name, tensor in data.inputs.items() if data is not None else ():
         parts += [name, tensor]
     parts.append("no labels" if data is None or data.labels is None else data.labels)

@@ -57,6 +57,7 @@ def quantize(
     activation_bytes: Annotated[float | None, typer.Option(help="Bytes of activations, at most.")] = None,
     bits: Annotated[str, typer.Option(help="Candidate bit-widths of weights.")] = "2,3,4,5,6,7,8",
     activation_bits: Annotated[str, typer.Option(help="Bit-widths of activations; several are searched.")] = "8",
+    recovery: Annotated[str, typer.Option(help="none, fast or best; or names of steps, with commas.")] = "fast",
     samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 1024,
     image_size: Annotated[int, typer.Option(help="Side of the square the images are cropped to.")] = 224,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob on module paths to leave in float.")] = None,
@@ -72,6 +73,7 @@ def quantize(
     from infoq_fx.allocation import summarize
     from infoq_fx.model_files import load_model, load_samples
     from infoq_fx.onnx_export import export_onnx
+    from infoq_fx.recovery import find_steps
     from infoq_fx.spec import Budget
 
     limits = Budget(
@@ -81,6 +83,7 @@ def quantize(
         bitops=bitops,
         activation_bytes=activation_bytes,
     )
+    find_steps(recovery.split(","))
     loaded = load_model(model)
     calibration = load_samples(data, limit=samples, image_size=image_size)
     prepared = api.prepare(
@@ -99,7 +102,8 @@ def quantize(
         typer.echo(f"interrupted: {message}", err=True)
         raise typer.Exit(130) from None
     allocation = api.refine(prepared, table, limits, calibration)
-    export_onnx(api.convert(prepared, allocation), output)
+    better = api.recover(prepared, allocation, calibration, recovery.split(","), cache_dir=cache_dir, progress=progress)
+    export_onnx(api.convert(better, allocation), output)
     typer.echo(summarize(allocation, prepared.inventory))
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
 

@@ -13,8 +13,8 @@ from infoq_fx.errors import OptionError
 __all__ = ["read_json", "write_atomically"]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file: the whole of it or nothing; what stood there before stays until then.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8: the whole of it or nothing; what stood there before stays until then.
 
     Raises:
         OSError: the folder cannot be written.
@@ -22,8 +22,8 @@ def write_atomically(path: Path, text: str) -> None:
     # os.replace is atomic only within one file system: the temporary file lies beside its target.
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ from infoq_fx.run_plan import RunPlan
 from infoq_fx.spec import BASELINE_BITS, QuantSite
 
 __all__ = [
+    "VIEW_OPS",
     "FloatInterpreter",
     "SiteInterpreter",
     "calibrate",
@@ -28,7 +29,7 @@ __all__ = [
     "read_weights",
 ]
 
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+VIEW_OPS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 ReadValue = Callable[[fx.Node, Any], None]
 
@@ -170,7 +171,7 @@ class SiteInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The op itself; views become reshapes, since memory is laid out otherwise than at capture."""
-        if target in _VIEWS:
+        if target in VIEW_OPS:
             return args[0].reshape(args[1])
         return super().call_function(target, args, kwargs)
 

@@ -24,6 +24,7 @@ __all__ = [
     "fake_quantize_ste",
     "quantize",
     "quantize_in_one_pass",
+    "shorten_scale",
 ]
 
 # A smaller scale would be subnormal, which accelerators flush to zero.
@@ -191,6 +192,13 @@ class _LearnedStepSize(torch.autograd.Function):
         outside = level.clamp(quant_min, quant_max) - zero_point
         slope = torch.where(is_inside, torch.round(ratio) - ratio, outside)
         return grads[0] * is_inside, (grads[0] * slope).sum_to_size(scale.shape), None, None, None
+
+
+def shorten_scale(scale: torch.Tensor, significant_bits: int) -> torch.Tensor:
+    """The nearest scales of so many significant bits; see :func:`infoq_fx.histogram.scale_significant_bits`."""
+    mantissa, exponent = torch.frexp(scale)
+    short = torch.round(mantissa * (1 << significant_bits)) / (1 << significant_bits)
+    return torch.ldexp(short, exponent).clamp_min(_SMALLEST_SCALE)
 
 
 def quantize_in_one_pass(

@@ -18,7 +18,8 @@ class PreparedModel:
     """A captured model with quantizers at every site and observers at every place that has a name.
 
     ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that makes
-    the logits, None where there is none. ``batch_size`` is None unless the graph is fixed to one.
+    the logits, None where there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
+    float model behind a model that was changed to be quantized better, by the steps ``recovered_by``.
     """
 
     graph_module: fx.GraphModule
@@ -28,6 +29,8 @@ class PreparedModel:
     example_inputs: Mapping[str, Tensor]
     batch_size: int | None = None
     classifier: str | None = None
+    origin: PreparedModel | None = None
+    recovered_by: tuple[str, ...] = ()
 
     def quantizer_nodes(self) -> Iterator[tuple[fx.Node, Quantizer]]:
         """Every quantize node with its module, in graph order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from infoq_fx.errors import OptionError
 from infoq_fx.passes.annotate_bits import annotate_bits, read_bits
+from infoq_fx.prepared import PreparedModel
 from infoq_fx.spec import Allocation
 
 __all__ = ["Provenance", "QuantizedModule", "allocation_of", "provenance_of", "wrap_quantized"]
@@ -20,11 +21,23 @@ _META_KEY = "infoq"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a quantized module remembers of its making: two example samples by input name serve the export."""
+    """What a quantized module remembers of its making; nothing of it is ever changed, so that copies share it.
+
+    Two example samples by input name serve the export. ``batch_size`` is None unless the graph is fixed to one.
+    ``prepared`` is what it was converted from, in this process; a file does not hold it.
+    """
 
     allocation: Allocation
     example_inputs: Mapping[str, Tensor]
     output_names: tuple[str, ...]
+    batch_size: int | None = None
+    prepared: PreparedModel | None = field(default=None, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Provenance, (self.allocation, self.example_inputs, self.output_names, self.batch_size)
 
 
 class QuantizedModule(fx.GraphModule):

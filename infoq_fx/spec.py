@@ -220,7 +220,9 @@ class Allocation:
     ``bits`` maps every site to its bit-width. ``score`` is the objective of Eq. 5 with its standard error.
     ``uniform_*`` describe the best uniform weight bit-width that fits the same budget (None: none fits), scored
     by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, where it was
-    measured. Fields other than ``bits`` are None when the allocation was read back from a graph alone.
+    measured (with weights rounded to nearest). ``recovered_by`` are the steps of recovery behind the numbers of the
+    model that it was read from. Fields other than ``bits`` are None when the allocation was read back from a graph
+    alone.
     """
 
     bits: Mapping[str, int]
@@ -232,6 +234,7 @@ class Allocation:
     uniform_bits: int | None = None
     uniform_score: float | None = None
     lost_nats: float | None = None
+    recovered_by: tuple[str, ...] = ()
     scores: Mapping[str, Score] = field(default_factory=dict)
 
 

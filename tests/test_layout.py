@@ -21,7 +21,7 @@ FLOORS = [
     ["runs", "quantized", "trainable"],
     ["criteria"],
     ["cache", "workers"],
-    ["sensitivity", "refinement", "onnx_export"],
+    ["sensitivity", "refinement", "recovery", "onnx_export"],
     ["api", "model_files"],
     ["demo", "auditing"],
     ["cli", "__init__"],
@@ -35,7 +35,7 @@ ONLY_IN = {
     "onnxscript": {"onnx_export"},
     "onnxruntime": {"onnx_export", "demo"},
     "typer": {"cli"},
-    "tqdm": {"sensitivity", "auditing"},
+    "tqdm": {"sensitivity", "auditing", "recovery", "finetuning"},
     "psutil": {"machine"},
     "sklearn": {"demo"},
 }

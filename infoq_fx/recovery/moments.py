@@ -1,0 +1,75 @@
+"""First and second moments of a layer's input, in the float model and in the quantized one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from infoq_fx.recovery.operands import input_rows
+from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.walk import Pair, Walk
+
+__all__ = ["Moments", "average_moments", "measure_moments"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of ``count`` of a layer's input rows, float64, x in the float model and x^ in the quantized one.
+
+    ``mean`` E x and ``mean_quantized`` E x^ are ``[groups, columns]``; ``second`` E x^ x^T and ``cross`` E x x^T
+    are ``[groups, columns, columns]``, less the products of the means where they are centred.
+    """
+
+    count: int
+    mean: Tensor
+    mean_quantized: Tensor
+    second: Tensor
+    cross: Tensor
+
+    def centre(self) -> Moments:
+        """Covariances in place of second moments: what is left to the weights when the bias takes the mean error."""
+        outer = self.mean_quantized[:, None, :]
+        return Moments(
+            self.count,
+            self.mean,
+            self.mean_quantized,
+            self.second - self.mean_quantized[:, :, None] * outer,
+            self.cross - self.mean[:, :, None] * outer,
+        )
+
+
+def measure_moments(walk: Walk, segment: Segment, layer: Layer, rows: int) -> tuple[Moments, Moments]:
+    """Moments over either half of the samples, from about ``rows`` rows; the walk stands in front of the segment.
+
+    Every other batch is of the same half; of a single batch both halves are the whole.
+    """
+    most = max(1, math.ceil(rows / walk.samples))
+
+    def read(pair: Pair) -> Moments:
+        x, found = input_rows(layer, pair.in_float, most), input_rows(layer, pair.quantized, most)
+        products = x.mean(1), found.mean(1), found.mT @ found / x.shape[1], x.mT @ found / x.shape[1]
+        return Moments(x.shape[1], *(product.double() for product in products))
+
+    parts = walk.collect(segment, layer.source, read)
+    return average_moments(parts[::2]), average_moments(parts[1::2] or parts)
+
+
+def average_moments(parts: Sequence[Moments]) -> Moments:
+    """Moments of all rows together; added in order, so that threads change no bit."""
+    count = sum(part.count for part in parts)
+
+    def average(values: Iterable[Tensor]) -> Tensor:
+        total = sum(value * (part.count / count) for value, part in zip(values, parts, strict=True))
+        assert isinstance(total, Tensor)
+        return total
+
+    return Moments(
+        count,
+        average(part.mean for part in parts),
+        average(part.mean_quantized for part in parts),
+        average(part.second for part in parts),
+        average(part.cross for part in parts),
+    )

@@ -1,0 +1,105 @@
+"""Weights and inputs of layers as matrices: rows of a weight against rows of what each output value sums over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from infoq_fx.recovery.segments import Layer
+
+__all__ = ["can_unfold", "columns_of", "input_rows", "rows_to_weight", "weight_to_rows"]
+
+_ATEN = torch.ops.aten
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def can_unfold(layer: Layer) -> bool:
+    """Whether the layer's outputs are products of rows: all layers but transposed convolutions."""
+    return not layer.op.is_transposed
+
+
+def columns_of(layer: Layer) -> int:
+    """Values that every output of the layer sums over."""
+    return math.prod(layer.site.shape) // layer.site.shape[layer.op.channel_axis]
+
+
+def weight_to_rows(layer: Layer, weight: Tensor) -> Tensor:
+    """A weight as ``[groups, rows, columns]``: a row for every output channel, a column for every value it weighs."""
+    rows = weight if layer.op.channel_axis == 0 else weight.transpose(0, 1)
+    return rows.reshape(_groups(layer.node), -1, math.prod(rows.shape[1:]))
+
+
+def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
+    """The inverse of :func:`weight_to_rows`."""
+    shape = layer.site.shape
+    if layer.op.channel_axis == 0:
+        return rows.reshape(shape)
+    return rows.reshape(shape[::-1]).transpose(0, 1).contiguous()
+
+
+def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
+    """What the layer's outputs sum over, ``[groups, rows, columns]``, columns as in :func:`weight_to_rows`.
+
+    Args:
+        layer: not a transposed convolution.
+        x: its input, ``[samples, ...]``.
+        most: rows to take of a sample; if it has more, so many spread over it, the same of every sample.
+    """
+    if not layer.op.is_convolution:
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return tokens[:, _spread(tokens.shape[1], most)].reshape(1, -1, x.shape[-1])
+    spatial = len(layer.site.shape) - 2
+    if x.ndim == spatial + 1:
+        x = x.unsqueeze(0)
+    kernel = layer.site.shape[2:]
+    stride, dilation = (_numbers(layer.node, i, spatial, 1) for i in (3, 5))
+    view = functional.pad(x, _padding(layer.node, kernel, dilation))
+    for axis in range(spatial):
+        view = view.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
+    places = view.shape[2 : 2 + spatial]
+    chosen = torch.unravel_index(_spread(math.prod(places), most).to(x.device), places)
+    index: Any = (slice(None), slice(None), *chosen)
+    patches = view[index]  # samples, channels, rows, kernel
+    groups = _groups(layer.node)
+    patches = patches.reshape(x.shape[0], groups, -1, patches.shape[2], math.prod(kernel))
+    return patches.permute(1, 0, 3, 2, 4).reshape(groups, x.shape[0] * patches.shape[3], -1)
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Indices of at most ``most`` of ``count`` places, without a pattern that a grid could share."""
+    if count <= most:
+        return torch.arange(count)
+    stride = max(1, round(count * _GOLDEN))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return torch.arange(most) * stride % count
+
+
+def _groups(node: fx.Node) -> int:
+    is_convolution = "conv" in str(node.target)
+    groups: Any = node.args[6] if is_convolution and len(node.args) > 6 else 1
+    return int(groups)
+
+
+def _numbers(node: fx.Node, index: int, spatial: int, default: int) -> list[int]:
+    given: Any = node.args[index] if len(node.args) > index else default
+    listed = [given] if isinstance(given, int) else list(given)
+    return [int(v) for v in (listed * spatial if len(listed) == 1 else listed)]
+
+
+def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """As ``functional.pad`` takes it: last axis first."""
+    given: Any = node.args[4] if len(node.args) > 4 else 0
+    pairs = []
+    for axis, size in enumerate(kernel):
+        if isinstance(given, str):
+            total = dilation[axis] * (size - 1) if given == "same" else 0
+            pairs.append((total // 2, total - total // 2))
+        else:
+            pairs.append((_numbers(node, 4, len(kernel), 0)[axis],) * 2)
+    return [v for pair in reversed(pairs) for v in pair]

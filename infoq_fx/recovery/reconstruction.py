@@ -1,0 +1,299 @@
+"""Block reconstruction: which way each weight of a block is rounded is learned on the block's output."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.cache import digest_run
+from infoq_fx.data import CalibrationData
+from infoq_fx.errors import OptionError
+from infoq_fx.files import write_atomically
+from infoq_fx.machine import ThreadMap, thread_map
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.recovery.protocol import Bench
+from infoq_fx.recovery.segments import Segment
+from infoq_fx.recovery.soft_rounding import SoftBlock, SoftWeight, begin_soft_block
+from infoq_fx.recovery.walk import Values, Walk, fork, read_parameter, set_parameter
+from infoq_fx.spec import BASELINE_BITS
+
+__all__ = ["BlockReconstruction"]
+
+_SHARD = 8  # samples that run together; a step adds up the gradients of several such runs
+_WARM_UP = 0.2
+_FIRST_POWER, _LAST_POWER = 20.0, 2.0
+_DECIDED = 0.02
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    r"""Learns which of two integers each weight takes, block after block, so that the block's output is the float one.
+
+    A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
+    attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
+    and learns the float model's output by
+
+        mean (z - z_float)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
+
+    h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of a logit a weight; p falls from 20
+    to 2 and drives all h to 0 or 1. The two integers are the one that the weight is at when the step begins (by
+    second-order rounding, when it came before) and the next one on the side of the float weight. w weighs each channel
+    of each sample by the mean squared gradient of the log-likelihood of the float model's own decision (Fisher
+    information), or is 1. Biases learn along. A share ``drop`` of the activation values inside the block stays in float
+    while it learns. A block whose error has not become less stays as it was; one whose weights are all decided stops
+    early.
+
+    Cost: ``epochs`` forward and backward passes over ``samples`` of the model, in float32; no labels. With a
+    ``cache_dir`` every finished block is kept, and a run that was stopped goes on behind it.
+
+    Reference:
+        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, Eq. 21 to 25;
+        Li et al., "BRECQ", arXiv 2102.05426, Eq. 10 (blocks, Fisher); Wei et al., "QDrop", arXiv 2203.05740, Eq. 8.
+
+    Args:
+        epochs: passes over the samples, each block.
+        samples: at most so many, spread over the data.
+        batch_size: samples an update.
+        learning_rate: of Adam, for the logits; biases learn at a tenth of it, in units of their mean size.
+        strength: of the second term.
+        drop: share of activation values that stay in float.
+        fisher: whether outputs are weighed.
+        seed: of the order of batches and of what is dropped.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+
+    epochs: int = 40
+    samples: int = 1024
+    batch_size: int = 32
+    learning_rate: float = 0.01
+    strength: float = 1.0
+    drop: float = 0.5
+    fisher: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
+            raise OptionError(f"{self}: epochs, samples, batch_size, learning_rate and strength must be above 0")
+        if not 0 <= self.drop < 1:
+            raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
+
+    @property
+    def name(self) -> str:
+        """``"block_reconstruction"``."""
+        return "block_reconstruction"
+
+    def recover(
+        self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, bench: Bench
+    ) -> PreparedModel:
+        """See :class:`infoq_fx.recovery.RecoveryStep`."""
+        changed, chosen = fork(prepared), data.spread(self.samples)
+        shard = prepared.batch_size or min(_SHARD, self.batch_size)
+        folder = _open_folder(self, prepared, bits, chosen, bench.cache_dir, shard)
+        walk = Walk(changed, bits, chosen, replace(bench, batch_size=shard))
+        weighing = _fisher_weights(walk, self.seed) if self.fisher else {}
+        share = 1 / sum(bool(segment.layers) for segment in walk.segments)
+        with thread_map(bench.work.threads, bench.work.stop) as spread:
+            for index, segment in enumerate(walk.segments):
+                path = None if folder is None else folder / f"block-{index}.pt"
+                if segment.layers and not _load(changed, path):
+                    block = _Block.begin(walk, segment, weighing)
+                    block.learn(self, max(1, self.batch_size // shard), self.seed + index, bench, share, spread)
+                    _store(changed, segment, path)
+                elif segment.layers:
+                    bench.work.advance(share)
+                walk.advance(segment)
+        return changed
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block with what enters it and what should leave it, a list of shards."""
+
+    walk: Walk
+    segment: Segment
+    outputs: tuple[fx.Node, ...]
+    entering: Sequence[Values]
+    wanted: Sequence[Sequence[Tensor]]
+    weighing: Sequence[Sequence[Tensor]]
+
+    @staticmethod
+    def begin(walk: Walk, segment: Segment, weighing: Mapping[fx.Node, Sequence[Tensor]]) -> _Block:
+        inside = set(segment.nodes)
+        leaving = [n for n in segment.leaving if n in inside]
+        values = walk.run_float(segment, leaving)
+        floating = [i for i, x in enumerate(values[0]) if isinstance(x, Tensor) and x.is_floating_point()]
+        outputs = tuple(leaving[i] for i in floating)
+        wanted = [[found[i] for i in floating] for found in values]
+        one = torch.ones(())
+        weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
+        return _Block(walk, segment, outputs, [quantized for _, quantized in walk.entering(segment)], wanted, weights)
+
+    def learn(
+        self, options: BlockReconstruction, shards: int, seed: int, bench: Bench, share: float, spread: ThreadMap
+    ) -> None:
+        """Learn, and put the decided weights in place if the error is less than it was."""
+        walk = self.walk
+        weights, biases = begin_soft_block(walk.prepared, self.segment, walk.bits)
+        before = {path: read_parameter(walk.prepared, path) for path in _paths(self.segment)}
+        first = self._error(spread)
+        logits, offsets = [soft.logit for soft in weights.values()], list(biases.values())
+        groups = [{"params": logits, "lr": options.learning_rate}] + [
+            {"params": [bias], "lr": 0.1 * options.learning_rate * float(bias.detach().abs().mean() + 1e-8)}
+            for bias in offsets
+        ]
+        optimizer = torch.optim.Adam(groups)
+        block = SoftBlock(walk.prepared, walk.bits, weights, biases, options.drop)
+        generator = torch.Generator().manual_seed(seed)
+        total, done = options.epochs * -(-len(self.entering) // shards), 0
+        for _ in range(options.epochs):
+            order = torch.randperm(len(self.entering), generator=generator).tolist()
+            for start in range(0, len(order), shards):
+                seeds = torch.randint(1 << 62, (shards,), generator=generator).tolist()
+                jobs = list(zip(order[start : start + shards], seeds, strict=False))
+
+                def run(job: tuple[int, int]) -> list[Tensor]:
+                    with torch.inference_mode(False), torch.enable_grad():
+                        loss = self._loss(block.draw(job[1]), job[0])
+                        return list(torch.autograd.grad(loss / first, [*logits, *offsets]))
+
+                grads = list(spread(run, jobs))
+                _set_gradients([*logits, *offsets], grads)
+                _add_regularizer(list(weights.values()), options.strength, done / total)
+                optimizer.step()
+                done += 1
+                bench.work.advance(share / total)
+            if done > _WARM_UP * total and all(_is_decided(soft) for soft in weights.values()):
+                bench.work.advance(share * (1 - done / total))
+                break
+        for soft in weights.values():
+            set_parameter(walk.prepared, soft.layer.weight, soft.rounded())
+        for path, bias in biases.items():
+            set_parameter(walk.prepared, path, bias.detach())
+        after = self._error(spread)
+        names = ", ".join(layer.site.name for layer in self.segment.layers)
+        logging.getLogger(__name__).debug("%s: error %.3g of what it was", names, after / first)
+        if not after < first:
+            for path, value in before.items():
+                set_parameter(walk.prepared, path, value)
+
+    def _error(self, spread: ThreadMap) -> float:
+        """Mean weighted squared error of the block as it stands."""
+        block = SoftBlock(self.walk.prepared, self.walk.bits, {}, {}, 0.0)
+
+        def run(index: int) -> float:
+            with torch.inference_mode(False), torch.no_grad():
+                return float(self._loss(block.fork(), index))
+
+        return sum(spread(run, range(len(self.entering)))) / len(self.entering) + 1e-20
+
+    def _loss(self, block: SoftBlock, index: int) -> Tensor:
+        # What was stored in inference mode cannot be saved for a backward pass: copies can.
+        known = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.entering[index].items()}
+        values = block.compute([*self.segment.constants, *self.segment.nodes], known)
+        parts = [
+            ((values[node] - wanted) ** 2 * weight).mean()
+            for node, wanted, weight in zip(self.outputs, self.wanted[index], self.weighing[index], strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+
+def _set_gradients(parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
+    """Means over the shards, added in order."""
+    for position, parameter in enumerate(parameters):
+        total = grads[0][position]
+        for other in grads[1:]:
+            total = total + other[position]
+        parameter.grad = total / len(grads)
+
+
+def _add_regularizer(weights: Sequence[SoftWeight], strength: float, progress: float) -> None:
+    if progress < _WARM_UP:
+        return
+    left = (1 - progress) / (1 - _WARM_UP)
+    power = _LAST_POWER + (_FIRST_POWER - _LAST_POWER) * left
+    count = sum(soft.logit.numel() for soft in weights)
+    with torch.inference_mode(False), torch.enable_grad():
+        for soft in weights:
+            term = (1 - (2 * soft.shares() - 1).abs() ** power).sum() * (strength / count)
+            (gradient,) = torch.autograd.grad(term, [soft.logit])
+            assert soft.logit.grad is not None
+            soft.logit.grad += gradient
+
+
+def _is_decided(soft: SoftWeight) -> bool:
+    shares = soft.shares().detach()
+    return bool((torch.minimum(shares, 1 - shares) < _DECIDED).all())
+
+
+def _fisher_weights(walk: Walk, seed: int) -> dict[fx.Node, list[Tensor]]:
+    """By the nodes that leave segments and by shard: mean squared gradients of the log-likelihood, mean 1 overall.
+
+    Of each sample and channel; the decision is drawn from the float model's own outputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = walk.output_gradients(generator)
+    means = {n: torch.stack([g.mean() for g in parts]).mean().clamp_min(1e-30) for n, parts in found.items()}
+    return {n: [g / means[n] for g in parts] for n, parts in found.items()}
+
+
+def _paths(segment: Segment) -> list[str]:
+    return [path for layer in segment.layers for path in (layer.weight, layer.bias) if path is not None]
+
+
+def _open_folder(
+    options: BlockReconstruction,
+    prepared: PreparedModel,
+    bits: Mapping[str, int],
+    data: CalibrationData,
+    cache_dir: Path | None,
+    batch_size: int,
+) -> Path | None:
+    """Where this step keeps its blocks: a folder named by everything that decides them."""
+    if cache_dir is None:
+        return None
+    sites = {site.name: bits.get(site.name, BASELINE_BITS) for site in prepared.inventory.sites}
+    settings = {"step": options.name, **asdict(options), "bits": sites}
+    parts = [
+        digest_run(model, data.take(0) if index else data, settings, batch_size=batch_size, bits=sites)
+        for index, model in enumerate((prepared, prepared.origin or prepared))
+    ]
+    folder = cache_dir / f"{options.name}-{parts[0][:20]}{parts[1][:20]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write the cache {str(cache_dir)!r}: {error}; give another cache_dir") from error
+    return folder
+
+
+def _store(changed: PreparedModel, segment: Segment, path: Path | None) -> None:
+    if path is None:
+        return
+    buffer = io.BytesIO()
+    torch.save({target: read_parameter(changed, target).cpu() for target in _paths(segment)}, buffer)
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise OptionError(f"cannot write {str(path)!r}: {error}; give another cache_dir") from error
+
+
+def _load(changed: PreparedModel, path: Path | None) -> bool:
+    """Put a finished block in place, if there is one."""
+    if path is None or not path.exists():
+        return False
+    try:
+        kept = torch.load(path, weights_only=True)
+        values = {target: kept[target].to(read_parameter(changed, target)) for target in kept}
+    except Exception as error:  # a file of any other kind
+        logging.getLogger(__name__).warning("cannot use %s: %s; learning the block again", path, error)
+        return False
+    for target, value in values.items():
+        set_parameter(changed, target, value)
+    return True

@@ -1,0 +1,109 @@
+"""Second-order rounding: every weight rounded so that the next ones of its row make up for its error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infoq_fx.recovery.moments import Moments
+
+__all__ = ["ideal_rows", "quadratic_error", "round_rows"]
+
+_BLOCK = 128
+
+
+def ideal_rows(rows: Tensor, moments: Moments, ridge: Tensor) -> Tensor:
+    """The real-valued rows that come closest to the float layer's output, given what really arrives.
+
+    They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the float input and x^ the quantized one.
+    """
+    target = rows.double() @ (moments.cross + ridge)
+    found: Tensor = torch.linalg.solve(moments.second + ridge, target.mT).mT
+    return found
+
+
+def round_rows(
+    ideal: Tensor, second: Tensor, scales: Tensor, quant_min: int, quant_max: int, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """Integers ``q`` for rows, at the best of several scales a row, that make ``E |(V - q scale) x^|^2`` small.
+
+    Columns are rounded one after the other, those of large inputs first; the error of each is passed on to those not
+    yet rounded as their second moments tell (GPTQ's form of Optimal Brain Surgeon). Then ``sweeps`` times every column
+    is set to its best integer given all others.
+
+    Args:
+        ideal: V, float64 ``[groups, rows, columns]``.
+        second: positive definite, float64 ``[groups, columns, columns]``.
+        scales: candidates, float32 ``[groups, rows, candidates]``.
+        quant_min: smallest integer.
+        quant_max: largest integer.
+        sweeps: rounds of coordinate descent.
+
+    Returns:
+        Integers as float32 like ``ideal``, and the scales chosen ``[groups, rows]``.
+    """
+    groups, count, columns = ideal.shape
+    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    inverse_order = order.argsort(dim=1)
+    ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
+    ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
+    factor = _factor_of_inverse(ordered).float()
+    target = ideal.float().gather(2, order[:, None, :].expand(-1, count, -1))
+    candidates = scales.shape[2]
+    repeated = target.repeat_interleave(candidates, dim=1)
+    steps = scales.reshape(groups, -1)
+    q = _pass_errors_on(repeated.clone(), factor, steps, quant_min, quant_max)
+    errors = quadratic_error(q * steps[..., None] - repeated, ordered.float()).view(groups, count, candidates)
+    best = errors.argmin(2, keepdim=True)
+    q = q.view(groups, count, candidates, columns)
+    q = q.gather(2, best[..., None].expand(-1, -1, -1, columns))[:, :, 0]
+    step = scales.gather(2, best)[..., 0]
+    for _ in range(sweeps):
+        if not _descend(q, target, ordered.float(), step, quant_min, quant_max):
+            break
+    return q.gather(2, inverse_order[:, None, :].expand(-1, count, -1)), step
+
+
+def quadratic_error(difference: Tensor, second: Tensor) -> Tensor:
+    """``d H d`` of every row ``[groups, rows]``."""
+    return ((difference @ second) * difference).sum(2)
+
+
+def _factor_of_inverse(second: Tensor) -> Tensor:
+    """Upper triangular U with ``inverse(second) = U^T U``, without inverting: second = R R^T gives U = R^-1."""
+    lower = torch.linalg.cholesky(second.flip(1, 2))
+    eye = torch.eye(second.shape[1], dtype=second.dtype, device=second.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
+    return factor
+
+
+def _pass_errors_on(rows: Tensor, factor: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Round column after column; ``rows`` are used up. In blocks, so that most of the work is matrix products."""
+    q = torch.empty_like(rows)
+    columns = rows.shape[2]
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.empty_like(rows[:, :, start:end])
+        for column in range(start, end):
+            value = rows[:, :, column]
+            q[:, :, column] = torch.round(value / step).clamp_(low, high)
+            error = (value - q[:, :, column] * step) / factor[:, None, column, column]
+            errors[:, :, column - start] = error
+            rows[:, :, column + 1 : end] -= error[..., None] * factor[:, None, column, column + 1 : end]
+        rows[:, :, end:] -= errors @ factor[:, start:end, end:]
+    return q
+
+
+def _descend(q: Tensor, target: Tensor, second: Tensor, step: Tensor, low: int, high: int) -> bool:
+    """Set every column to its best integer given the others, in place; whether anything changed."""
+    gradient = (q * step[..., None] - target) @ second
+    changed = False
+    for column in range(q.shape[2]):
+        curvature = second[:, None, column, column]
+        best = torch.round(q[:, :, column] - gradient[:, :, column] / (curvature * step)).clamp_(low, high)
+        move = best - q[:, :, column]
+        if bool(move.any()):
+            changed = True
+            q[:, :, column] = best
+            gradient += (move * step)[..., None] * second[:, None, column, :]
+    return changed

@@ -1,0 +1,209 @@
+"""A graph as a chain of segments: places where little is alive, with whole blocks of layers between them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.interpreter import FloatInterpreter
+from infoq_fx.passes.layers import LAYER_OPS, LayerOp
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.spec import QuantSite
+
+__all__ = ["Layer", "Segment", "find_segments"]
+
+_MOST_LAYERS = 8
+_NEAR = 3  # cuts on each side that a cut is compared with
+_WORTH = 2.0  # one that keeps more than so many times what those do is not taken
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer with a quantized weight; ``quantizer`` is the node that quantizes the weight."""
+
+    node: fx.Node
+    op: LayerOp
+    quantizer: fx.Node
+    site: QuantSite
+
+    @property
+    def source(self) -> fx.Node:
+        """The node that the layer multiplies."""
+        source: fx.Node = self.node.args[self.op.source]  # type: ignore[assignment]
+        return source
+
+    @property
+    def weight(self) -> str:
+        """Path of the float weight."""
+        return str(self.quantizer.all_input_nodes[0].target)
+
+    @property
+    def bias(self) -> str | None:
+        """Path of the bias; None where there is none that is the layer's own."""
+        bias = self.op.bias_of(self.node)
+        is_own = isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1
+        return str(bias.target) if is_own else None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive nodes; ``entering`` are the values from before that they read, ``leaving`` those read behind.
+
+    ``constants`` are the nodes in front of them that depend on no input: weights, and what becomes of them.
+    """
+
+    constants: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    entering: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    layers: tuple[Layer, ...]
+
+
+def find_segments(prepared: PreparedModel) -> list[Segment]:
+    """Cut a graph where little is alive: behind residual blocks, bottlenecks, attention and feed-forward blocks.
+
+    Every segment but the last holds at least one layer, and at most eight; the last goes on to the outputs. Within a
+    segment whose inner values are all as small as its ends, as in a chain of convolutions of one width, it is cut
+    between any two layers. A weight that several layers read belongs to the first of them.
+    """
+    constants, nodes = _split_constants(prepared.graph_module.graph)
+    layers = _find_layers(prepared)
+    at = {node: index for index, node in enumerate(nodes)}
+    positions = sorted(at[layer.node] for layer in layers)
+    keys = _live_keys(prepared, nodes)
+    cuts = [_smallest(keys, a + 1, b) for a, b in itertools.pairwise(positions)]
+    cuts = _limit_layers(cuts, _keep_worthy(cuts, keys), positions, keys)
+    bounds = [sum(node.op == "placeholder" for node in nodes), *cuts, len(nodes)]
+    return [_make_segment(nodes, constants, layers, at, start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def _split_constants(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Nodes that depend on no input; and all others, inputs first, without the output."""
+    constants: dict[fx.Node, None] = {}
+    others = []
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op not in ("placeholder", "output")
+            and node.all_input_nodes
+            and all(source in constants for source in node.all_input_nodes)
+        ):
+            constants[node] = None
+        elif node.op != "output":
+            others.append(node)
+    others.sort(key=lambda node: node.op != "placeholder")
+    return list(constants), others
+
+
+def _find_layers(prepared: PreparedModel) -> list[Layer]:
+    found = []
+    for node, quantizer in prepared.quantizer_nodes():
+        if quantizer.site.kind == "weight":
+            layer = min(node.users)
+            found.append(Layer(layer, LAYER_OPS[layer.target], node, quantizer.site))
+    return sorted(found, key=lambda layer: layer.node)
+
+
+def _live_keys(prepared: PreparedModel, nodes: Sequence[fx.Node]) -> list[int]:
+    """By position in ``nodes``: elements alive in front of it, times the number of tensors that hold them."""
+    sizes = _record_sizes(prepared)
+    last: dict[fx.Node, int] = {}
+    index_of = {node: index for index, node in enumerate(nodes)}
+    for node in nodes:
+        last[node] = max((index_of.get(user, len(nodes)) for user in node.users), default=-1)
+    keys = []
+    for position in range(len(nodes) + 1):
+        alive = [sizes[node] for node in nodes[:position] if last[node] >= position and sizes[node]]
+        keys.append(sum(alive) * len(alive))
+    return keys
+
+
+def _record_sizes(prepared: PreparedModel) -> dict[fx.Node, int]:
+    recorder = _SizeRecorder(prepared)
+    with torch.inference_mode():
+        recorder.run(*prepared.example_inputs.values())
+    return recorder.sizes
+
+
+class _SizeRecorder(FloatInterpreter):
+    def __init__(self, prepared: PreparedModel) -> None:
+        super().__init__(prepared)
+        self.sizes: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        tensors = result if isinstance(result, tuple | list) else (result,)
+        self.sizes[n] = sum(x.numel() for x in tensors if isinstance(x, Tensor))
+        return result
+
+
+def _smallest(keys: Sequence[int], start: int, end: int) -> int:
+    """The last of the positions ``start .. end`` with the smallest key."""
+    return min(range(end, start - 1, -1), key=lambda position: keys[position])
+
+
+def _keep_worthy(cuts: Sequence[int], keys: Sequence[int]) -> list[int]:
+    """Without those that keep much more alive than some near them on both sides: these lie inside a block."""
+
+    def least(near: Sequence[int]) -> float:
+        return min((keys[cut] for cut in near), default=math.inf)
+
+    return [
+        cut
+        for i, cut in enumerate(cuts)
+        if keys[cut] <= _WORTH * max(least(cuts[max(0, i - _NEAR) : i]), least(cuts[i + 1 : i + 1 + _NEAR]))
+    ]
+
+
+def _limit_layers(cuts: Sequence[int], kept: Sequence[int], positions: Sequence[int], keys: Sequence[int]) -> list[int]:
+    """Cut segments of too many layers again, where the least is alive."""
+    found = set(kept)
+    while True:
+        bounds = [-1, *sorted(found), len(keys)]
+        long = [
+            (start, end)
+            for start, end in itertools.pairwise(bounds)
+            if sum(start <= position < end for position in positions) > _MOST_LAYERS
+        ]
+        if not long:
+            return sorted(found)
+        for start, end in long:
+            inside = sorted(cut for cut in cuts if start < cut < end)
+            middle = inside[len(inside) // 4 : max(len(inside) // 4 + 1, 3 * len(inside) // 4)]
+            found.add(min(middle, key=lambda cut: keys[cut]))
+
+
+def _make_segment(
+    nodes: Sequence[fx.Node],
+    constants: Sequence[fx.Node],
+    layers: Sequence[Layer],
+    at: Mapping[fx.Node, int],
+    start: int,
+    end: int,
+) -> Segment:
+    own = nodes[start:end]
+    inside = set(own)
+    needed: set[fx.Node] = set()
+    entering: dict[fx.Node, None] = {}
+    pending = list(own)
+    known = set(constants)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in known and source not in needed:
+                needed.add(source)
+                pending.append(source)
+            elif source not in known and source not in inside:
+                entering[source] = None
+    leaving = [node for node in nodes[:end] if any(at.get(user, len(nodes)) >= end for user in node.users)]
+    return Segment(
+        constants=tuple(node for node in constants if node in needed),
+        nodes=tuple(own),
+        entering=tuple(entering),
+        leaving=tuple(leaving),
+        layers=tuple(layer for layer in layers if start <= at[layer.node] < end),
+    )

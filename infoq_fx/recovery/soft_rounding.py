@@ -1,0 +1,123 @@
+"""Rounding as something that gradients flow through: every weight between two integers until it is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.quantizers import Quantizer
+from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.walk import SegmentRunner, read_parameter, read_qparams
+from infoq_fx.spec import BASELINE_BITS, QParams
+
+__all__ = ["SoftBlock", "SoftWeight", "begin_soft_block"]
+
+_STRETCH = 0.1  # the sigmoid is stretched by so much on each side and clipped: it reaches 0 and 1
+_FIRST_SHARE = 0.8  # of the integer that a weight is at, at the beginning
+
+
+@dataclass(frozen=True)
+class SoftWeight:
+    """One weight between ``floor`` and ``floor + 1`` steps, by ``logit``; all of the weight's shape.
+
+    ``scale`` broadcasts to it. Two integers in reach of each weight: the one that it is at, and the next one on the
+    side of the float weight. At the ends of the range the second may be out of it: such weights stay.
+    """
+
+    layer: Layer
+    floor: Tensor
+    logit: nn.Parameter
+    scale: Tensor
+    qparams: QParams
+
+    def shares(self) -> Tensor:
+        """How far each weight is up from its floor, 0 to 1."""
+        return (torch.sigmoid(self.logit) * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
+
+    def value(self) -> Tensor:
+        """The weight in between."""
+        return (self.floor + self.shares()) * self.scale
+
+    def rounded(self) -> Tensor:
+        """The weight decided."""
+        with torch.no_grad():
+            return (self.floor + (self.shares() >= 0.5)) * self.scale
+
+
+class SoftBlock(SegmentRunner):
+    """Runs a segment with soft weights, its own biases, and activations of which a share stays in float."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        bits: Mapping[str, int],
+        weights: Mapping[str, SoftWeight],
+        biases: Mapping[str, nn.Parameter],
+        drop: float,
+    ) -> None:
+        super().__init__(prepared, bits)
+        self._weights, self._biases, self._drop = weights, biases, drop
+        self._generator = torch.Generator()
+
+    def draw(self, seed: int) -> SoftBlock:
+        """Another one that may run at the same time, with its own choice of what stays in float."""
+        forked = self.fork()
+        forked._generator = torch.Generator().manual_seed(seed)
+        return forked
+
+    def get_attr(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """A bias that is learned, or any other constant."""
+        if str(target) in self._biases:
+            return self._biases[str(target)]
+        found: Tensor = super().get_attr(target, args, kwargs)
+        return found
+
+    def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """Soft weights; activations straight through, some of their values in float."""
+        soft = self._weights.get(quantizer.site.name)
+        if soft is not None:
+            return soft.value()
+        if quantizer.site.kind == "weight":
+            return super().quantize(quantizer, x)
+        quantized = super().quantize(quantizer, x)
+        if self._drop > 0:
+            is_float = torch.rand(x.shape, generator=self._generator, device=x.device) < self._drop
+            quantized = torch.where(is_float, x.detach(), quantized)
+        qparams = quantizer.qparams_at(self._bits_of(quantizer))
+        low = (qparams.spec.quant_min - qparams.zero_point) * qparams.scale
+        high = (qparams.spec.quant_max - qparams.zero_point) * qparams.scale
+        inside = x.clamp(low, high)  # the gradient ends where the range does
+        return inside + (quantized - inside).detach()
+
+
+def begin_soft_block(
+    prepared: PreparedModel, segment: Segment, bits: Mapping[str, int]
+) -> tuple[dict[str, SoftWeight], dict[str, nn.Parameter]]:
+    """Soft weights by site and biases by path, at the values that they have now.
+
+    A weight starts near the integer that it is at, with a share of 0.2 for the other one in reach.
+    """
+    weights, biases = {}, {}
+    origin = prepared.origin or prepared
+    for layer in segment.layers:
+        qparams = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+        axis = qparams.spec.channel_axis
+        shape = [-1 if i == axis else 1 for i in range(len(layer.site.shape))]
+        scale = qparams.scale.reshape(shape)
+        now = (read_parameter(prepared, layer.weight) / scale).round()
+        now = now.clamp(qparams.spec.quant_min, qparams.spec.quant_max)
+        is_above = read_parameter(origin, layer.weight) / scale < now
+        floor = torch.where(is_above, now - 1, now)
+        share = torch.where(is_above, _FIRST_SHARE, 1 - _FIRST_SHARE)
+        # Out of the range there is no second integer.
+        stays_up, stays_down = floor < qparams.spec.quant_min, floor + 1 > qparams.spec.quant_max
+        logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
+        logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)
+        weights[layer.site.name] = SoftWeight(layer, floor, nn.Parameter(logit), scale, qparams)
+        if layer.bias is not None:
+            biases[layer.bias] = nn.Parameter(read_parameter(prepared, layer.bias).clone())
+    return weights, biases

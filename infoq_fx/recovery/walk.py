@@ -1,0 +1,253 @@
+"""The float and the quantized model side by side, from segment to segment over all samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from infoq_fx.data import CalibrationData
+from infoq_fx.interpreter import VIEW_OPS, class_logits, first_output
+from infoq_fx.machine import thread_map
+from infoq_fx.passes.layers import write_tensor
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.quantizers import Quantizer
+from infoq_fx.recovery.protocol import Bench
+from infoq_fx.recovery.segments import Layer, Segment, find_segments
+from infoq_fx.spec import BASELINE_BITS, QParams
+
+__all__ = [
+    "Pair",
+    "SegmentRunner",
+    "Values",
+    "Walk",
+    "fork",
+    "read_parameter",
+    "read_qparams",
+    "set_parameter",
+    "set_qparams",
+]
+
+_Result = TypeVar("_Result")
+Values = dict[fx.Node, Any]
+"""What some nodes gave for one batch."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The value of one node for one batch, in the float model and in the quantized one."""
+
+    in_float: Tensor
+    quantized: Tensor
+
+
+class Walk:
+    """Both models over all samples, as far as the walk has come.
+
+    ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
+    At every place only the values are held that are read behind it.
+    """
+
+    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, bench: Bench) -> None:
+        self.prepared, self.bits, self.work, self.samples = prepared, bits, bench.work, data.samples
+        self.segments = find_segments(prepared)
+        self._runners = SegmentRunner(prepared, None), SegmentRunner(prepared, bits)
+        self.layers = sum(len(segment.layers) for segment in self.segments)
+        batches = [_laid_out(batch) for batch in data.batches(bench.batch_size)]
+        inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
+        self._float = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
+        self._quantized = [dict(values) for values in self._float]
+
+    def entering(self, segment: Segment) -> list[tuple[Values, Values]]:
+        """What enters the segment that the walk stands in front of, a pair of float and quantized a batch."""
+        wanted = segment.entering
+        return [
+            ({n: a[n] for n in wanted}, {n: b[n] for n in wanted})
+            for a, b in zip(self._float, self._quantized, strict=True)
+        ]
+
+    def run_float(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
+        """Values of some nodes in the float model, for every batch; the walk stands in front of the segment."""
+        return self._map(segment, segment.nodes, lambda in_float, _: [in_float[node] for node in nodes])
+
+    def output_gradients(self, generator: torch.Generator) -> dict[fx.Node, list[Tensor]]:
+        """Squared gradients of the float model's log-likelihood at every tensor that leaves a segment, by batch.
+
+        The class is drawn from the model's own outputs; over all dimensions but samples and channels the mean is taken.
+        The walk stands at the beginning.
+        """
+        found: dict[fx.Node, list[Tensor]] = {}
+        for values in self._float:
+            for node, gradient in _output_gradients(self.prepared, self.segments, values, generator).items():
+                found.setdefault(node, []).append(gradient)
+        return found
+
+    def collect(self, segment: Segment, node: fx.Node, read: Callable[[Pair], _Result]) -> list[_Result]:
+        """What ``read`` makes of a node's value, for every batch; the walk stands in front of the segment."""
+        nodes = _up_to(segment, node)
+        return self._map(segment, nodes, lambda in_float, quantized: read(Pair(in_float[node], quantized[node])))
+
+    def advance(self, segment: Segment) -> None:
+        """Walk through a segment."""
+        kept = segment.leaving
+
+        def keep(in_float: Values, quantized: Values) -> tuple[Values, Values]:
+            return {n: in_float[n] for n in kept}, {n: quantized[n] for n in kept}
+
+        pairs = self._map(segment, segment.nodes, keep)
+        self._float, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
+
+    def _map(
+        self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[Values, Values], _Result]
+    ) -> list[_Result]:
+        with torch.inference_mode():
+            floating, rounding = self._runners
+            in_float = floating.fork().compute(segment.constants, {})
+            quantized = rounding.fork().compute(segment.constants, {})
+
+            def run(index: int) -> _Result:
+                with torch.inference_mode():
+                    first = floating.fork().compute(nodes, in_float | self._float[index])
+                    second = rounding.fork().compute(nodes, quantized | self._quantized[index])
+                    return read(first, second)
+
+            with thread_map(self.work.threads, self.work.stop) as spread:
+                return list(spread(run, range(len(self._float))))
+
+
+def fork(prepared: PreparedModel) -> PreparedModel:
+    """A copy to be changed, which remembers the float model that it came from."""
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy.deepcopy(prepared.graph_module)
+    return replace(prepared, graph_module=copied, origin=prepared.origin or prepared)
+
+
+def read_parameter(prepared: PreparedModel, target: str) -> Tensor:
+    """The weight or bias at a path, without gradient."""
+    return _attribute(prepared.graph_module, target).detach()
+
+
+def set_parameter(prepared: PreparedModel, target: str, value: Tensor) -> None:
+    """Replace the weight or bias at a path."""
+    with torch.inference_mode(False):
+        write_tensor(prepared.graph_module, target, value.to(torch.float32).clone())
+
+
+def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
+    """The qparams of a layer's weight at a bit-width."""
+    return _quantizer(prepared, layer).qparams_at(bits)
+
+
+def set_qparams(prepared: PreparedModel, layer: Layer, qparams: QParams) -> None:
+    """Replace the qparams of a layer's weight at the bit-width that they are for."""
+    quantizer = _quantizer(prepared, layer)
+    known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
+    quantizer.set_qparams({**known, qparams.spec.bits: qparams}, qparams.scale.device)
+
+
+def _quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
+    quantizer = prepared.graph_module.get_submodule(str(layer.quantizer.target))
+    assert isinstance(quantizer, Quantizer)
+    return quantizer
+
+
+class SegmentRunner(fx.Interpreter):
+    """Runs some nodes of a graph: with the float model's parameters, or quantized at given bit-widths."""
+
+    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int] | None) -> None:
+        super().__init__(prepared.graph_module, garbage_collect_values=False)
+        self._bits = bits
+        origin = prepared.origin or prepared
+        self._parameters = (origin if bits is None else prepared).graph_module
+
+    def fork(self) -> Self:
+        """Another one that may run at the same time."""
+        return copy.copy(self)
+
+    def compute(self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> Values:
+        """Values of these nodes, in order, and those known before."""
+        self.env = dict(known)
+        for node in nodes:
+            self.env[node] = self.run_node(node)
+        return self.env
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Weights of convolutions with channels last, like the images."""
+        value = _attribute(self._parameters, str(target)).detach()
+        return _channels_last(value)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A quantizer at its bit-width, or its input itself in float."""
+        module = self.module.get_submodule(str(target))
+        return self.quantize(module, args[0]) if isinstance(module, Quantizer) else args[0]
+
+    def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """What a quantizer makes of a value."""
+        return x if self._bits is None else quantizer.quantize_at(x, self._bits_of(quantizer))
+
+    def _bits_of(self, quantizer: Quantizer) -> int:
+        return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The op itself; views become reshapes, since memory is laid out otherwise than at capture."""
+        return args[0].reshape(args[1]) if target in VIEW_OPS else super().call_function(target, args, kwargs)
+
+
+def _output_gradients(
+    prepared: PreparedModel, segments: Sequence[Segment], inputs: Values, generator: torch.Generator
+) -> dict[fx.Node, Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        known: Values = {n: x.clone() for n, x in inputs.items()}
+        seen: dict[fx.Node, Tensor] = {}
+        runner = SegmentRunner(prepared, None)
+        for segment in segments:
+            values = runner.compute([*segment.constants, *segment.nodes], known)
+            known = {n: values[n] for n in segment.leaving}
+            for node in segment.leaving:
+                x = known[node]
+                if node not in seen and node not in inputs and isinstance(x, Tensor) and x.is_floating_point():
+                    seen[node] = known[node] = x if x.requires_grad else x.detach().requires_grad_()
+        output = class_logits(known[first_output(prepared)])
+        drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
+        likelihood = output.log_softmax(1).gather(1, drawn).sum()
+        gradients = torch.autograd.grad(likelihood, list(seen.values()), allow_unused=True)
+    return {
+        node: _mean_squares(gradient) for node, gradient in zip(seen, gradients, strict=True) if gradient is not None
+    }
+
+
+def _mean_squares(gradient: Tensor) -> Tensor:
+    """Over all dimensions but samples and channels: the second of maps, the last of tokens."""
+    squares = gradient.square()
+    if squares.ndim > 3:
+        return squares.mean(list(range(2, squares.ndim)), keepdim=True)
+    return squares.mean(1, keepdim=True) if squares.ndim == 3 else squares
+
+
+def _up_to(segment: Segment, node: fx.Node) -> list[fx.Node]:
+    """The segment's nodes that a node's value needs."""
+    inside, needed, pending = set(segment.nodes), set[fx.Node](), [node]
+    while pending:
+        found = pending.pop()
+        if found in inside and found not in needed:
+            needed.add(found)
+            pending.extend(found.all_input_nodes)
+    return [found for found in segment.nodes if found in needed]
+
+
+def _laid_out(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _channels_last(x) for name, x in batch.items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _attribute(module: nn.Module, target: str) -> Tensor:
+    path, _, name = target.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(path), name)
+    return value

@@ -1,0 +1,480 @@
+import copy
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ResidualNet, randomise_norms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import infoq_fx
+from infoq_fx.criteria.outputs import diverge, measure_spread
+from infoq_fx.data import read_data
+from infoq_fx.errors import OptionError
+from infoq_fx.recovery import (
+    LADDER,
+    RECOVERY_STEPS,
+    Bench,
+    BiasCorrection,
+    BlockReconstruction,
+    SecondOrderRounding,
+    find_steps,
+    recover_accuracy,
+)
+from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
+from infoq_fx.recovery.operands import input_rows, rows_to_weight, weight_to_rows
+from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
+from infoq_fx.recovery.segments import find_segments
+from infoq_fx.recovery.walk import Walk, fork, read_parameter, set_parameter
+from infoq_fx.runs import Work, compute_float_logits, compute_logits
+
+BENCH = Bench(batch_size=16)
+
+
+def prepare(model, x, **options):
+    prepared = infoq_fx.prepare(model.eval(), x, **options)
+    return prepared, read_data(x).named(prepared.input_names)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    """A trained-like residual network, prepared, with its data and an allocation of 2 and 3 bits."""
+    torch.manual_seed(1)
+    model = randomise_norms(ResidualNet())
+    prepared, data = prepare(model, torch.randn(96, 1, 8, 8), bits=(2, 3, 8))
+    sites = [site for site in prepared.inventory.sites if site.kind == "weight"]
+    bits = {site.name: 8 for site in prepared.inventory.sites} | {s.name: 2 + i % 2 for i, s in enumerate(sites)}
+    return prepared, data, bits
+
+
+def nats(prepared, data, bits):
+    reference = compute_float_logits(prepared.origin or prepared, data, batch_size=16)
+    return float(diverge(reference, compute_logits(prepared, data, bits), measure_spread(reference)).mean())
+
+
+def state_of(prepared):
+    return {name: value.clone() for name, value in prepared.graph_module.state_dict().items()}
+
+
+class Branches(nn.Module):
+    """All kinds of layers: strided, dilated, grouped, depthwise, padded 'same', transposed, 1-D, linear on tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)
+        self.grouped = nn.Conv2d(4, 8, 3, padding="same", dilation=2, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, (3, 1), padding=(1, 0), groups=8)
+        self.transposed = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.tokens = nn.Linear(6, 5)
+        self.sequence = nn.Conv1d(5, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.depthwise(self.grouped(self.first(x).relu()).relu()).relu()
+        x = self.tokens(self.transposed(x).relu().flatten(2).transpose(1, 2)).relu()
+        return self.head(self.sequence(x.transpose(1, 2)).relu().mean(2))
+
+
+@pytest.fixture(scope="module")
+def branches():
+    torch.manual_seed(2)
+    model = Branches()
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight"):
+            nn.init.kaiming_normal_(parameter)
+    return prepare(model, torch.randn(48, 2, 8, 8), bits=(2, 4, 8))
+
+
+# The chain of segments
+
+
+@pytest.mark.parametrize("build", [ResidualNet, Branches])
+def test_segments_are_the_graph_in_order(build):
+    shape = (4, 1, 8, 8) if build is ResidualNet else (4, 2, 8, 8)
+    prepared, _ = prepare(build(), torch.randn(shape))
+    segments = find_segments(prepared)
+    inner = [n for n in prepared.graph_module.graph.nodes if n.op not in ("placeholder", "output")]
+    own = [node for segment in segments for node in segment.nodes]
+    constants = {node for segment in segments for node in segment.constants}
+    assert len(set(own)) == len(own)
+    assert set(own) | constants == set(inner)
+    layers = [layer.site.name for segment in segments for layer in segment.layers]
+    assert sorted(layers) == sorted(s.name for s in prepared.inventory.sites if s.kind == "weight")
+    known = {n for n in prepared.graph_module.graph.nodes if n.op == "placeholder"}
+    for segment in segments:
+        assert set(segment.entering) <= known
+        known = set(segment.leaving)
+
+
+def test_residual_blocks_stay_whole():
+    prepared, _ = prepare(ResidualNet(), torch.randn(4, 1, 8, 8))
+    found = [[layer.site.name for layer in segment.layers] for segment in find_segments(prepared)]
+    blocks = [[f"blocks.{i}.conv1.weight", f"blocks.{i}.conv2.weight"] for i in range(2)]
+    assert found == [["stem.0.weight"], *blocks, ["head.weight"]]
+
+
+def test_long_segments_are_cut():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(20))
+
+        def forward(self, x):
+            seen = [x]
+            for layer in self.layers:  # every value stays alive to the end
+                seen.append(layer(seen[-1]).relu())
+            return torch.stack(seen).sum((0, 3, 4))
+
+    prepared, data = prepare(Wide(), torch.randn(4, 2, 2, 2))
+    segments = find_segments(prepared)
+    assert max(len(segment.layers) for segment in segments) <= 8
+    walk = Walk(fork(prepared), {}, data, BENCH)
+    for segment in walk.segments:
+        walk.advance(segment)
+
+
+@pytest.mark.parametrize("name", ["residual", "branches"])
+def test_a_walk_ends_where_whole_runs_end(name, request):
+    case = request.getfixturevalue(name)
+    prepared, data = case[:2]
+    bits = case[2] if len(case) > 2 else {s.name: 4 for s in prepared.inventory.sites if s.kind == "weight"}
+    walk = Walk(fork(prepared), bits, data, BENCH)
+    *most, last = walk.segments
+    for segment in most:
+        walk.advance(segment)
+    output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
+    node = next(n for n in last.nodes if n.name == output)
+    pairs = walk.collect(last, node, lambda pair: pair)
+    in_float = compute_float_logits(prepared, data, batch_size=16)
+    assert torch.allclose(torch.cat([pair.in_float for pair in pairs]), in_float, atol=1e-5)
+    assert torch.allclose(
+        torch.cat([pair.quantized for pair in pairs]), compute_logits(prepared, data, bits), atol=1e-5
+    )
+
+
+# Layers as matrices
+
+
+def test_rows_give_the_layers_outputs(branches):
+    prepared, data = branches
+    walk = Walk(fork(prepared), {}, data, BENCH)
+    seen = 0
+    for segment in walk.segments:
+        for layer in segment.layers:
+            if not layer.op.is_transposed:
+                rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
+                pairs = zip(
+                    walk.collect(segment, layer.source, lambda pair: pair.in_float),
+                    walk.collect(segment, layer.node, lambda pair: pair.in_float),
+                    strict=True,
+                )
+                for x, y in pairs:
+                    found = input_rows(layer, x, 10**6) @ rows.mT  # groups, places, channels
+                    y = y.movedim(1, -1) if layer.op.is_convolution else y
+                    found = found.transpose(0, 1).reshape(-1, y.shape[-1])
+                    bias = 0 if layer.bias is None else read_parameter(prepared, layer.bias)
+                    assert torch.allclose(found + bias, y.reshape(-1, y.shape[-1]), atol=1e-5)
+                assert torch.equal(rows_to_weight(layer, rows), read_parameter(prepared, layer.weight))
+                assert len(set(map(tuple, input_rows(layer, x, 3)[0].tolist()))) <= 3 * len(x)
+                assert input_rows(layer, x, 3).shape[1] <= 3 * len(x)
+                seen += 1
+        walk.advance(segment)
+    assert seen == 6
+
+
+def test_moments_are_those_of_numpy(residual):
+    prepared, data, bits = residual
+    walk = Walk(fork(prepared), bits, data, BENCH)
+    walk.advance(walk.segments[0])
+    segment, layer = walk.segments[1], walk.segments[1].layers[1]
+    halves = measure_moments(walk, segment, layer, 10**9)
+    found = average_moments(halves).centre()
+    rows = walk.collect(
+        segment, layer.source, lambda p: (input_rows(layer, p.in_float, 10**6), input_rows(layer, p.quantized, 10**6))
+    )
+    x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
+    joint = np.cov(x, y, rowvar=False, bias=True)
+    columns = x.shape[1]
+    assert np.allclose(found.second[0], joint[columns:, columns:], atol=1e-6)
+    assert np.allclose(found.cross[0], joint[:columns, columns:], atol=1e-6)
+    assert np.allclose(found.mean[0], x.mean(0), atol=1e-6)
+    assert found.count == len(x)
+    half = average_moments([halves[0]])
+    assert torch.equal(half.second, halves[0].second)
+
+
+# Rounding
+
+
+def random_problem(seed, groups=2, rows=3, columns=5, correlated=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, 40, columns, generator=generator, dtype=torch.float64)
+    if correlated:
+        x = x @ torch.randn(groups, columns, columns, generator=generator, dtype=torch.float64)
+    ideal = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
+    second = x.mT @ x / 40 + 0.01 * torch.eye(columns, dtype=torch.float64)
+    return ideal, second
+
+
+def brute_force(ideal, second, step, low, high):
+    """Least error of every row over all integers."""
+    columns = ideal.shape[2]
+    grid = torch.cartesian_prod(*[torch.arange(low, high + 1)] * columns).to(ideal)
+    difference = grid * step - ideal[:, :, None]
+    return torch.einsum("grni,gij,grnj->grn", difference, second, difference).amin(2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_comes_near_the_best_of_all_integers(seed):
+    ideal, second = random_problem(seed)
+    scales = torch.full((2, 3, 1), 0.8)
+    nearest = torch.round(ideal / 0.8).clamp(-2, 1) * 0.8
+    q, step = round_rows(ideal, second, scales, -2, 1, sweeps=8)
+    assert set(q.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
+    assert torch.equal(step, scales[..., 0])
+    found = quadratic_error(q.double() * 0.8 - ideal, second)
+    best = brute_force(ideal, second, 0.8, -2, 1)
+    plain = quadratic_error(nearest - ideal, second)
+    assert bool((found >= best - 1e-6).all())
+    assert float(found.sum()) < 0.9 * float(plain.sum())
+    assert float(found.sum()) < 1.35 * float(best.sum())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 200), st.integers(2, 5))
+def test_rounding_properties(seed, rows, columns, bits):
+    ideal, second = random_problem(seed, 1, rows, columns)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    scales = torch.tensor([0.3, 0.6]).expand(1, rows, 2)
+    q, step = round_rows(ideal, second, scales, low, high, sweeps=2)
+    assert bool((q == q.round()).all())
+    assert low <= float(q.min())
+    assert float(q.max()) <= high
+    found = quadratic_error(q.double() * step[..., None] - ideal, second)
+    for scale in (0.3, 0.6):
+        one, _ = round_rows(ideal, second, torch.full((1, rows, 1), scale), low, high, sweeps=0)
+        error = quadratic_error(one.double() * scale - ideal, second)
+        assert bool((found <= error * (1 + 1e-4) + 1e-6).all())
+
+
+def test_independent_columns_are_rounded_to_nearest():
+    ideal, _ = random_problem(3)
+    second = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.1)
+    q, _ = round_rows(ideal, second, torch.full((2, 3, 1), 0.5), -4, 3, sweeps=3)
+    assert torch.equal(q, torch.round(ideal / 0.5).clamp(-4, 3).float())
+
+
+def test_the_ideal_is_the_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    arrives = x + 0.3 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    rows, ridge = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64), 0.2
+    moments = Moments(50, x.mean(0)[None], arrives.mean(0)[None], (arrives.mT @ arrives / 50)[None],
+                      (x.mT @ arrives / 50)[None])  # fmt: skip
+    found = ideal_rows(rows, moments, ridge * torch.eye(4, dtype=torch.float64)[None])[0]
+    # The same as plain least squares with rows added that say V = W.
+    design = torch.cat([arrives / math.sqrt(50), math.sqrt(ridge) * torch.eye(4, dtype=torch.float64)])
+    target = torch.cat([x @ rows[0].mT / math.sqrt(50), math.sqrt(ridge) * rows[0].mT])
+    assert torch.allclose(found.mT, torch.linalg.lstsq(design, target).solution)
+
+
+# Steps
+
+
+@pytest.mark.parametrize("step", [BiasCorrection(), SecondOrderRounding(), BlockReconstruction(epochs=30)], ids=str)
+def test_a_step_changes_a_copy_and_only_numbers(residual, step):
+    prepared, data, bits = residual
+    before = state_of(prepared)
+    shares = []
+    recovered = step.recover(prepared, bits, data, Bench(batch_size=16, work=Work(advance=shares.append)))
+    after = prepared.graph_module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert math.isclose(sum(shares), 1)
+    assert recovered.origin is prepared
+    assert [str(n) for n in recovered.graph_module.graph.nodes] == [str(n) for n in prepared.graph_module.graph.nodes]
+    assert {k: v.shape for k, v in recovered.graph_module.state_dict().items()} == {
+        k: v.shape for k, v in before.items()
+    }
+    assert nats(recovered, data, bits) < 0.9 * nats(prepared, data, bits)
+
+
+@pytest.mark.parametrize("step", [BiasCorrection(), SecondOrderRounding(), BlockReconstruction(epochs=1)], ids=str)
+def test_threads_change_nothing(residual, step):
+    prepared, data, bits = residual
+    one, three = (
+        step.recover(prepared, bits, data, Bench(batch_size=8, work=Work(threads=threads))) for threads in (1, 3)
+    )
+    other = state_of(three)
+    assert all(torch.equal(value, other[name]) for name, value in state_of(one).items())
+
+
+def test_second_order_rounding_is_what_conversion_stores(residual):
+    prepared, data, bits = residual
+    recovered = SecondOrderRounding().recover(prepared, bits, data, BENCH)
+    quantized = infoq_fx.convert(recovered, infoq_fx.Allocation(bits=bits))
+    stored = {k: v for k, v in quantized.state_dict().items() if v.dtype == torch.int8}
+    assert set(stored) == {name for name in bits if name.endswith("weight")}
+    for name, q in stored.items():
+        assert int(q.min()) >= -(1 << (bits[name] - 1))
+        assert int(q.max()) < 1 << (bits[name] - 1)
+        scale = quantized.state_dict()[f"{name}_scale"].reshape(-1, *[1] * (q.ndim - 1))
+        assert torch.allclose(q * scale, read_parameter(recovered, name), atol=1e-6)
+    x = data.inputs["x"]
+    with torch.no_grad():  # but for biases, which become integers
+        assert torch.allclose(quantized(x), compute_logits(recovered, data, bits), atol=5e-3)
+    # The integers are the second-order ones, not the float weights rounded to nearest.
+    plain = infoq_fx.convert(prepared, infoq_fx.Allocation(bits=bits)).state_dict()
+    assert any(not torch.equal(plain[name], stored[name]) for name in stored)
+
+
+def test_second_order_rounding_takes_every_kind_of_layer(branches):
+    prepared, data = branches
+    bits = {site.name: 4 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
+    bits["transposed.weight"] = 8
+    recovered = SecondOrderRounding().recover(prepared, bits, data, BENCH)
+    assert nats(recovered, data, bits) < 0.6 * nats(prepared, data, bits)
+    assert torch.equal(read_parameter(recovered, "transposed.weight"), read_parameter(prepared, "transposed.weight"))
+    for name in ("first", "grouped", "depthwise", "tokens", "sequence", "head"):
+        weight = f"{name}.weight"
+        assert not torch.equal(read_parameter(recovered, weight), read_parameter(prepared, weight)), weight
+
+
+def test_dead_inputs_do_no_harm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        model[0].weight[1:3] = 0
+        model[0].bias[1:3] = torch.tensor([-1.0, 0.0])
+    prepared, data = prepare(model, torch.randn(40, 2, 8, 8), bits=(3, 8))
+    bits = {site.name: 3 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
+    recovered = SecondOrderRounding().recover(prepared, bits, data, BENCH)
+    assert all(bool(value.isfinite().all()) for value in recovered.graph_module.state_dict().values())
+    assert nats(recovered, data, bits) < nats(prepared, data, bits)
+
+
+def test_bias_correction_leaves_no_mean_error(residual):
+    prepared, data, bits = residual
+    recovered = BiasCorrection().recover(prepared, bits, data, BENCH)
+    reference = compute_float_logits(prepared, data, batch_size=16).mean(0)
+    assert torch.allclose(compute_logits(recovered, data, bits).mean(0), reference, atol=1e-4)
+    assert not torch.allclose(compute_logits(prepared, data, bits).mean(0), reference, atol=1e-2)
+
+
+def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
+    prepared, data, bits = residual
+    step, kept = BlockReconstruction(epochs=1), Bench(batch_size=16, cache_dir=tmp_path)
+    whole = state_of(step.recover(prepared, bits, data, BENCH))
+    learned = []
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(share):
+        learned.append(share)
+        if sum(learned) > 0.6:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        step.recover(prepared, bits, data, Bench(batch_size=16, cache_dir=tmp_path, work=Work(advance=stop)))
+    files = sorted(tmp_path.rglob("*.pt"))
+    assert 0 < len(files) < 4
+    files[0].write_bytes(b"cut short")
+    with caplog.at_level(logging.WARNING):
+        again = state_of(step.recover(prepared, bits, data, kept))
+    assert "learning the block again" in caplog.text
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    # Another option, other bits or other data are other blocks.
+    count = len(list(tmp_path.iterdir()))
+    BlockReconstruction(epochs=1, seed=1).recover(prepared, bits, data, kept)
+    step.recover(prepared, {**bits, "head.weight": 8}, data, kept)
+    step.recover(prepared, bits, data.take(80), kept)
+    assert len(list(tmp_path.iterdir())) == count + 3
+
+
+# The whole
+
+
+class Worse:
+    name = "worse"
+
+    def recover(self, prepared, bits, data, bench):
+        changed = fork(prepared)
+        with torch.no_grad():
+            set_parameter(changed, "head.weight", -read_parameter(changed, "head.weight"))
+        return changed
+
+
+def test_a_step_that_makes_it_worse_is_undone(residual, caplog):
+    prepared, data, bits = residual
+    with caplog.at_level(logging.INFO):
+        found = recover_accuracy(prepared, bits, data, [Worse(), SecondOrderRounding(), Worse()], progress=False)
+    assert found.recovered_by == ("second_order_rounding",)
+    assert caplog.text.count("worse is undone") == 2
+    only = recover_accuracy(prepared, bits, data, [SecondOrderRounding()], progress=False)
+    other = state_of(only)
+    assert all(torch.equal(value, other[name]) for name, value in state_of(found).items())
+    assert recover_accuracy(prepared, bits, data, [Worse()], progress=False) is prepared
+
+
+def test_held_back_samples_are_not_fitted(residual):
+    prepared, data, bits = residual
+    seen = []
+
+    class Look(Worse):
+        def recover(self, prepared, bits, data, bench):
+            seen.append(data.inputs["x"])
+            return prepared
+
+    recover_accuracy(prepared, bits, data, [Look()], progress=False)
+    x = data.inputs["x"]
+    assert torch.equal(seen[0], x[torch.arange(len(x)) % 5 != 4])
+    recover_accuracy(prepared, bits, data.take(9), [Look()], progress=False)
+    assert len(seen[1]) == 9
+
+
+def test_find_steps():
+    assert find_steps("none") == []
+    assert [step.name for step in find_steps("best")] == list(LADDER["best"])
+    chosen = SecondOrderRounding(sweeps=0)
+    assert find_steps([chosen, "bias_correction"]) == [chosen, BiasCorrection()]
+    assert all(build().name == name for name, build in RECOVERY_STEPS.items())
+    with pytest.raises(OptionError, match="'second_order_rounding'"):
+        find_steps("second_order")
+    with pytest.raises(OptionError, match="is no step"):
+        find_steps(3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SecondOrderRounding(samples=0),
+        lambda: SecondOrderRounding(sweeps=-1),
+        lambda: BlockReconstruction(epochs=0),
+        lambda: BlockReconstruction(drop=1.0),
+        lambda: BlockReconstruction(learning_rate=0.0),
+    ],
+)
+def test_options_out_of_range(build):
+    with pytest.raises(OptionError, match="="):
+        build()
+
+
+def test_recover_in_stages_is_what_quantize_does(residual_net, images):
+    options = dict(bits=(2, 3, 4), progress=False)
+    whole = infoq_fx.quantize(residual_net, 3.0, calibration_data=images, **options)
+    allocation = infoq_fx.allocation_of(whole)
+    assert allocation.recovered_by == ("second_order_rounding",)
+    prepared = infoq_fx.prepare(residual_net, images, bits=(2, 3, 4))
+    recovered = infoq_fx.recover(prepared, allocation, images, progress=False)
+    staged = infoq_fx.convert(recovered, allocation)
+    assert all(torch.equal(value, staged.state_dict()[name]) for name, value in whole.state_dict().items())
+    plain = infoq_fx.quantize(residual_net, 3.0, calibration_data=images, recovery="none", **options)
+    assert infoq_fx.allocation_of(plain).recovered_by == ()
+    assert infoq_fx.allocation_of(plain).bits == allocation.bits
+    with pytest.raises(OptionError, match="the allocation gives site"):
+        infoq_fx.recover(prepared, infoq_fx.Allocation(bits={}), images)
+    again = copy.deepcopy(recovered.graph_module)
+    assert isinstance(again, fx.GraphModule)
