@@ -18,10 +18,19 @@ from infoq_fx.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from infoq_fx.finetuning import finetune
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import QuantizedModule, allocation_of
-from infoq_fx.recovery import RECOVERY_STEPS, BiasCorrection, RecoveryStep, SecondOrderRounding
+from infoq_fx.recovery import (
+    RECOVERY_STEPS,
+    BiasCorrection,
+    BlockReconstruction,
+    RangeEqualization,
+    RecoveryStep,
+    SecondOrderRounding,
+)
+from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
 from infoq_fx.version import __version__
@@ -33,6 +42,7 @@ __all__ = [
     "Allocation",
     "Audit",
     "BiasCorrection",
+    "BlockReconstruction",
     "Budget",
     "CalibrationDataError",
     "Criterion",
@@ -47,6 +57,7 @@ __all__ = [
     "OptionError",
     "PreparedModel",
     "QuantizedModule",
+    "RangeEqualization",
     "RecoveryStep",
     "SecondOrderRounding",
     "SensitivityTable",
@@ -57,6 +68,7 @@ __all__ = [
     "audit",
     "convert",
     "export_onnx",
+    "finetune",
     "load_dinov2",
     "prepare",
     "quantize",
@@ -64,4 +76,6 @@ __all__ = [
     "refine",
     "score",
     "summarize",
+    "to_quantized",
+    "to_trainable",
 ]

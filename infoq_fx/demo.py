@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from infoq_fx.api import convert, prepare, refine, score
+from infoq_fx.api import convert, prepare, recover, refine, score
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.spec import Allocation
@@ -109,7 +109,7 @@ def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoR
     Args:
         path: where the ONNX file goes.
         budget: mean weight bit-width.
-        progress: show the scoring bar.
+        progress: show progress bars.
     """
     (images, labels), (test_images, test_labels) = digits()
     model = train_digits_net(images, labels)
@@ -117,7 +117,7 @@ def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoR
     prepared = prepare(model, calibration, budget=budget)
     table = score(prepared, calibration, progress=progress)
     allocation = refine(prepared, table, budget, calibration)
-    quantized = convert(prepared, allocation)
+    quantized = convert(recover(prepared, allocation, calibration, progress=progress), allocation)
     uniform_bits = {site.name: int(budget) if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     uniform = convert(prepared, Allocation(bits=uniform_bits))
     export_onnx(uniform, path)

@@ -1,6 +1,7 @@
 """The whole route by its public face, and every kind of bad input at its door."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,8 +56,10 @@ def test_one_call_is_the_stages_together(model, samples, prepared_and_table):
     prepared, table = prepared_and_table
     for refine in (True, False):
         allocation = infoq_fx.refine(prepared, table, 3.5, samples) if refine else infoq_fx.allocate(table, 3.5)
-        staged, whole = infoq_fx.convert(prepared, allocation), quantize(model, 3.5, samples, refine=refine)
-        assert infoq_fx.allocation_of(whole) == allocation
+        whole = quantize(model, 3.5, samples, refine=refine)
+        recovered = infoq_fx.recover(prepared, allocation, samples, progress=False)
+        staged = infoq_fx.convert(recovered, allocation)
+        assert infoq_fx.allocation_of(whole) == replace(allocation, recovered_by=recovered.recovered_by)
         assert torch.equal(whole(samples[0]), staged(samples[0]))
 
 

@@ -147,7 +147,7 @@ def test_a_walk_ends_where_whole_runs_end(name, request):
         walk.advance(segment)
     output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
     node = next(n for n in last.nodes if n.name == output)
-    pairs = walk.collect(last, node, lambda pair: pair)
+    pairs = walk.collect(last, node, lambda _, pair: pair)
     in_float = compute_float_logits(prepared, data, batch_size=16)
     assert torch.allclose(torch.cat([pair.in_float for pair in pairs]), in_float, atol=1e-5)
     assert torch.allclose(
@@ -167,8 +167,8 @@ def test_rows_give_the_layers_outputs(branches):
             if not layer.op.is_transposed:
                 rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
                 pairs = zip(
-                    walk.collect(segment, layer.source, lambda pair: pair.in_float),
-                    walk.collect(segment, layer.node, lambda pair: pair.in_float),
+                    walk.collect(segment, layer.source, lambda _, pair: pair.in_float),
+                    walk.collect(segment, layer.node, lambda _, pair: pair.in_float),
                     strict=True,
                 )
                 for x, y in pairs:
@@ -193,7 +193,9 @@ def test_moments_are_those_of_numpy(residual):
     halves = measure_moments(walk, segment, layer, 10**9)
     found = average_moments(halves).centre()
     rows = walk.collect(
-        segment, layer.source, lambda p: (input_rows(layer, p.in_float, 10**6), input_rows(layer, p.quantized, 10**6))
+        segment,
+        layer.source,
+        lambda _, p: (input_rows(layer, p.in_float, 10**6), input_rows(layer, p.quantized, 10**6)),
     )
     x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
     joint = np.cov(x, y, rowvar=False, bias=True)

@@ -16,6 +16,7 @@ from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.bias_correction import BiasCorrection
+from infoq_fx.recovery.equalization import RangeEqualization
 from infoq_fx.recovery.protocol import Bench, RecoveryStep
 from infoq_fx.recovery.reconstruction import BlockReconstruction
 from infoq_fx.recovery.rounding import SecondOrderRounding
@@ -28,6 +29,7 @@ __all__ = [
     "Bench",
     "BiasCorrection",
     "BlockReconstruction",
+    "RangeEqualization",
     "RecoveryStep",
     "SecondOrderRounding",
     "find_steps",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
+    "range_equalization": RangeEqualization,
     "bias_correction": BiasCorrection,
     "second_order_rounding": SecondOrderRounding,
     "block_reconstruction": BlockReconstruction,

@@ -48,7 +48,7 @@ def measure_moments(walk: Walk, segment: Segment, layer: Layer, rows: int) -> tu
     """
     most = max(1, math.ceil(rows / walk.samples))
 
-    def read(pair: Pair) -> Moments:
+    def read(_: int, pair: Pair) -> Moments:
         x, found = input_rows(layer, pair.in_float, most), input_rows(layer, pair.quantized, most)
         products = x.mean(1), found.mean(1), found.mT @ found / x.shape[1], x.mT @ found / x.shape[1]
         return Moments(x.shape[1], *(product.double() for product in products))

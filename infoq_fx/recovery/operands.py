@@ -52,7 +52,7 @@ def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
     """
     if not layer.op.is_convolution:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        return tokens[:, _spread(tokens.shape[1], most)].reshape(1, -1, x.shape[-1])
+        return tokens[:, _spread(tokens.shape[1], most).to(x.device)].reshape(1, -1, x.shape[-1])
     spatial = len(layer.site.shape) - 2
     if x.ndim == spatial + 1:
         x = x.unsqueeze(0)

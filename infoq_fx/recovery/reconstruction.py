@@ -43,11 +43,14 @@ class BlockReconstruction:
 
     h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of a logit a weight; p falls from 20
     to 2 and drives all h to 0 or 1. The two integers are the one that the weight is at when the step begins (by
-    second-order rounding, when it came before) and the next one on the side of the float weight. w weighs each channel
-    of each sample by the mean squared gradient of the log-likelihood of the float model's own decision (Fisher
-    information), or is 1. Biases learn along. A share ``drop`` of the activation values inside the block stays in float
-    while it learns. A block whose error has not become less stays as it was; one whose weights are all decided stops
+    second-order rounding, when it came before) and the next one on the side of the float weight. Biases learn along. A
+    share ``drop`` of the activation values inside the block stays in float while it learns. With ``fisher``, w weighs
+    each channel of each sample by the mean squared gradient of the log-likelihood of the float model's own decision;
+    else it is 1. A block whose error has not become less stays as it was; one whose weights are all decided stops
     early.
+
+    Behind second-order rounding there is little left to learn in few epochs: its integers are a local optimum, and it
+    takes hundreds of updates before others are better.
 
     Cost: ``epochs`` forward and backward passes over ``samples`` of the model, in float32; no labels. With a
     ``cache_dir`` every finished block is kept, and a run that was stopped goes on behind it.
@@ -76,7 +79,7 @@ class BlockReconstruction:
     learning_rate: float = 0.01
     strength: float = 1.0
     drop: float = 0.5
-    fisher: bool = True
+    fisher: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,12 +129,8 @@ class _Block:
 
     @staticmethod
     def begin(walk: Walk, segment: Segment, weighing: Mapping[fx.Node, Sequence[Tensor]]) -> _Block:
-        inside = set(segment.nodes)
-        leaving = [n for n in segment.leaving if n in inside]
-        values = walk.run_float(segment, leaving)
-        floating = [i for i, x in enumerate(values[0]) if isinstance(x, Tensor) and x.is_floating_point()]
-        outputs = tuple(leaving[i] for i in floating)
-        wanted = [[found[i] for i in floating] for found in values]
+        outputs = segment.outputs
+        wanted = walk.run_float(segment, outputs)
         one = torch.ones(())
         weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
         return _Block(walk, segment, outputs, [quantized for _, quantized in walk.entering(segment)], wanted, weights)
@@ -234,14 +233,18 @@ def _is_decided(soft: SoftWeight) -> bool:
 
 
 def _fisher_weights(walk: Walk, seed: int) -> dict[fx.Node, list[Tensor]]:
-    """By the nodes that leave segments and by shard: mean squared gradients of the log-likelihood, mean 1 overall.
-
-    Of each sample and channel; the decision is drawn from the float model's own outputs.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = walk.output_gradients(generator)
+    """By the nodes that leave segments and by shard: squared gradients of each sample and channel, 1 on average."""
+    nodes = [node for segment in walk.segments for node in segment.outputs]
+    found = walk.squared_gradients(nodes, lambda _, square: _mean_over_places(square), seed)
     means = {n: torch.stack([g.mean() for g in parts]).mean().clamp_min(1e-30) for n, parts in found.items()}
     return {n: [g / means[n] for g in parts] for n, parts in found.items()}
+
+
+def _mean_over_places(x: Tensor) -> Tensor:
+    """Over all dimensions but samples and channels: the second of maps, the last of tokens."""
+    if x.ndim > 3:
+        return x.mean(list(range(2, x.ndim)), keepdim=True)
+    return x.mean(1, keepdim=True) if x.ndim == 3 else x
 
 
 def _paths(segment: Segment) -> list[str]:

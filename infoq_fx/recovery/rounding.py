@@ -68,7 +68,7 @@ class SecondOrderRounding:
         OptionError: an option out of range.
     """
 
-    samples: int = 512
+    samples: int = 1024
     rows: int = 16384
     sweeps: int = 8
 

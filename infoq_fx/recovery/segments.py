@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,15 @@ class Layer:
 class Segment:
     """Consecutive nodes; ``entering`` are the values from before that they read, ``leaving`` those read behind.
 
-    ``constants`` are the nodes in front of them that depend on no input: weights, and what becomes of them.
+    ``outputs`` are the floating-point tensors of the segment that leave it. ``constants`` are the nodes in front of
+    them that depend on no input: weights, and what becomes of them.
     """
 
     constants: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     entering: tuple[fx.Node, ...]
     leaving: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
     layers: tuple[Layer, ...]
 
 
@@ -76,11 +78,17 @@ def find_segments(prepared: PreparedModel) -> list[Segment]:
     layers = _find_layers(prepared)
     at = {node: index for index, node in enumerate(nodes)}
     positions = sorted(at[layer.node] for layer in layers)
-    keys = _live_keys(prepared, nodes)
+    recorder = _Recorder(prepared)
+    with torch.inference_mode():
+        recorder.run(*prepared.example_inputs.values())
+    keys = _live_keys(recorder.sizes, nodes)
     cuts = [_smallest(keys, a + 1, b) for a, b in itertools.pairwise(positions)]
     cuts = _limit_layers(cuts, _keep_worthy(cuts, keys), positions, keys)
     bounds = [sum(node.op == "placeholder" for node in nodes), *cuts, len(nodes)]
-    return [_make_segment(nodes, constants, layers, at, start, end) for start, end in itertools.pairwise(bounds)]
+    return [
+        _make_segment(nodes, constants, layers, at, recorder.floating, start, end)
+        for start, end in itertools.pairwise(bounds)
+    ]
 
 
 def _split_constants(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -109,9 +117,8 @@ def _find_layers(prepared: PreparedModel) -> list[Layer]:
     return sorted(found, key=lambda layer: layer.node)
 
 
-def _live_keys(prepared: PreparedModel, nodes: Sequence[fx.Node]) -> list[int]:
+def _live_keys(sizes: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> list[int]:
     """By position in ``nodes``: elements alive in front of it, times the number of tensors that hold them."""
-    sizes = _record_sizes(prepared)
     last: dict[fx.Node, int] = {}
     index_of = {node: index for index, node in enumerate(nodes)}
     for node in nodes:
@@ -123,22 +130,20 @@ def _live_keys(prepared: PreparedModel, nodes: Sequence[fx.Node]) -> list[int]:
     return keys
 
 
-def _record_sizes(prepared: PreparedModel) -> dict[fx.Node, int]:
-    recorder = _SizeRecorder(prepared)
-    with torch.inference_mode():
-        recorder.run(*prepared.example_inputs.values())
-    return recorder.sizes
+class _Recorder(FloatInterpreter):
+    """Runs the float model once; keeps the elements of every value and which are floating-point tensors."""
 
-
-class _SizeRecorder(FloatInterpreter):
     def __init__(self, prepared: PreparedModel) -> None:
         super().__init__(prepared)
         self.sizes: dict[fx.Node, int] = {}
+        self.floating: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         tensors = result if isinstance(result, tuple | list) else (result,)
         self.sizes[n] = sum(x.numel() for x in tensors if isinstance(x, Tensor))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.floating.add(n)
         return result
 
 
@@ -183,6 +188,7 @@ def _make_segment(
     constants: Sequence[fx.Node],
     layers: Sequence[Layer],
     at: Mapping[fx.Node, int],
+    floating: Set[fx.Node],
     start: int,
     end: int,
 ) -> Segment:
@@ -205,5 +211,6 @@ def _make_segment(
         nodes=tuple(own),
         entering=tuple(entering),
         leaving=tuple(leaving),
+        outputs=tuple(node for node in leaving if node in inside and node in floating),
         layers=tuple(layer for layer in layers if start <= at[layer.node] < end),
     )

@@ -72,37 +72,47 @@ class Walk:
 
     def run_float(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
         """Values of some nodes in the float model, for every batch; the walk stands in front of the segment."""
-        return self._map(segment, segment.nodes, lambda in_float, _: [in_float[node] for node in nodes])
+        return self._map(segment, segment.nodes, lambda _, in_float, __: [in_float[node] for node in nodes])
 
-    def output_gradients(self, generator: torch.Generator) -> dict[fx.Node, list[Tensor]]:
-        """Squared gradients of the float model's log-likelihood at every tensor that leaves a segment, by batch.
+    def squared_gradients(
+        self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
+    ) -> dict[fx.Node, list[Tensor]]:
+        """What ``read`` makes of squared gradients of the float model's log-likelihood at some nodes, by batch.
 
-        The class is drawn from the model's own outputs; over all dimensions but samples and channels the mean is taken.
+        The class is drawn from the model's own outputs, so that their mean is the Fisher information of each value.
         The walk stands at the beginning.
         """
-        found: dict[fx.Node, list[Tensor]] = {}
-        for values in self._float:
-            for node, gradient in _output_gradients(self.prepared, self.segments, values, generator).items():
-                found.setdefault(node, []).append(gradient)
+        seeds = torch.randint(1 << 62, (len(self._float),), generator=torch.Generator().manual_seed(seed)).tolist()
+        found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
+
+        def run(index: int) -> list[Tensor]:
+            generator = torch.Generator().manual_seed(seeds[index])
+            squares = _squared_gradients(self.prepared, self.segments, self._float[index], nodes, generator)
+            return [read(node, square) for node, square in zip(nodes, squares, strict=True)]
+
+        with thread_map(self.work.threads, self.work.stop) as spread:
+            for squares in spread(run, range(len(self._float))):
+                for node, square in zip(nodes, squares, strict=True):
+                    found[node].append(square)
         return found
 
-    def collect(self, segment: Segment, node: fx.Node, read: Callable[[Pair], _Result]) -> list[_Result]:
-        """What ``read`` makes of a node's value, for every batch; the walk stands in front of the segment."""
+    def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> list[_Result]:
+        """What ``read`` makes of a batch's index and a node's value; the walk stands in front of the segment."""
         nodes = _up_to(segment, node)
-        return self._map(segment, nodes, lambda in_float, quantized: read(Pair(in_float[node], quantized[node])))
+        return self._map(segment, nodes, lambda i, in_float, quantized: read(i, Pair(in_float[node], quantized[node])))
 
     def advance(self, segment: Segment) -> None:
         """Walk through a segment."""
         kept = segment.leaving
 
-        def keep(in_float: Values, quantized: Values) -> tuple[Values, Values]:
+        def keep(_: int, in_float: Values, quantized: Values) -> tuple[Values, Values]:
             return {n: in_float[n] for n in kept}, {n: quantized[n] for n in kept}
 
         pairs = self._map(segment, segment.nodes, keep)
         self._float, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
 
     def _map(
-        self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[Values, Values], _Result]
+        self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
     ) -> list[_Result]:
         with torch.inference_mode():
             floating, rounding = self._runners
@@ -113,7 +123,7 @@ class Walk:
                 with torch.inference_mode():
                     first = floating.fork().compute(nodes, in_float | self._float[index])
                     second = rounding.fork().compute(nodes, quantized | self._quantized[index])
-                    return read(first, second)
+                    return read(index, first, second)
 
             with thread_map(self.work.threads, self.work.stop) as spread:
                 return list(spread(run, range(len(self._float))))
@@ -197,35 +207,28 @@ class SegmentRunner(fx.Interpreter):
         return args[0].reshape(args[1]) if target in VIEW_OPS else super().call_function(target, args, kwargs)
 
 
-def _output_gradients(
-    prepared: PreparedModel, segments: Sequence[Segment], inputs: Values, generator: torch.Generator
-) -> dict[fx.Node, Tensor]:
+def _squared_gradients(
+    prepared: PreparedModel,
+    segments: Sequence[Segment],
+    inputs: Values,
+    nodes: Sequence[fx.Node],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    runner, values = SegmentRunner(prepared, None), Values()
     with torch.inference_mode(False), torch.enable_grad():
-        known: Values = {n: x.clone() for n, x in inputs.items()}
-        seen: dict[fx.Node, Tensor] = {}
-        runner = SegmentRunner(prepared, None)
+        for node, x in inputs.items():
+            values[node] = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
         for segment in segments:
-            values = runner.compute([*segment.constants, *segment.nodes], known)
-            known = {n: values[n] for n in segment.leaving}
-            for node in segment.leaving:
-                x = known[node]
-                if node not in seen and node not in inputs and isinstance(x, Tensor) and x.is_floating_point():
-                    seen[node] = known[node] = x if x.requires_grad else x.detach().requires_grad_()
-        output = class_logits(known[first_output(prepared)])
+            values = runner.compute([*segment.constants, *segment.nodes], values)
+        output = class_logits(values[first_output(prepared)])
         drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
         likelihood = output.log_softmax(1).gather(1, drawn).sum()
-        gradients = torch.autograd.grad(likelihood, list(seen.values()), allow_unused=True)
-    return {
-        node: _mean_squares(gradient) for node, gradient in zip(seen, gradients, strict=True) if gradient is not None
-    }
-
-
-def _mean_squares(gradient: Tensor) -> Tensor:
-    """Over all dimensions but samples and channels: the second of maps, the last of tokens."""
-    squares = gradient.square()
-    if squares.ndim > 3:
-        return squares.mean(list(range(2, squares.ndim)), keepdim=True)
-    return squares.mean(1, keepdim=True) if squares.ndim == 3 else squares
+        wanted = [values[node] for node in nodes]
+        gradients = torch.autograd.grad(likelihood, wanted, allow_unused=True)
+    return [
+        torch.zeros_like(x) if gradient is None else gradient.square()
+        for x, gradient in zip(wanted, gradients, strict=True)
+    ]
 
 
 def _up_to(segment: Segment, node: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,89 @@
+"""What recovery wins back on real pretrained models, and what it costs.
+
+    python tests/benchmarks/recovery.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3] [--seeds 1] [--bitops]
+        [--recovery none fast best finetuned] [--bits 2 3 4 5 6 8] [--epochs 20] [--cache-dir FOLDER]
+
+Needs the models and images beside the project (``../shared/data/real_models.py``). The allocation is that of
+``quantize()``, activations are at 8 bits; evaluation images are never seen in calibration. ``finetuned`` goes on from
+``fast`` without labels. --bitops adds weights and activations of 2 to 8 bits searched together, under the BitOps of
+uniform 3 bits. With --cache-dir scores and learned blocks are kept, of this benchmark and of ``audit.py``.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import infoq_fx
+from infoq_fx.cost import measure_cost
+
+sys.path.insert(0, str(Path(__file__).parent))
+from real_models import DATA, load_case, load_real_models, predict, top1
+
+BUDGETS = {"resnet20": (3.0, 2.5, 2.25), "vit": (4.0, 3.0), "mobilenet_v2": (4.0, 3.0)}
+RUNGS = ("none", "fast", "best", "finetuned")
+
+
+def quantize_rung(rung, prepared, allocation, calibration, checkpoint, cache_dir, epochs):
+    images = calibration[0]
+    start = "fast" if rung == "finetuned" else rung
+    recovered = infoq_fx.recover(prepared, allocation, images, start, cache_dir=cache_dir, progress=False)
+    quantized = infoq_fx.convert(recovered, allocation)
+    if rung == "finetuned":
+        quantized = infoq_fx.finetune(quantized, images, epochs=epochs, checkpoint=checkpoint, progress=False)
+    return quantized
+
+
+def run_case(name, seed, arguments, case):
+    model, calibration, (images, labels) = case
+    floating = top1(predict(model, images), labels)
+    jobs = [(f"{b:g} bits", dict(bits=arguments.bits), b) for b in arguments.budgets or BUDGETS[name]]
+    if arguments.bitops:
+        jobs.append(("BitOps of 3 bits", dict(bits=arguments.bits, activation_bits=arguments.bits), None))
+    for label, options, budget in jobs:
+        prepared = infoq_fx.prepare(model, calibration, **options)
+        table = infoq_fx.score(prepared, calibration, cache_dir=arguments.cache_dir, progress=False)
+        limit = budget or uniform_bitops(prepared, 3)
+        allocation = infoq_fx.refine(prepared, table, limit, calibration)
+        folder = arguments.cache_dir and Path(arguments.cache_dir)
+        checkpoint = folder and folder / f"{name}-{seed}-{label.replace(' ', '-')}-{arguments.epochs}-epochs.pt"
+        cells = []
+        for rung in arguments.recovery:
+            begin = time.process_time()
+            quantized = quantize_rung(
+                rung, prepared, allocation, calibration, checkpoint, arguments.cache_dir, arguments.epochs
+            )
+            seconds = time.process_time() - begin
+            cells.append(f"{rung} {top1(predict(quantized, images), labels):.1f} ({seconds:.0f} s CPU)")
+        print(f"{name}, seed {seed}, {label}: float {floating:.1f}, " + ", ".join(cells), flush=True)
+
+
+def uniform_bitops(prepared, bits):
+    uniform = {site.name: bits if site.is_searched else 8 for site in prepared.inventory.sites}
+    return infoq_fx.Budget(bitops=measure_cost(prepared.inventory, uniform).bitops)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(BUDGETS))
+    parser.add_argument("--budgets", type=float, nargs="+", help="mean weight bits; of all models")
+    parser.add_argument("--recovery", nargs="+", default=list(RUNGS), choices=RUNGS)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="candidate bit-widths")
+    parser.add_argument("--epochs", type=int, default=20, help="of finetuning")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--bitops", action="store_true")
+    parser.add_argument("--cache-dir")
+    arguments = parser.parse_args()
+    if not DATA.exists():
+        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
+    real = load_real_models()
+    torch.manual_seed(0)
+    for name in arguments.models:
+        for seed in range(arguments.seeds):
+            run_case(name, seed, arguments, load_case(real, name, seed))
+
+
+if __name__ == "__main__":
+    main()
