@@ -46,8 +46,8 @@ class BlockReconstruction:
     second-order rounding, when it came before) and the next one on the side of the float weight. Biases learn along. A
     share ``drop`` of the activation values inside the block stays in float while it learns. With ``fisher``, w weighs
     each channel of each sample by the mean squared gradient of the log-likelihood of the float model's own decision;
-    else it is 1. A block whose error has not become less stays as it was; one whose weights are all decided stops
-    early.
+    else it is 1. Of the block as it was, with learned biases, and with learned weights and biases, the one of least
+    error stays. A block whose weights are all decided stops early.
 
     Behind second-order rounding there is little left to learn in few epochs: its integers are a local optimum, and it
     takes hundreds of updates before others are better.
@@ -73,11 +73,11 @@ class BlockReconstruction:
         OptionError: an option out of range.
     """
 
-    epochs: int = 40
+    epochs: int = 20
     samples: int = 1024
     batch_size: int = 32
     learning_rate: float = 0.01
-    strength: float = 1.0
+    strength: float = 0.1
     drop: float = 0.5
     fisher: bool = False
     seed: int = 0
@@ -172,16 +172,25 @@ class _Block:
             if done > _WARM_UP * total and all(_is_decided(soft) for soft in weights.values()):
                 bench.work.advance(share * (1 - done / total))
                 break
-        for soft in weights.values():
-            set_parameter(walk.prepared, soft.layer.weight, soft.rounded())
-        for path, bias in biases.items():
-            set_parameter(walk.prepared, path, bias.detach())
-        after = self._error(spread)
+        learned = {soft.layer.weight: soft.rounded() for soft in weights.values()}
+        offsets_learned = {path: bias.detach() for path, bias in biases.items()}
+        self._keep_best([before, before | offsets_learned, before | learned | offsets_learned], first, spread)
+
+    def _keep_best(self, candidates: Sequence[Mapping[str, Tensor]], first: float, spread: ThreadMap) -> None:
+        """Put the parameters of least error in place; the first are those that were there, with error ``first``."""
+        errors = [first]
+        for candidate in candidates[1:]:
+            self._put(candidate)
+            errors.append(self._error(spread))
+        best = min(range(len(errors)), key=lambda index: errors[index])
+        self._put(candidates[best])
         names = ", ".join(layer.site.name for layer in self.segment.layers)
-        logging.getLogger(__name__).debug("%s: error %.3g of what it was", names, after / first)
-        if not after < first:
-            for path, value in before.items():
-                set_parameter(walk.prepared, path, value)
+        shares = ", ".join(f"{error / first:.3g}" for error in errors[1:])
+        logging.getLogger(__name__).debug("%s: biases learned, weights too: %s of the error", names, shares)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for path, value in values.items():
+            set_parameter(self.walk.prepared, path, value)
 
     def _error(self, spread: ThreadMap) -> float:
         """Mean weighted squared error of the block as it stands."""
