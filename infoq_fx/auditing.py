@@ -26,13 +26,14 @@ from tqdm.auto import tqdm
 from infoq_fx.allocation import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, fit_data, prepare
 from infoq_fx.cache import digest_run
-from infoq_fx.criteria import AnyCriterion, Criterion, Measure, find_criterion
+from infoq_fx.criteria import AnyCriterion, Criterion, Measure, Plain, find_criterion
 from infoq_fx.criteria.outputs import ACCURACY_DROP
 from infoq_fx.data import CalibrationData, read_data
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.files import read_json, write_atomically
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.prepared import PreparedModel
+from infoq_fx.recovery import AnyRecovery, RecoveryStep, find_steps, recover_accuracy
 from infoq_fx.refinement import choose_allocation
 from infoq_fx.runs import Work, choose_batch_size, compute_float_logits, compute_logits
 from infoq_fx.sensitivity import Resources, describe_measurements, measure_sensitivity
@@ -169,6 +170,7 @@ def audit(
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    recovery: AnyRecovery = "none",
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -178,9 +180,10 @@ def audit(
     """Compare criteria on a model: same quantizers, same data, same integer program.
 
     For each criterion: how its scores correlate with the accuracy drop of every layer at 4 bits and fewer, the top-1 of
-    its allocation at every budget, and what it cost. Accuracy is that of the quantized model with weights rounded to
-    nearest, on samples that no criterion saw; without labels, agreement with the float model. Beside the criteria stand
-    the uniform allocation and, where ``"infoq"`` takes part, what :func:`infoq_fx.quantize` does by default.
+    its allocation at every budget, and what it cost. Accuracy is that of the quantized model, by default with weights
+    rounded to nearest, on samples that no criterion saw; without labels, agreement with the float model. Beside the
+    criteria stand the uniform allocation and, where ``"infoq"`` takes part, what :func:`infoq_fx.quantize` allocates by
+    default.
 
     Deterministic but for the CPU times. With ``cache_dir`` an audit that was stopped goes on where it was, and another
     criterion or budget costs only itself.
@@ -198,6 +201,8 @@ def audit(
         activation_bits: candidates of activations; criteria that score weights alone need a single one.
         ignore: layers left in float.
         pin: bit-widths fixed beforehand.
+        recovery: what each allocation is measured behind, see :func:`infoq_fx.recover`; ``"fast"`` is what
+            :func:`infoq_fx.quantize` does, and costs its time for every row and budget.
         device: where the work is done.
         executor: workers for the scoring.
         cache_dir: folder that keeps everything finished.
@@ -210,7 +215,7 @@ def audit(
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a budget is out of reach.
     """
-    chosen = _read_criteria(criteria)
+    chosen, steps = _read_criteria(criteria), find_steps(recovery)
     calibration, evaluation = _split(read_data(calibration_data), evaluation_data)
     prepared = prepare(
         model, calibration, bits=bits, activation_bits=activation_bits, ignore=ignore, pin=pin, device=device
@@ -222,7 +227,7 @@ def audit(
     with _kept_folder(cache_dir) as folder:
         resources = Resources(executor=executor, cache_dir=folder, memory_limit=memory_limit, progress=progress)
         drops = _measure_drops(prepared, evaluation, resources) if correlate else {}
-        judge = _Judge(prepared, evaluation, folder, progress)
+        judge = _Judge(prepared, evaluation, calibration, steps, folder, progress)
         tables, rows = {}, []
         for criterion in chosen:
             table, seconds = _score(prepared, calibration, criterion, resources, folder)
@@ -260,10 +265,23 @@ def audit(
 class _Judge:
     """Runs allocations over the evaluation samples, each once; what was found is kept in the folder."""
 
-    def __init__(self, prepared: PreparedModel, data: CalibrationData, folder: Path, progress: bool) -> None:
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        data: CalibrationData,
+        calibration: CalibrationData,
+        steps: Sequence[RecoveryStep],
+        folder: Path,
+        progress: bool,
+    ) -> None:
         self._prepared, self._data, self._folder, self._progress = prepared, data, folder, progress
+        self._calibration, self._steps = calibration, steps
         self._batch_size = choose_batch_size(prepared)
-        self._key = digest_run(prepared, data, {"measure": "audit"}, batch_size=self._batch_size)
+        settings: dict[str, Plain] = {"measure": "audit"}
+        if steps:
+            fitted = digest_run(prepared, calibration, {}, batch_size=self._batch_size)
+            settings |= {"recovery": ", ".join(map(repr, steps)), "fitted": fitted}
+        self._key = digest_run(prepared, data, settings, batch_size=self._batch_size)
         with one_torch_thread() as threads:
             logits = compute_float_logits(prepared, data, batch_size=self._batch_size, work=self._work(threads))
         data.check_labels(logits.shape[1])
@@ -280,9 +298,12 @@ class _Judge:
         kept = _load(path).get("hits")
         if isinstance(kept, str) and len(kept) == self._data.samples:
             return np.array([c == "1" for c in kept])
+        model = recover_accuracy(
+            self._prepared, allocation.bits, self._calibration, self._steps, cache_dir=self._folder, progress=False
+        )
         with one_torch_thread() as threads:
             logits = compute_logits(
-                self._prepared, self._data, allocation.bits, batch_size=self._batch_size, work=self._work(threads)
+                model, self._data, allocation.bits, batch_size=self._batch_size, work=self._work(threads)
             )
         hits: Hits = (logits.argmax(1) == self._labels).numpy()
         _store(path, {"hits": "".join("1" if hit else "0" for hit in hits)})

@@ -48,6 +48,23 @@ def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, model, 
     assert found.evaluation_samples == 80
 
 
+def test_allocations_can_be_measured_behind_recovery(model, samples, tmp_path):
+    images, labels = samples
+    options = OPTIONS | {"recovery": "fast", "correlate": False, "cache_dir": tmp_path}
+    found = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options)
+    plain = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options | {"recovery": "none"})
+    prepared = infoq_fx.prepare(model, (images[::2], labels[::2]), bits=(2, 3, 4, 8))
+    allocation = found.rows[0].allocations["2.5 bits"]
+    assert allocation.bits == plain.rows[0].allocations["2.5 bits"].bits
+    recovered = infoq_fx.recover(prepared, allocation, images[::2], progress=False)
+    with torch.no_grad():
+        hits = infoq_fx.convert(recovered, allocation)(images[1::2]).argmax(1) == labels[1::2]
+    assert np.mean(found.rows[0].hits["2.5 bits"] != hits.numpy()) <= 0.02
+    assert found.rows[0].top1("2.5 bits").value > plain.rows[0].top1("2.5 bits").value
+    again = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options)
+    assert np.array_equal(again.rows[0].hits["2.5 bits"], found.rows[0].hits["2.5 bits"])
+
+
 def test_rows_are_the_criteria_then_the_uniform_allocation_then_the_default_of_quantize(found, model, samples):
     assert [row.name for row in found.rows] == ["infoq", "weight_mse", "output_kl", "uniform", "infoq, refined"]
     assert found.budgets == ("4 bits", "compression=11")

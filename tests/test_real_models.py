@@ -43,3 +43,13 @@ def test_two_calls_keep_the_accuracy_and_onnxruntime_agrees(name, real_models, t
     assert abs((default == labels).mean() - (ours == labels).mean()) < 0.02
     if name == "resnet20":  # convolutions and one linear layer: nothing that rounds differently
         assert (unoptimised == ours).all()
+
+
+@pytest.mark.slow
+def test_recovery_holds_resnet20_at_a_mean_of_two_and_a_half_bits(real_models):
+    train, (images, labels) = real_models.cifar10("train")[0][:512], real_models.cifar10("test")
+    quantized = infoq_fx.quantize(
+        real_models.cifar_resnet20(), 2.5, calibration_data=train, bits=(2, 3, 4), progress=False
+    )
+    with torch.no_grad():
+        assert (quantized(images).argmax(1) == labels).double().mean() >= 0.86

@@ -1,12 +1,13 @@
 """Every criterion on the real pretrained models: correlation, top-1 of its allocations, CPU time; means over seeds.
 
     python tests/benchmarks/audit.py [resnet20] [vit] [mobilenet_v2] [--seeds 3] [--criteria infoq hawq_v2 ...]
-                                     [--bits 2 3 4 5 6 8] [--cache-dir FOLDER]
+                                     [--bits 2 3 4 5 6 8] [--recovery fast] [--cache-dir FOLDER]
 
 Needs the models and images beside the project (``../shared/data/real_models.py``). Weights are rounded to nearest and
-nothing else is done to them; activations are at 8 bits. A seed draws the calibration images: 1,024 of CIFAR-10's
-training images, or half of the 1,000 ImageNet images, of which the other half is evaluated. With --cache-dir a run that
-was stopped goes on, and seeds and criteria can be added. Correlations are those of the first seed.
+nothing else is done to them, unless --recovery is given; activations are at 8 bits. A seed draws the calibration
+images: 1,024 of CIFAR-10's training images, or half of the 1,000 ImageNet images, of which the other half is evaluated.
+With --cache-dir a run that was stopped goes on, and seeds and criteria can be added. Correlations are those of the
+first seed.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", nargs="+", default=list(infoq_fx.CRITERIA))
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="candidate bit-widths")
+    parser.add_argument("--recovery", default="none", help="none (weights rounded to nearest), fast or best")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
     if not DATA.exists():
@@ -73,7 +75,8 @@ def main():
                 BUDGETS,
                 evaluation_data=evaluation,
                 bits=arguments.bits,
-                correlate=seed == 0,
+                recovery=arguments.recovery,
+                correlate=seed == 0 and arguments.recovery == "none",
                 cache_dir=arguments.cache_dir,
                 progress=False,
             )
