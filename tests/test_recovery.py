@@ -365,6 +365,21 @@ def test_bias_correction_leaves_no_mean_error(residual):
     assert not torch.allclose(compute_logits(prepared, data, bits).mean(0), reference, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "step", [BiasCorrection(samples=16), SecondOrderRounding(samples=16), BlockReconstruction(samples=16, epochs=1)]
+)
+def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step):
+    torch.manual_seed(1)
+    x = torch.randn(60, 1, 8, 8)
+    program = torch.export.export(randomise_norms(ResidualNet()).eval(), (x[:6],))
+    prepared = infoq_fx.prepare(program, x, bits=(2, 8))
+    data = read_data(x).named(prepared.input_names)
+    bits = {site.name: 2 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
+    recovered = recover_accuracy(prepared, bits, data, [step], progress=False)
+    assert recovered.recovered_by in ((step.name,), ())
+    step.recover(prepared, bits, data, Bench(batch_size=6))
+
+
 def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
     prepared, data, bits = residual
     step, kept = BlockReconstruction(epochs=1), Bench(batch_size=16, cache_dir=tmp_path)

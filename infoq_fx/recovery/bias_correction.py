@@ -12,7 +12,7 @@ from infoq_fx.data import CalibrationData
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.recovery.walk import Pair, Walk, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import Pair, Walk, choose_samples, fork, read_parameter, set_parameter
 
 __all__ = ["BiasCorrection"]
 
@@ -46,7 +46,7 @@ class BiasCorrection:
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
-        walk = Walk(changed, bits, data.spread(self.samples), bench)
+        walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
         for segment in walk.segments:
             for layer in segment.layers:
                 if layer.bias is not None:

@@ -26,7 +26,7 @@ from infoq_fx.quantizers import Observe, Quantizer, spec_of
 from infoq_fx.recovery.operands import can_unfold, input_rows, rows_to_weight, weight_to_rows
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.recovery.walk import Pair, SegmentRunner, Walk, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import Pair, SegmentRunner, Walk, choose_samples, fork, read_parameter, set_parameter
 from infoq_fx.spec import BASELINE_BITS, QParams, QuantSpec
 
 __all__ = ["RangeEqualization"]
@@ -94,7 +94,7 @@ class RangeEqualization:
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         _check_float(prepared)
-        changed, used = fork(prepared), data.spread(self.samples)
+        changed, used = fork(prepared), choose_samples(prepared, data, self.samples)
         walk = Walk(changed, bits, used, bench)
         pairs = _find_pairs(changed, [layer for segment in walk.segments for layer in segment.layers])
         taken: list[_LayerPair] = []

@@ -20,7 +20,7 @@ from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Segment
 from infoq_fx.recovery.soft_rounding import SoftBlock, SoftWeight, begin_soft_block
-from infoq_fx.recovery.walk import Values, Walk, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import Values, Walk, choose_samples, fork, read_parameter, set_parameter
 from infoq_fx.spec import BASELINE_BITS
 
 __all__ = ["BlockReconstruction"]
@@ -97,7 +97,7 @@ class BlockReconstruction:
         self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, bench: Bench
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
-        changed, chosen = fork(prepared), data.spread(self.samples)
+        changed, chosen = fork(prepared), choose_samples(prepared, data, self.samples)
         shard = prepared.batch_size or min(_SHARD, self.batch_size)
         folder = _open_folder(self, prepared, bits, chosen, bench.cache_dir, shard)
         walk = Walk(changed, bits, chosen, replace(bench, batch_size=shard))

@@ -19,7 +19,7 @@ from infoq_fx.recovery.operands import can_unfold, columns_of, rows_to_weight, w
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.second_order import ideal_rows, round_rows
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.walk import Walk, fork, read_parameter, read_qparams, set_parameter, set_qparams
+from infoq_fx.recovery.walk import Walk, choose_samples, fork, read_parameter, read_qparams, set_parameter, set_qparams
 from infoq_fx.spec import BASELINE_BITS, QParams
 
 __all__ = ["SecondOrderRounding"]
@@ -86,7 +86,7 @@ class SecondOrderRounding:
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
-        walk = Walk(changed, bits, data.spread(self.samples), bench)
+        walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
         for segment in walk.segments:
             for layer in segment.layers:
                 columns = columns_of(layer)

@@ -85,8 +85,8 @@ class SoftBlock(SegmentRunner):
             return super().quantize(quantizer, x)
         quantized = super().quantize(quantizer, x)
         if self._drop > 0:
-            is_float = torch.rand(x.shape, generator=self._generator, device=x.device) < self._drop
-            quantized = torch.where(is_float, x.detach(), quantized)
+            is_float = torch.rand(x.shape, generator=self._generator) < self._drop  # drawn on the CPU on any device
+            quantized = torch.where(is_float.to(x.device), x.detach(), quantized)
         qparams = quantizer.qparams_at(self._bits_of(quantizer))
         low = (qparams.spec.quant_min - qparams.zero_point) * qparams.scale
         high = (qparams.spec.quant_max - qparams.zero_point) * qparams.scale

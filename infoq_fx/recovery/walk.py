@@ -25,6 +25,7 @@ __all__ = [
     "SegmentRunner",
     "Values",
     "Walk",
+    "choose_samples",
     "fork",
     "read_parameter",
     "read_qparams",
@@ -127,6 +128,13 @@ class Walk:
 
             with thread_map(self.work.threads, self.work.stop) as spread:
                 return list(spread(run, range(len(self._float))))
+
+
+def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:
+    """At most so many samples spread over the data; whole batches where the graph is fixed to a size."""
+    fixed = prepared.batch_size or 1
+    chosen = data.spread(max(most, fixed))
+    return chosen.take(chosen.samples - chosen.samples % fixed)
 
 
 def fork(prepared: PreparedModel) -> PreparedModel:
