@@ -12,7 +12,7 @@ from infoq_fx.data import CalibrationData
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.recovery.walk import Pair, Walk, choose_samples, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import Pair, Walk, choose_samples, fork, read_parameter, set_bias
 
 __all__ = ["BiasCorrection"]
 
@@ -51,7 +51,7 @@ class BiasCorrection:
             for layer in segment.layers:
                 if layer.bias is not None:
                     shift = _mean_error(walk, segment, layer)
-                    set_parameter(changed, layer.bias, read_parameter(changed, layer.bias) + shift)
+                    set_bias(changed, layer, read_parameter(changed, layer.bias) + shift, bits)
                 bench.work.advance(1 / walk.layers)
             walk.advance(segment)
         return changed

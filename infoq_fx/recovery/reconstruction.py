@@ -20,7 +20,7 @@ from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Segment
 from infoq_fx.recovery.soft_rounding import SoftBlock, SoftWeight, begin_soft_block
-from infoq_fx.recovery.walk import Values, Walk, choose_samples, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import Values, Walk, choose_samples, fork, read_parameter, set_bias, set_parameter
 from infoq_fx.spec import BASELINE_BITS
 
 __all__ = ["BlockReconstruction"]
@@ -173,8 +173,15 @@ class _Block:
                 bench.work.advance(share * (1 - done / total))
                 break
         learned = {soft.layer.weight: soft.rounded() for soft in weights.values()}
-        offsets_learned = {path: bias.detach() for path, bias in biases.items()}
+        offsets_learned = self._round_biases(biases)
         self._keep_best([before, before | offsets_learned, before | learned | offsets_learned], first, spread)
+
+    def _round_biases(self, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As conversion will; see :func:`set_bias`."""
+        for layer in self.segment.layers:
+            if layer.bias is not None:
+                set_bias(self.walk.prepared, layer, biases[layer.bias].detach(), self.walk.bits)
+        return {path: read_parameter(self.walk.prepared, path) for path in biases}
 
     def _keep_best(self, candidates: Sequence[Mapping[str, Tensor]], first: float, spread: ThreadMap) -> None:
         """Put the parameters of least error in place; the first are those that were there, with error ``first``."""

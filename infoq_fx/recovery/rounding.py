@@ -19,7 +19,16 @@ from infoq_fx.recovery.operands import can_unfold, columns_of, rows_to_weight, w
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.second_order import ideal_rows, round_rows
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.walk import Walk, choose_samples, fork, read_parameter, read_qparams, set_parameter, set_qparams
+from infoq_fx.recovery.walk import (
+    Walk,
+    choose_samples,
+    fork,
+    read_parameter,
+    read_qparams,
+    set_bias,
+    set_parameter,
+    set_qparams,
+)
 from infoq_fx.spec import BASELINE_BITS, QParams
 
 __all__ = ["SecondOrderRounding"]
@@ -92,7 +101,7 @@ class SecondOrderRounding:
                 columns = columns_of(layer)
                 if can_unfold(layer) and columns <= _MOST_COLUMNS:
                     halves = measure_moments(walk, segment, layer, max(self.rows, 32 * columns))
-                    _round_layer(changed, layer, halves, bits.get(layer.site.name, BASELINE_BITS), self)
+                    _round_layer(changed, layer, halves, bits, self)
                 else:
                     log = logging.getLogger(__name__)
                     log.info("%s is left rounded to nearest: %d columns, or transposed", layer.site.name, columns)
@@ -102,13 +111,18 @@ class SecondOrderRounding:
 
 
 def _round_layer(
-    changed: PreparedModel, layer: Layer, halves: tuple[Moments, Moments], bits: int, options: SecondOrderRounding
+    changed: PreparedModel,
+    layer: Layer,
+    halves: tuple[Moments, Moments],
+    bits: Mapping[str, int],
+    options: SecondOrderRounding,
 ) -> None:
     origin = changed.origin or changed
     rows = weight_to_rows(layer, read_parameter(origin, layer.weight)).double()
-    qparams = read_qparams(changed, layer, bits)
+    width = bits.get(layer.site.name, BASELINE_BITS)
+    qparams = read_qparams(changed, layer, width)
     spec, scale = qparams.spec, qparams.scale
-    short = scale_significant_bits(bits, is_weight=True, terms=rows.shape[2])
+    short = scale_significant_bits(width, is_weight=True, terms=rows.shape[2])
     candidates = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
     shaped = candidates.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
     moments = average_moments(halves)
@@ -126,7 +140,7 @@ def _round_layer(
         output = (rows @ moments.mean[..., None])[..., 0]
         found = (rounded.double() @ moments.mean_quantized[..., None])[..., 0]
         bias = read_parameter(origin, layer.bias)
-        set_parameter(changed, layer.bias, bias + (output - found).flatten().float())
+        set_bias(changed, layer, bias + (output - found).flatten().float(), bits)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "fork",
     "read_parameter",
     "read_qparams",
+    "set_bias",
     "set_parameter",
     "set_qparams",
 ]
@@ -153,6 +154,23 @@ def set_parameter(prepared: PreparedModel, target: str, value: Tensor) -> None:
     """Replace the weight or bias at a path."""
     with torch.inference_mode(False):
         write_tensor(prepared.graph_module, target, value.to(torch.float32).clone())
+
+
+def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[str, int]) -> None:
+    """Replace a layer's bias by what conversion makes of it: a multiple of the accumulator's unit.
+
+    With few bits that unit, input scale times weight scale, is a visible part of an output step; whoever comes next is
+    to see what really arrives.
+    """
+    assert layer.bias is not None
+    source = layer.source
+    module = prepared.graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
+    weight = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+    if isinstance(module, Quantizer):
+        unit = weight.scale * module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
+        if unit.shape == bias.shape:
+            bias = torch.round(bias.double() / unit.double()).float() * unit
+    set_parameter(prepared, layer.bias, bias)
 
 
 def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
