@@ -325,8 +325,8 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
         scale = quantized.state_dict()[f"{name}_scale"].reshape(-1, *[1] * (q.ndim - 1))
         assert torch.allclose(q * scale, read_parameter(recovered, name), atol=1e-6)
     x = data.inputs["x"]
-    with torch.no_grad():  # but for biases, which become integers
-        assert torch.allclose(quantized(x), compute_logits(recovered, data, bits), atol=5e-3)
+    with torch.no_grad():  # biases, too, are already what conversion stores
+        assert torch.allclose(quantized(x), compute_logits(recovered, data, bits), atol=1e-5)
     # The integers are the second-order ones, not the float weights rounded to nearest.
     plain = infoq_fx.convert(prepared, infoq_fx.Allocation(bits=bits)).state_dict()
     assert any(not torch.equal(plain[name], stored[name]) for name in stored)
@@ -361,7 +361,7 @@ def test_bias_correction_leaves_no_mean_error(residual):
     prepared, data, bits = residual
     recovered = BiasCorrection().recover(prepared, bits, data, BENCH)
     reference = compute_float_logits(prepared, data, batch_size=16).mean(0)
-    assert torch.allclose(compute_logits(recovered, data, bits).mean(0), reference, atol=1e-4)
+    assert torch.allclose(compute_logits(recovered, data, bits).mean(0), reference, atol=1e-3)  # biases are integers
     assert not torch.allclose(compute_logits(prepared, data, bits).mean(0), reference, atol=1e-2)
 
 
