@@ -15,6 +15,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.histogram import scale_significant_bits
 from infoq_fx.interpreter import VIEW_OPS
 from infoq_fx.numerics import quantize
+from infoq_fx.passes.convert import fit_weight_scale
 from infoq_fx.passes.layers import LAYER_OPS, read_tensor, write_tensor
 from infoq_fx.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op, spec_of
@@ -24,7 +25,6 @@ from infoq_fx.trainable import LearnedStepQuantizer, make_trainable, usable_step
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
 _META_KEY = "infoq_trainable"
-_LARGEST_BIAS = 1 << 30
 _FLOAT_TWIN = "_float"  # what the conversion appends to a weight's path where something else reads it in float
 
 
@@ -53,11 +53,10 @@ class BiasQuantizer(nn.Module):
     The bias's gradient passes straight through; the steps get none from here.
     """
 
-    def __init__(self, name: str, input_bits: int, weight_bits: int) -> None:
+    def __init__(self, name: str, input_digits: int | None, weight_digits: int | None) -> None:
         super().__init__()
         self.name = name
-        self._input_digits = scale_significant_bits(input_bits, is_weight=False)
-        self._weight_digits = scale_significant_bits(weight_bits, is_weight=True)
+        self._input_digits, self._weight_digits = input_digits, weight_digits
 
     def forward(
         self, bias: Tensor, input_scale: Tensor, input_smallest: Tensor, weight_scale: Tensor, weight_smallest: Tensor
@@ -217,7 +216,8 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     site = QuantSite(name, "weight", tuple(integers.shape), (bits,), axis)
     qparams = QParams(spec_of(site, bits), scale, torch.zeros_like(scale, dtype=torch.int32))
     write_tensor(draft, str(source.target), dequantize_op(integers, scale, axis, bits, name))
-    learned = LearnedStepQuantizer(site, qparams, scale_significant_bits(bits, is_weight=True))
+    terms = max(1, integers.numel() // integers.shape[axis])
+    learned = LearnedStepQuantizer(site, qparams, scale_significant_bits(bits, is_weight=True, terms=terms))
     _replace(draft, node, name, learned, (source,))
 
 
@@ -229,15 +229,15 @@ def _learn_bias(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tupl
     target = str(source.target)
     write_tensor(draft, target, dequantize_op(read_tensor(draft, source), read_tensor(draft, scale), *rest))
     (layer,) = node.users
-    op, operands, bits = LAYER_OPS[layer.target], [source], []
+    op, operands, digits = LAYER_OPS[layer.target], [source], []
     for operand in (layer.args[op.source], layer.args[op.weight]):
         assert isinstance(operand, fx.Node)
         quantizer = draft.get_submodule(str(operand.target))
         assert isinstance(quantizer, LearnedStepQuantizer)
-        bits.append(quantizer.spec.bits)
+        digits.append(quantizer.significant_bits)
         with draft.graph.inserting_before(node):
             operands += [draft.graph.get_attr(f"{operand.target}.{name}") for name in ("scale", "smallest")]
-    _replace(draft, node, target, BiasQuantizer(target, *bits), tuple(operands))
+    _replace(draft, node, target, BiasQuantizer(target, *digits), tuple(operands))
 
 
 def _write_back(trained: TrainableModule) -> QuantizedModule:
@@ -276,8 +276,7 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
             constants: Any = operand.args
             input_scale, targets = constants[1], [str(x.target) for x in bias.all_input_nodes]
             biases.append((input_scale, targets))
-            # As at the conversion: a channel so tiny that its bias would not fit 32 bits gets a larger step.
-            scale = torch.maximum(scale, values[targets[0]].abs() / (input_scale * _LARGEST_BIAS))
+            scale = fit_weight_scale(scale, values[targets[0]], input_scale)
     write_tensor(result, source, quantize(values[source], QParams(qparams.spec, scale, qparams.zero_point)))
     write_tensor(result, scale_node, scale)
     for input_scale, (bias_target, step_target) in biases:

@@ -178,7 +178,9 @@ def test_what_was_trained_is_what_is_exported(name):
             low, high = -(2 ** (node.args[3] - 1)), 2 ** (node.args[3] - 1) - 1
             assert integers.dtype == torch.int8
             assert low <= int(integers.min()) <= int(integers.max()) <= high
-            assert all(is_short(float(s), scale_significant_bits(node.args[3], is_weight=True)) for s in scale)
+            terms = integers.numel() // integers.shape[node.args[2]]
+            digits = scale_significant_bits(node.args[3], is_weight=True, terms=terms)
+            assert all(is_short(float(s), digits) for s in scale)
 
 
 def is_short(value, bits):
@@ -835,3 +837,22 @@ def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual):
     for a, b, c in zip(*found, torch.autograd.grad(loss, list(student.parameters())), strict=True):
         torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(b, c, rtol=1e-3, atol=1e-5)
+
+
+def test_a_recovered_model_becomes_trainable_as_it_is():
+    # Recovery gives scales of few terms more significant bits than calibration does.
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(40, 1, 8, 8)
+    prepared = infoq_fx.prepare(model.eval(), x, bits=8)
+    allocation = infoq_fx.Allocation(bits={site.name: 8 for site in prepared.inventory.sites})
+    recovered = infoq_fx.recover(prepared, allocation, x, "second_order_rounding", progress=False)
+    quantized = infoq_fx.convert(recovered, allocation)
+    scales = [value for name, value in quantized.state_dict().items() if name.endswith("weight_scale")]
+    assert any(bool((torch.frexp(scale).mantissa * 4 % 1 != 0).any()) for scale in scales)
+    trainable = to_trainable(quantized)
+    with torch.no_grad():
+        assert torch.equal(trainable(x), quantized(x))
+    assert_same(to_quantized(trainable), quantized)

@@ -13,7 +13,7 @@ from infoq_fx.passes.layers import LAYER_OPS, module_path, read_tensor, write_te
 from infoq_fx.quantizers import Observe, Quantizer, dequantize_op, quantize_dequantize_op
 from infoq_fx.spec import FLOAT_BITS, QParams
 
-__all__ = ["convert_quantizers", "quantize_biases", "remove_observers"]
+__all__ = ["convert_quantizers", "fit_weight_scale", "quantize_biases", "remove_observers"]
 
 _LARGEST_BIAS = 1 << 30
 
@@ -72,6 +72,14 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
                 op.set_bias(node, _convert_bias(graph_module, node, bias, scale))
                 changed = True
     return changed
+
+
+def fit_weight_scale(scale: Tensor, bias: Tensor, input_scale: float | Tensor) -> Tensor:
+    """Scales of a weight ``[channels]``, raised where a channel is so tiny that its bias would not fit 32 bits.
+
+    A bias is stored in units of ``input_scale`` times the weight's scale.
+    """
+    return torch.maximum(scale, bias.abs() / (input_scale * _LARGEST_BIAS))
 
 
 def _modules(graph_module: fx.GraphModule) -> list[tuple[fx.Node, torch.nn.Module]]:
@@ -138,7 +146,7 @@ def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams) -
         if _calls(source, quantize_dequantize_op) and isinstance(bias, fx.Node) and bias.op == "get_attr":
             value = read_tensor(graph_module, bias)
             if value.shape == scale.shape:
-                scale = torch.maximum(scale, value.abs() / (float(source.args[1]) * _LARGEST_BIAS))
+                scale = fit_weight_scale(scale, value, float(source.args[1]))
     return QParams(qparams.spec, scale, qparams.zero_point)
 
 

@@ -26,7 +26,16 @@ from infoq_fx.quantizers import Observe, Quantizer, spec_of
 from infoq_fx.recovery.operands import can_unfold, input_rows, rows_to_weight, weight_to_rows
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.recovery.walk import Pair, SegmentRunner, Walk, choose_samples, fork, read_parameter, set_parameter
+from infoq_fx.recovery.walk import (
+    Pair,
+    SegmentRunner,
+    Walk,
+    choose_samples,
+    fork,
+    read_parameter,
+    set_parameter,
+    weight_quantizer,
+)
 from infoq_fx.spec import BASELINE_BITS, QParams, QuantSpec
 
 __all__ = ["RangeEqualization"]
@@ -218,7 +227,7 @@ def _equalize(walk: Walk, segment: Segment, pair: _LayerPair) -> bool:
         _scale_outputs(changed, pair.first, factors)
         set_parameter(changed, second.weight, rows_to_weight(second, weight / columns))
         choose = functools.partial(choose_weight_qparams, read_parameter(changed, second.weight))
-        _renew_qparams(_quantizer(changed, second), choose)
+        _renew_qparams(weight_quantizer(changed, second), choose)
     return is_better
 
 
@@ -254,13 +263,9 @@ def _scale_outputs(changed: PreparedModel, layer: Layer, factors: Tensor) -> Non
     set_parameter(changed, layer.weight, read_parameter(changed, layer.weight) * factors.reshape(shape))
     if layer.bias is not None:
         set_parameter(changed, layer.bias, read_parameter(changed, layer.bias) * factors)
-    quantizer = _quantizer(changed, layer)
+    quantizer = weight_quantizer(changed, layer)
     known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
     _renew_qparams(quantizer, lambda spec: replace(known[spec.bits], scale=known[spec.bits].scale * factors))
-
-
-def _quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
-    return dict(prepared.quantizer_nodes())[layer.quantizer]
 
 
 def _renew_qparams(quantizer: Quantizer, choose: Callable[[QuantSpec], QParams]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from infoq_fx.data import CalibrationData
 from infoq_fx.interpreter import VIEW_OPS, class_logits, first_output
 from infoq_fx.machine import thread_map
+from infoq_fx.passes.convert import fit_weight_scale
 from infoq_fx.passes.layers import write_tensor
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer
@@ -32,6 +33,7 @@ __all__ = [
     "set_bias",
     "set_parameter",
     "set_qparams",
+    "weight_quantizer",
 ]
 
 _Result = TypeVar("_Result")
@@ -167,25 +169,27 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
     module = prepared.graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
     weight = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
     if isinstance(module, Quantizer):
-        unit = weight.scale * module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
-        if unit.shape == bias.shape:
-            bias = torch.round(bias.double() / unit.double()).float() * unit
+        input_scale = module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
+        if weight.scale.shape == bias.shape:
+            unit = fit_weight_scale(weight.scale, bias, input_scale) * input_scale
+            bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
     set_parameter(prepared, layer.bias, bias)
 
 
 def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
     """The qparams of a layer's weight at a bit-width."""
-    return _quantizer(prepared, layer).qparams_at(bits)
+    return weight_quantizer(prepared, layer).qparams_at(bits)
 
 
 def set_qparams(prepared: PreparedModel, layer: Layer, qparams: QParams) -> None:
     """Replace the qparams of a layer's weight at the bit-width that they are for."""
-    quantizer = _quantizer(prepared, layer)
+    quantizer = weight_quantizer(prepared, layer)
     known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
     quantizer.set_qparams({**known, qparams.spec.bits: qparams}, qparams.scale.device)
 
 
-def _quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
+def weight_quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
+    """The module that quantizes a layer's weight."""
     quantizer = prepared.graph_module.get_submodule(str(layer.quantizer.target))
     assert isinstance(quantizer, Quantizer)
     return quantizer
