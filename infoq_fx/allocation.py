@@ -17,6 +17,7 @@ from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unkn
 from infoq_fx.relaxation import Candidates, search_core
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
+from infoq_fx.targets import DEFAULT_TARGET, TARGETS
 
 __all__ = ["allocate", "check_budget", "find_uniform", "propose", "summarize"]
 
@@ -111,7 +112,7 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     """
     limits = _read_budget(budget)
     # Every cost grows with every bit-width: this one allocation reaches the extreme of all limits at once.
-    cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites})
+    cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container)
     if broken := broken_limits(cost, limits):
         raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, name) for name in broken))
     return limits
@@ -125,7 +126,8 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
         inventory: what the prepared model holds.
 
     Returns:
-        One line a weight site and one a searched activation site, then two of totals.
+        One line a weight site and one a searched activation site, then totals: costs of the bit-widths themselves with
+        the bytes that containers need, and scores.
     """
     rows = [("layer", "kind", "elements", "bits", "score")]
     for site in inventory.sites:
@@ -139,11 +141,12 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
         for name, kind, *cells in rows
     ]
-    cost = allocation.cost or measure_cost(inventory, allocation.bits)
+    cost = measure_cost(inventory, allocation.bits)
+    containers = TARGETS[DEFAULT_TARGET].containers
+    stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
     lines.append(
-        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
-        f"{cost.size_bytes:,} bytes, {cost.bitops / 1e9:.4g} G BitOps, "
-        f"{cost.activation_bytes:,} bytes of activations"
+        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), {cost.size_bytes:,} bytes (stored: "
+        f"{', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, {cost.activation_bytes:,} bytes of activations"
     )
     if allocation.score is not None:
         spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
@@ -201,7 +204,7 @@ def _describe(
         budget=limits,
         score=_total_score(candidates, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
-        cost=measure_cost(inventory, bits),
+        cost=measure_cost(inventory, bits, limits.container),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
         scores=chosen,
@@ -264,7 +267,8 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str)
     how = f"all layers at {fewest.pop()} bits" if len(fewest) == 1 else "every layer at its fewest bits"
     side = "above the largest" if name == "compression" else "below the smallest"
     asked, reachable = budget.limits[name], getattr(cost, name)
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how})"
+    counted = "" if budget.container is None else f", as stored in {budget.container!r}"
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted})"
 
 
 def _exact_text(value: float) -> str:
@@ -287,7 +291,7 @@ def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bit
         if all(bits in site.bits for site in free):
             choices.append({**largest, **{site.name: bits for site in free}})
         for choice in choices:
-            if not broken_limits(measure_cost(inventory, choice), budget):
+            if not broken_limits(measure_cost(inventory, choice, budget.container), budget):
                 return bits, choice
     return None, None
 
@@ -298,7 +302,7 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: _Candidate
     floor = {name: min(scores.values()) for name, scores in efficient.items()}
     excess = {name: {b: s - floor[name] for b, s in scores.items()} for name, scores in efficient.items()}
     unlimited = {name: max(scores) for name, scores in efficient.items()}
-    if not broken_limits(measure_cost(inventory, unlimited), budget):
+    if not broken_limits(measure_cost(inventory, unlimited, budget.container), budget):
         return unlimited
     lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
@@ -343,7 +347,7 @@ def _solve_with_cbc(inventory: Inventory, budget: Budget, scores: Candidates) ->
         problem, x = _build_program(inventory, budget, scores, slack)
         while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
             bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-            if not broken_limits(measure_cost(inventory, bits), budget):
+            if not broken_limits(measure_cost(inventory, bits, budget.container), budget):
                 return bits
             # Within the slack but over the budget: some site has to have fewer bits than here.
             lower = [(v, 1) for (name, b), v in x.items() if b < bits[name]]
@@ -378,7 +382,7 @@ def _build_program(
 
 def _build_rows(inventory: Inventory, budget: Budget, scores: Candidates) -> list[CostRow]:
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    return [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
+    return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
 
 
 def _add_variable(problem: Any, name: str, category: str) -> Any:

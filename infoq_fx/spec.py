@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from infoq_fx.errors import OptionError
+from infoq_fx.targets import find_container
 
 __all__ = [
     "BASELINE_BITS",
@@ -170,9 +171,11 @@ class Budget:
             (4 bytes a channel) and all other parameters (biases and ignored layers, 4 bytes each).
         bitops: sum over multiply-accumulates of weight bits times activation bits, one sample (Eq. 2).
         activation_bytes: sum over searched activation sites of their bytes, one sample.
+        container: count the weights of the first three limits as this container of :data:`infoq_fx.CONTAINERS`
+            stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
 
     Raises:
-        OptionError: no limit at all, or one that is not a positive finite number.
+        OptionError: no limit at all, one that is not a positive finite number, or an unknown container.
     """
 
     weight_bits: float | None = None
@@ -180,11 +183,14 @@ class Budget:
     size_bytes: float | None = None
     bitops: float | None = None
     activation_bytes: float | None = None
+    container: str | None = None
 
     def __post_init__(self) -> None:
         limits = self.limits
+        if self.container is not None:
+            find_container(self.container)
         if not limits:
-            names = ", ".join(f.name for f in fields(self))
+            names = ", ".join(f.name for f in fields(self) if f.name != "container")
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -195,11 +201,12 @@ class Budget:
     @property
     def limits(self) -> dict[str, float]:
         """The limits that were given, by name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "container"}
         return {name: value for name, value in given.items() if value is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        limits = ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        return limits if self.container is None else f"{limits} as stored in {self.container!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

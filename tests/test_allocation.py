@@ -82,20 +82,22 @@ def meets(cost: Cost, budget: Budget) -> bool:
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
-    fitting = (b for b in every_allocation(table.inventory) if meets(measure_cost(table.inventory, b), budget))
+    inventory, container = table.inventory, budget.container
+    fitting = (b for b in every_allocation(inventory) if meets(measure_cost(inventory, b, container), budget))
     return min((score_of(table, bits, alpha) for bits in fitting), default=None)
 
 
 def random_budget(rng: random.Random, inventory: Inventory, names: tuple[str, ...]) -> Budget:
     """Limits between the extremes; half of them exactly at the cost of some allocation."""
-    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}) for i in (0, -1))
-    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites})
+    container = rng.choice([None, None, "packed", "int2"])
+    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}, container) for i in (0, -1))
+    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites}, container)
     share = rng.random()
     limits = {}
     for name in names:
         between = (1 - share) * getattr(low, name) + share * getattr(high, name)
         limits[name] = max(rng.choice([between, getattr(middle, name)]), 1e-3)
-    return Budget(**limits)
+    return Budget(**limits, container=container)
 
 
 LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_bytes")
@@ -135,7 +137,7 @@ def test_equals_brute_force(
         found = allocate(table, budget, alpha=alpha)
         assert found.score == pytest.approx(expected, rel=1e-12, abs=1e-15)
         assert found.score == score_of(table, found.bits, alpha)
-        assert found.cost == measure_cost(table.inventory, found.bits)
+        assert found.cost == measure_cost(table.inventory, found.bits, budget.container)
         assert meets(found.cost, budget)
         assert found.uniform_score is None or found.score <= found.uniform_score
     assert infeasible < 6
@@ -600,7 +602,9 @@ def test_summary_has_a_line_a_site() -> None:
     assert header.split() == ["layer", "kind", "elements", "bits", "score"]
     assert lines[0].split() == ["conv", "weight", "100", "6", "0.00195"]
     assert [line.split()[0] for line in lines[:3]] == ["conv", "fc", "relu"]
-    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes, ")
+    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes (stored: ")
+    stored = [measure_cost(SMALL.inventory, allocate(SMALL, 3).bits, name).size_bytes for name in ("int8", "packed")]
+    assert f"(stored: {stored[0]} in 'int8', {stored[1]} in 'packed')" in lines[3]
     assert "uniform 3 bits" in lines[4]
     assert "0.4062" in lines[4]
 
@@ -610,3 +614,14 @@ def test_summary_of_bits_alone() -> None:
     text = summarize(Allocation(bits=bits), SMALL.inventory)
     assert text.splitlines()[1].split() == ["conv", "weight", "100", "4", "-"]
     assert text.splitlines()[-1].startswith("4 bits a weight (8.00x compression)")
+
+
+def test_a_container_counts_what_it_stores() -> None:
+    packed = Budget(weight_bits=4, container="packed")
+    found = allocate(SMALL, packed)
+    assert all(found.bits[name] not in (2, 3) for name in ("conv", "fc"))  # they would cost 4
+    assert found.score < allocate(SMALL, 3).score
+    with pytest.raises(InfeasibleBudgetError, match="reachable 4 .*as stored in 'packed'"):
+        allocate(SMALL, Budget(weight_bits=3, container="packed"))
+    with pytest.raises(OptionError, match="unknown container 'pakced'; nearest of 3: 'packed'"):
+        Budget(weight_bits=3, container="pakced")
