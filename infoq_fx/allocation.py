@@ -126,8 +126,7 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
         inventory: what the prepared model holds.
 
     Returns:
-        One line a weight site and one a searched activation site, then totals: costs of the bit-widths themselves with
-        the bytes that containers need, and scores.
+        One line a weight site and one a searched activation site, then costs and scores of the whole.
     """
     rows = [("layer", "kind", "elements", "bits", "score")]
     for site in inventory.sites:
@@ -141,12 +140,11 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
         for name, kind, *cells in rows
     ]
-    cost = measure_cost(inventory, allocation.bits)
-    containers = TARGETS[DEFAULT_TARGET].containers
+    cost, containers = measure_cost(inventory, allocation.bits), TARGETS[DEFAULT_TARGET].containers
     stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
     lines.append(
-        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), {cost.size_bytes:,} bytes (stored: "
-        f"{', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, {cost.activation_bytes:,} bytes of activations"
+        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), {cost.size_bytes:,} bytes "
+        f"(stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, {cost.activation_bytes:,} bytes of activations"
     )
     if allocation.score is not None:
         spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""

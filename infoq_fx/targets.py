@@ -60,8 +60,8 @@ _TARGETS = (
 )
 
 CONTAINERS: Mapping[str, Container] = {container.name: container for container in _CONTAINERS}
-"""``int8`` for the widest reach and the fastest kernels, ``packed`` for the smallest file that runs, and ``int2``, which
-stock runtimes do not run yet."""
+"""``int8`` for the widest reach and the fastest kernels, ``packed`` for the smallest file that runs, and ``int2``,
+which stock runtimes do not run yet."""
 TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
 """Runtimes that files are tested with."""
 DEFAULT_TARGET = "onnxruntime"

@@ -621,7 +621,7 @@ def test_a_container_counts_what_it_stores() -> None:
     found = allocate(SMALL, packed)
     assert all(found.bits[name] not in (2, 3) for name in ("conv", "fc"))  # they would cost 4
     assert found.score < allocate(SMALL, 3).score
-    with pytest.raises(InfeasibleBudgetError, match="reachable 4 .*as stored in 'packed'"):
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable 4 .*as stored in 'packed'"):
         allocate(SMALL, Budget(weight_bits=3, container="packed"))
     with pytest.raises(OptionError, match="unknown container 'pakced'; nearest of 3: 'packed'"):
         Budget(weight_bits=3, container="pakced")
