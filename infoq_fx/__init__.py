@@ -34,6 +34,7 @@ from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
 from infoq_fx.targets import CONTAINERS, TARGETS, Container, Target
+from infoq_fx.verification import LevelResult, Verification, verify_onnx
 from infoq_fx.version import __version__
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "InfoQ",
     "InfoQPaper",
     "InfoqError",
+    "LevelResult",
     "Observer",
     "OptionError",
     "PreparedModel",
@@ -67,6 +69,7 @@ __all__ = [
     "SensitivityTable",
     "Target",
     "UnsupportedModelError",
+    "Verification",
     "__version__",
     "allocate",
     "allocation_of",
@@ -83,4 +86,5 @@ __all__ = [
     "summarize",
     "to_quantized",
     "to_trainable",
+    "verify_onnx",
 ]

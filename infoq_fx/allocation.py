@@ -144,7 +144,8 @@ def summarize(allocation: Allocation, inventory: Inventory) -> str:
     stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
     lines.append(
         f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), {cost.size_bytes:,} bytes "
-        f"(stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, {cost.activation_bytes:,} bytes of activations"
+        f"(stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, "
+        f"{cost.activation_bytes:,} bytes of activations"
     )
     if allocation.score is not None:
         spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
