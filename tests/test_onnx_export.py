@@ -1,7 +1,9 @@
 """The file is checked by running it: onnxruntime beside the quantized module."""
 
 import json
+import math
 import os
+import warnings
 
 import numpy as np
 import onnx
@@ -228,3 +230,90 @@ def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, mon
     with pytest.raises(ExportError, match="onnxruntime disagrees with the module at output 'output'"):
         infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def held_tensors(path):
+    return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("container", ["int8", "packed", "int2"])
+def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
+    torch.manual_seed(bits)
+    images = torch.randn(24, 3, 9)
+    quantized = quantize_by_hand(Mixed(), images, bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if container == "int2" else "error")
+        path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=container)
+    width = infoq_fx.CONTAINERS[container].stored_bits(bits)
+    model = onnx.load(path)
+    assert model.opset_import[0].version == infoq_fx.CONTAINERS[container].opset_version
+    held = held_tensors(path)
+    weights = [t for name, t in held.items() if ".weight" in name and "scale" not in name and "norm" not in name]
+    assert len(weights) == 4
+    kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
+    expected = onnx.TensorProto.UINT8 if bits == 8 else kinds[width]
+    assert {tensor.data_type for tensor in weights} == {expected}
+    assert all(len(t.raw_data) == (math.prod(t.dims) * width + 7) // 8 for t in weights)
+    found, _ = run(path, {"x": images.numpy()})
+    np.testing.assert_allclose(found[0], quantized(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_budget_chooses_the_container(tmp_path):
+    images = torch.randn(32, 1, 8, 8)
+    budget = infoq_fx.Budget(weight_bits=5, container="packed")
+    quantized = infoq_fx.quantize(residual_net().eval(), budget, calibration_data=images, progress=False)
+    bits = infoq_fx.allocation_of(quantized).bits
+    assert {b for name, b in bits.items() if name.endswith("weight")} == {4, 8}
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    stored = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    assert stored["infoq.container"] == "packed"
+    assert stored["infoq.version"] == infoq_fx.__version__
+    assert json.loads(stored[METADATA_KEY])["budget"]["container"] == "packed"
+    assert path.stat().st_size < infoq_fx.export_onnx(quantized, tmp_path / "b.onnx", container="int8").stat().st_size
+
+
+def test_two_bit_initializers_come_with_a_warning(exported, tmp_path):
+    quantized, _, _ = exported
+    with pytest.warns(UserWarning, match=r"'int2' or compute it wrongly.*'onnxruntime' runs: int8, packed"):
+        infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int2")
+    with pytest.raises(OptionError, match="unknown container 'int4'"):
+        infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int4")
+
+
+def test_openvino_gets_int8_for_weights_of_8_bits(tmp_path):
+    images = torch.randn(16, 3, 9)
+    quantized = quantize_by_hand(Mixed(), images, 8)
+    kinds = {}
+    for target in infoq_fx.TARGETS:
+        held = held_tensors(infoq_fx.export_onnx(quantized, tmp_path / target, target=target))
+        kinds[target] = {t.data_type for name, t in held.items() if name.startswith("embed.weight") and t.dims[2:]}
+    assert kinds == {"onnxruntime": {onnx.TensorProto.UINT8}, "openvino": {onnx.TensorProto.INT8}}
+
+
+def test_layers_are_named_by_module_paths_and_nothing_inside_carries_shapes(exported):
+    _, path, _ = exported
+    graph = onnx.load(path).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    convolutions = {node.name for node in graph.node if node.op_type == "Conv"}
+    assert convolutions == {n.removesuffix(".weight") for n in held_tensors(path) if n.endswith(".weight")} - {"head"}
+    assert not graph.value_info
+
+
+@pytest.mark.parametrize("container", ["int8", "packed"])
+def test_large_models_go_out_with_external_data(container, tmp_path, monkeypatch):
+    from infoq_fx.onnx_export import writing
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4))
+    data = torch.randn(32, 64)
+    quantized = quantize_by_hand(model, data)
+    whole = infoq_fx.export_onnx(quantized, tmp_path / "whole.onnx", container=container)
+    monkeypatch.setattr(writing, "_MOST_BYTES", 2000)
+    for name, asked in (("by_size.onnx", False), ("asked.onnx", True)):
+        path = infoq_fx.export_onnx(quantized, tmp_path / name, container=container, external_data=asked)
+        assert (tmp_path / f"{name}.data").stat().st_size >= 64 * 96 * (8 if container == "int8" else 4) // 8
+        assert path.stat().st_size < whole.stat().st_size - 2000
+        np.testing.assert_array_equal(run(path, {"input": data.numpy()})[0], run(whole, {"input": data.numpy()})[0])
+    assert not (tmp_path / "whole.onnx.data").exists()

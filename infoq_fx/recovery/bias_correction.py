@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.data import CalibrationData
+from infoq_fx.errors import OptionError
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Layer, Segment
@@ -29,12 +30,19 @@ class BiasCorrection:
 
     Cost: about two forward passes of the float and of the quantized model over ``samples``; no labels.
 
+    Raises:
+        OptionError: ``samples`` below 1.
+
     Reference:
         Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721,
         Section 4.2 and Appendix D (the empirical form).
     """
 
     samples: int = 512
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise OptionError(f"{self}: give samples of at least 1")
 
     @property
     def name(self) -> str:
@@ -47,13 +55,10 @@ class BiasCorrection:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
         walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
-        for segment in walk.segments:
-            for layer in segment.layers:
-                if layer.bias is not None:
-                    shift = _mean_error(walk, segment, layer)
-                    set_bias(changed, layer, read_parameter(changed, layer.bias) + shift, bits)
-                bench.work.advance(1 / walk.layers)
-            walk.advance(segment)
+        for segment, layer in walk.visit():
+            if layer.bias is not None:
+                shift = _mean_error(walk, segment, layer)
+                set_bias(changed, layer, read_parameter(changed, layer.bias) + shift, bits)
         return changed
 
 

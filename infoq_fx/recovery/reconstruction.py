@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -133,7 +134,7 @@ class _Block:
         wanted = walk.run_float(segment, outputs)
         one = torch.ones(())
         weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
-        return _Block(walk, segment, outputs, [quantized for _, quantized in walk.entering(segment)], wanted, weights)
+        return _Block(walk, segment, outputs, walk.entering(segment), wanted, weights)
 
     def learn(
         self, options: BlockReconstruction, shards: int, seed: int, bench: Bench, share: float, spread: ThreadMap
@@ -143,28 +144,40 @@ class _Block:
         weights, biases = begin_soft_block(walk.prepared, self.segment, walk.bits)
         before = {path: read_parameter(walk.prepared, path) for path in _paths(self.segment)}
         first = self._error(spread)
-        logits, offsets = [soft.logit for soft in weights.values()], list(biases.values())
-        groups = [{"params": logits, "lr": options.learning_rate}] + [
-            {"params": [bias], "lr": 0.1 * options.learning_rate * float(bias.detach().abs().mean() + 1e-8)}
-            for bias in offsets
-        ]
-        optimizer = torch.optim.Adam(groups)
-        block = SoftBlock(walk.prepared, walk.bits, weights, biases, options.drop)
+        self._descend(weights, biases, first, options, shards, seed, bench, share, spread)
+        learned = {soft.layer.weight: soft.rounded() for soft in weights.values()}
+        offsets_learned = self._round_biases(biases)
+        self._keep_best([before, before | offsets_learned, before | learned | offsets_learned], first, spread)
+
+    def _descend(
+        self,
+        weights: Mapping[str, SoftWeight],
+        biases: Mapping[str, Tensor],
+        first: float,
+        options: BlockReconstruction,
+        shards: int,
+        seed: int,
+        bench: Bench,
+        share: float,
+        spread: ThreadMap,
+    ) -> None:
+        """Adam on logits and biases, until all weights are decided or the epochs are over."""
+        leaves = [*(soft.logit for soft in weights.values()), *biases.values()]
+        optimizer = _make_optimizer(weights, biases, options.learning_rate)
+        block = SoftBlock(self.walk.prepared, self.walk.bits, weights, biases, options.drop)
         generator = torch.Generator().manual_seed(seed)
+
+        def run(job: tuple[int, int]) -> list[Tensor]:
+            with torch.inference_mode(False), torch.enable_grad():
+                loss = self._loss(block.draw(job[1]), job[0])
+                return list(torch.autograd.grad(loss / first, leaves))
+
         total, done = options.epochs * -(-len(self.entering) // shards), 0
         for _ in range(options.epochs):
             order = torch.randperm(len(self.entering), generator=generator).tolist()
             for start in range(0, len(order), shards):
                 seeds = torch.randint(1 << 62, (shards,), generator=generator).tolist()
-                jobs = list(zip(order[start : start + shards], seeds, strict=False))
-
-                def run(job: tuple[int, int]) -> list[Tensor]:
-                    with torch.inference_mode(False), torch.enable_grad():
-                        loss = self._loss(block.draw(job[1]), job[0])
-                        return list(torch.autograd.grad(loss / first, [*logits, *offsets]))
-
-                grads = list(spread(run, jobs))
-                _set_gradients([*logits, *offsets], grads)
+                _set_gradients(leaves, list(spread(run, zip(order[start : start + shards], seeds, strict=False))))
                 _add_regularizer(list(weights.values()), options.strength, done / total)
                 optimizer.step()
                 done += 1
@@ -172,9 +185,6 @@ class _Block:
             if done > _WARM_UP * total and all(_is_decided(soft) for soft in weights.values()):
                 bench.work.advance(share * (1 - done / total))
                 break
-        learned = {soft.layer.weight: soft.rounded() for soft in weights.values()}
-        offsets_learned = self._round_biases(biases)
-        self._keep_best([before, before | offsets_learned, before | learned | offsets_learned], first, spread)
 
     def _round_biases(self, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As conversion will; see :func:`set_bias`."""
@@ -218,6 +228,15 @@ class _Block:
             for node, wanted, weight in zip(self.outputs, self.wanted[index], self.weighing[index], strict=True)
         ]
         return torch.stack(parts).sum()
+
+
+def _make_optimizer(
+    weights: Mapping[str, SoftWeight], biases: Mapping[str, Tensor], learning_rate: float
+) -> torch.optim.Adam:
+    groups: list[dict[str, Any]] = [{"params": [soft.logit for soft in weights.values()], "lr": learning_rate}]
+    for bias in biases.values():
+        groups.append({"params": [bias], "lr": 0.1 * learning_rate * float(bias.detach().abs().mean() + 1e-8)})
+    return torch.optim.Adam(groups)
 
 
 def _set_gradients(parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:

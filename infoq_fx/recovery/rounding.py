@@ -96,17 +96,14 @@ class SecondOrderRounding:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
         walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
-        for segment in walk.segments:
-            for layer in segment.layers:
-                columns = columns_of(layer)
-                if can_unfold(layer) and columns <= _MOST_COLUMNS:
-                    halves = measure_moments(walk, segment, layer, max(self.rows, 32 * columns))
-                    _round_layer(changed, layer, halves, bits, self)
-                else:
-                    log = logging.getLogger(__name__)
-                    log.info("%s is left rounded to nearest: %d columns, or transposed", layer.site.name, columns)
-                bench.work.advance(1 / walk.layers)
-            walk.advance(segment)
+        for segment, layer in walk.visit():
+            columns = columns_of(layer)
+            if can_unfold(layer) and columns <= _MOST_COLUMNS:
+                halves = measure_moments(walk, segment, layer, max(self.rows, 32 * columns))
+                _round_layer(changed, layer, halves, bits, self)
+            else:
+                log = logging.getLogger(__name__)
+                log.info("%s is left rounded to nearest: %d columns, or transposed", layer.site.name, columns)
         return changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -66,13 +66,17 @@ class Walk:
         self._float = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
         self._quantized = [dict(values) for values in self._float]
 
-    def entering(self, segment: Segment) -> list[tuple[Values, Values]]:
-        """What enters the segment that the walk stands in front of, a pair of float and quantized a batch."""
-        wanted = segment.entering
-        return [
-            ({n: a[n] for n in wanted}, {n: b[n] for n in wanted})
-            for a, b in zip(self._float, self._quantized, strict=True)
-        ]
+    def visit(self) -> Iterator[tuple[Segment, Layer]]:
+        """Every layer with its segment, in graph order; the walk stands in front of the segment meanwhile."""
+        for segment in self.segments:
+            for layer in segment.layers:
+                yield segment, layer
+                self.work.advance(1 / self.layers)
+            self.advance(segment)
+
+    def entering(self, segment: Segment) -> list[Values]:
+        """What enters the segment that the walk stands in front of in the quantized model, by batch."""
+        return [{node: values[node] for node in segment.entering} for values in self._quantized]
 
     def run_float(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
         """Values of some nodes in the float model, for every batch; the walk stands in front of the segment."""
