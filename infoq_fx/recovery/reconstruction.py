@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from infoq_fx.cache import digest_run
 from infoq_fx.data import CalibrationData
@@ -152,7 +152,7 @@ class _Block:
     def _descend(
         self,
         weights: Mapping[str, SoftWeight],
-        biases: Mapping[str, Tensor],
+        biases: Mapping[str, nn.Parameter],
         first: float,
         options: BlockReconstruction,
         shards: int,
