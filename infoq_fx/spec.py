@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from infoq_fx.errors import OptionError
+
+if TYPE_CHECKING:  # budgets and allocations are read and made without torch
+    import torch
 
 __all__ = [
     "BASELINE_BITS",

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 FLOORS = [
     ["errors", "version"],
     ["spec", "files", "jit"],
-    ["machine", "kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
+    ["machine", "kernels", "pointwise", "histogram", "cost", "table", "allocation_file", "data", "encoders"],
     ["mutual_info", "numerics", "relaxation"],
     ["allocation"],
     ["quantizers"],
@@ -24,7 +24,8 @@ FLOORS = [
     ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export"],
     ["api", "model_files"],
     ["demo", "auditing"],
-    ["cli", "__init__"],
+    ["cli", "names"],
+    ["__init__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {

@@ -1,0 +1,77 @@
+"""The public names, each from the file that it lives in; the package itself has the same ones."""
+
+from infoq_fx.allocation import allocate, summarize
+from infoq_fx.api import convert, prepare, quantize, recover, refine, score
+from infoq_fx.auditing import Audit, audit
+from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
+from infoq_fx.encoders import load_dinov2
+from infoq_fx.errors import (
+    CalibrationDataError,
+    EncoderUnavailableError,
+    ExportError,
+    InfeasibleBudgetError,
+    InfoqError,
+    OptionError,
+    UnsupportedModelError,
+)
+from infoq_fx.finetuning import finetune
+from infoq_fx.onnx_export import export_onnx
+from infoq_fx.prepared import PreparedModel
+from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.recovery import (
+    RECOVERY_STEPS,
+    BiasCorrection,
+    BlockReconstruction,
+    RangeEqualization,
+    RecoveryStep,
+    SecondOrderRounding,
+)
+from infoq_fx.retraining import to_quantized, to_trainable
+from infoq_fx.spec import Allocation, Budget, Observer
+from infoq_fx.table import SensitivityTable
+from infoq_fx.version import __version__
+
+__all__ = [
+    "CRITERIA",
+    "EAGL",
+    "RECOVERY_STEPS",
+    "Allocation",
+    "Audit",
+    "BiasCorrection",
+    "BlockReconstruction",
+    "Budget",
+    "CalibrationDataError",
+    "Criterion",
+    "EncoderUnavailableError",
+    "ExportError",
+    "FunctionCriterion",
+    "InfeasibleBudgetError",
+    "InfoQ",
+    "InfoQPaper",
+    "InfoqError",
+    "Observer",
+    "OptionError",
+    "PreparedModel",
+    "QuantizedModule",
+    "RangeEqualization",
+    "RecoveryStep",
+    "SecondOrderRounding",
+    "SensitivityTable",
+    "UnsupportedModelError",
+    "__version__",
+    "allocate",
+    "allocation_of",
+    "audit",
+    "convert",
+    "export_onnx",
+    "finetune",
+    "load_dinov2",
+    "prepare",
+    "quantize",
+    "recover",
+    "refine",
+    "score",
+    "summarize",
+    "to_quantized",
+    "to_trainable",
+]
