@@ -210,14 +210,16 @@ def _describe(
 
 def _check_alpha(alpha: Any) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; 1.0 weighs both kinds alike")
+        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
 
 
 def _read_budget(budget: Any) -> Budget:
     if isinstance(budget, Budget):
         return budget
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise OptionError(f"budget={budget!r} is neither a number (mean weight bits, such as 3.0) nor a Budget")
+        raise OptionError(
+            f"budget={budget!r} is neither a number nor a Budget; give mean weight bits, such as 3.0, or a Budget"
+        )
     return Budget(weight_bits=float(budget))
 
 
@@ -236,7 +238,9 @@ def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
             raise unknown_name_error("site in pin", name, names)
         (fixed[name],) = check_bits(bits, f"pin[{name!r}]")
         if bits not in inventory[name].bits:
-            raise OptionError(f"pin[{name!r}]={bits} is not among the site's candidates {inventory[name].bits}")
+            raise OptionError(
+                f"pin[{name!r}]={bits} is not among the site's candidates; take one of {inventory[name].bits}"
+            )
     sites = tuple(replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites)
     return replace(inventory, sites=sites)
 
@@ -249,7 +253,9 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
     for bits in site.bits:
         if bits not in scores:
             known = ", ".join(map(str, sorted(scores))) or "none"
-            raise OptionError(f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}")
+            raise OptionError(
+                f"the table has no score for {site.name!r} at {bits} bits, only at {known}; score it, or pin the site"
+            )
     weight = 1.0 if site.kind == "weight" else alpha
     return {bits: weight * scores[bits].value for bits in site.bits}
 
@@ -441,5 +447,8 @@ def _run_cbc(problem: Any) -> int:
         try:
             problem.solve(solver)
         except pulp.PulpSolverError as error:
-            raise InfoqError(f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}") from error
+            raise InfoqError(
+                f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}; "
+                "install PuLP again, or another release of it"
+            ) from error
     return int(problem.sol_status)

@@ -324,7 +324,9 @@ def _check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
         name, known = quantizer.site.name, quantizer.calibrated_bits
         if allocation.bits.get(name) not in known:
             found = allocation.bits.get(name, "no bit-width")
-            raise OptionError(f"the allocation gives site {name!r} {found}; it was calibrated for {known}")
+            raise OptionError(
+                f"the allocation gives site {name!r} {found}; take one that it was calibrated for, of {known}"
+            )
 
 
 def _make_criterion(
@@ -365,7 +367,9 @@ def _example_inputs(
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
         return dict(kwargs) if kwargs else tuple(args)
-    raise OptionError("without calibration data, give example_inputs=(one batch) or an exported program")
+    raise OptionError(
+        "without calibration data no inputs are known; give example_inputs=(one batch) or an exported program"
+    )
 
 
 def _name_examples(
@@ -389,7 +393,8 @@ def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
         whole = named.samples - named.samples % prepared.batch_size
         if whole == 0:
             raise CalibrationDataError(
-                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples"
+                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples; "
+                "give at least one batch"
             )
         named = named.take(whole)
     device = next(iter(prepared.example_inputs.values())).device

@@ -202,7 +202,10 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
         functional: ExportedProgram = program.run_decompositions({})
         return functional
     except Exception as error:
-        raise UnsupportedModelError(f"torch.export cannot make the graph functional: {_first_lines(error)}") from error
+        raise UnsupportedModelError(
+            f"torch.export cannot make the graph functional: {_first_lines(error)}; "
+            "rewrite the in-place parts of the model"
+        ) from error
 
 
 def _flatten_program(
@@ -221,7 +224,7 @@ def _flatten_program(
         elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
             input_names.append(spec.arg.name)
         elif not isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken")
+            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; give the model tensors alone")
     for out in signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
             raise UnsupportedModelError(

@@ -189,9 +189,9 @@ class Budget:
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise OptionError(f"Budget({name}={value!r}) is not a number")
+                raise OptionError(f"Budget({name}={value!r}) is not a number; give one above 0")
             if not math.isfinite(value) or value <= 0:
-                raise OptionError(f"Budget({name}={value!r}) must be a positive finite number")
+                raise OptionError(f"Budget({name}={value!r}) is no limit; give a positive finite number")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -250,5 +250,5 @@ def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
         raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-            raise OptionError(f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}")
+            raise OptionError(f"{option} holds {value!r}; give integers from {MIN_BITS} to {MAX_BITS}")
     return tuple(sorted(set(given)))

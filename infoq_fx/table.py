@@ -47,7 +47,9 @@ class SensitivityTable:
                 raise unknown_name_error("site", name, names)
             for bits, score in by_bits.items():
                 if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
-                    raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}")
+                    raise OptionError(
+                        f"the score of {name!r} at {bits} bits is not finite: {score}; mend the criterion"
+                    )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as readable JSON: the whole file or nothing.
@@ -62,12 +64,14 @@ class SensitivityTable:
             text = json.dumps(_encode(self), indent=1, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise OptionError(
-                f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}"
+                f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}; give plain values"
             ) from error
         try:
             write_atomically(Path(path), text)
         except OSError as error:
-            raise OptionError(f"cannot write the sensitivity table {os.fspath(path)!r}: {error}") from error
+            raise OptionError(
+                f"cannot write the sensitivity table {os.fspath(path)!r}: {error}; give another path"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
@@ -85,7 +89,9 @@ class SensitivityTable:
             reason = str(error)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"damaged: {type(error).__name__}: {error}"
-        raise OptionError(f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}")
+        raise OptionError(
+            f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}; score again, or give another file"
+        )
 
     def __str__(self) -> str:
         columns = sorted({bits for by_bits in self.scores.values() for bits in by_bits})

@@ -112,7 +112,8 @@ class InfoQPaper:
         if data is None or data.samples <= self.neighbours + 1:
             found = "none" if data is None else f"{data.samples} samples"
             raise CalibrationDataError(
-                f"criterion {self.name!r} needs more than {self.neighbours + 1} samples, found {found}"
+                f"criterion {self.name!r} needs more than {self.neighbours + 1} samples, found {found}; "
+                "give more, or lower neighbours"
             )
         observers = self._resolve(prepared)
         if not reads_output:

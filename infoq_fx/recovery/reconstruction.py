@@ -84,7 +84,7 @@ class BlockReconstruction:
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
-            raise OptionError(f"{self}: epochs, samples, batch_size, learning_rate and strength must be above 0")
+            raise OptionError(f"{self}: give epochs, samples, batch_size, learning_rate and strength above 0")
         if not 0 <= self.drop < 1:
             raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
 
