@@ -18,6 +18,7 @@ from infoq_fx.finetuning import finetune
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.quantized_files import load_quantized, save_quantized
 from infoq_fx.recovery import (
     RECOVERY_STEPS,
     BiasCorrection,
@@ -66,10 +67,12 @@ __all__ = [
     "export_onnx",
     "finetune",
     "load_dinov2",
+    "load_quantized",
     "prepare",
     "quantize",
     "recover",
     "refine",
+    "save_quantized",
     "score",
     "summarize",
     "to_quantized",

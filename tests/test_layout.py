@@ -21,7 +21,7 @@ FLOORS = [
     ["runs", "quantized", "trainable"],
     ["criteria", "retraining", "training_data"],
     ["cache", "workers", "training_loop"],
-    ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export"],
+    ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "quantized_files"],
     ["api", "model_files"],
     ["demo", "auditing"],
     ["cli", "names"],
