@@ -4,7 +4,7 @@ quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
 infoq_fx.export_onnx(quantized, "model.onnx")
 """
 
-from infoq_fx.allocation import allocate, summarize
+from infoq_fx.allocation import allocate
 from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
@@ -15,13 +15,14 @@ from infoq_fx.errors import (
     ExportError,
     InfeasibleBudgetError,
     InfoqError,
+    MissingExtraError,
     OptionError,
     UnsupportedModelError,
 )
 from infoq_fx.finetuning import finetune
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.quantized import QuantizedModule, allocation_of, summarize
 from infoq_fx.recovery import (
     RECOVERY_STEPS,
     BiasCorrection,
@@ -30,6 +31,7 @@ from infoq_fx.recovery import (
     RecoveryStep,
     SecondOrderRounding,
 )
+from infoq_fx.report import write_report
 from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
@@ -53,6 +55,7 @@ __all__ = [
     "InfoQ",
     "InfoQPaper",
     "InfoqError",
+    "MissingExtraError",
     "Observer",
     "OptionError",
     "PreparedModel",
@@ -78,4 +81,5 @@ __all__ = [
     "summarize",
     "to_quantized",
     "to_trainable",
+    "write_report",
 ]

@@ -27,8 +27,8 @@ def demo(
     budget: Annotated[float, typer.Option(help="Mean weight bit-width.")] = 3.0,
 ) -> None:
     """Train a small network on handwritten digits, quantize it, export it and run it. Nothing is downloaded."""
-    from infoq_fx.allocation import summarize
     from infoq_fx.demo import run_demo
+    from infoq_fx.quantized import summarize
 
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(output or Path(folder) / "digits.onnx", budget=budget)
@@ -70,9 +70,9 @@ def quantize(
 ) -> None:
     """Quantize a trained model under a budget and write it as ONNX."""
     from infoq_fx import api
-    from infoq_fx.allocation import summarize
     from infoq_fx.model_files import load_model, load_samples
     from infoq_fx.onnx_export import export_onnx
+    from infoq_fx.quantized import summarize
     from infoq_fx.recovery import find_steps
     from infoq_fx.spec import Budget
 
