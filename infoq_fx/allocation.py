@@ -18,7 +18,7 @@ from infoq_fx.relaxation import Candidates, search_core
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
 
-__all__ = ["allocate", "check_budget", "find_uniform", "propose", "summarize"]
+__all__ = ["allocate", "check_budget", "find_uniform", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
@@ -117,42 +117,6 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     return limits
 
 
-def summarize(allocation: Allocation, inventory: Inventory) -> str:
-    """A text table of the allocation: its sites, its cost, and how the uniform bit-width compares.
-
-    Args:
-        allocation: bits for every site of the inventory.
-        inventory: what the prepared model holds.
-
-    Returns:
-        One line a weight site and one a searched activation site, then two of totals.
-    """
-    rows = [("layer", "kind", "elements", "bits", "score")]
-    for site in inventory.sites:
-        if site.kind == "weight" or (site.is_searched and len(site.bits) > 1):
-            score = allocation.scores.get(site.name)
-            text = "-" if score is None else f"{score.value:.3g}"
-            rows.append((site.name, site.kind, f"{site.numel:,}", str(allocation.bits[site.name]), text))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
-        for name, kind, *cells in rows
-    ]
-    cost = allocation.cost or measure_cost(inventory, allocation.bits)
-    lines.append(
-        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
-        f"{cost.size_bytes:,} bytes, {cost.bitops / 1e9:.4g} G BitOps, "
-        f"{cost.activation_bytes:,} bytes of activations"
-    )
-    if allocation.score is not None:
-        spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
-        lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
-    if allocation.lost_nats is not None:
-        lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
-    return "\n".join(lines)
-
-
 def _propose(
     table: SensitivityTable,
     budget: float | Budget,
@@ -221,12 +185,6 @@ def _read_budget(budget: Any) -> Budget:
             f"budget={budget!r} is neither a number nor a Budget; give mean weight bits, such as 3.0, or a Budget"
         )
     return Budget(weight_bits=float(budget))
-
-
-def _describe_uniform(allocation: Allocation) -> str:
-    if allocation.uniform_bits is None or allocation.uniform_score is None:
-        return "no uniform bit-width fits the budget"
-    return f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"
 
 
 def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:

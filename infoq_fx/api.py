@@ -138,7 +138,7 @@ def quantize(
         progress=progress,
     )
     if data is None:
-        return convert(prepared, allocate(table, budget, alpha=alpha))
+        return _convert(prepared, allocate(table, budget, alpha=alpha), table)
     fitting = fit_data(prepared, data)
     if refine:
         allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha)
@@ -146,7 +146,7 @@ def quantize(
         allocation = allocate(table, budget, alpha=alpha)
     folder = None if cache_dir is None else Path(cache_dir)
     better = recover_accuracy(prepared, allocation.bits, fitting, steps, cache_dir=folder, progress=progress)
-    return convert(better, allocation)
+    return _convert(better, allocation, table)
 
 
 def prepare(
@@ -305,6 +305,10 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
+    return _convert(prepared, allocation, None)
+
+
+def _convert(prepared: PreparedModel, allocation: Allocation, table: SensitivityTable | None) -> QuantizedModule:
     _check_allocation(prepared, allocation)
     allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
     graph_module = copy.deepcopy(prepared.graph_module)
@@ -314,6 +318,8 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
         prepared.example_inputs,
         prepared.output_names,
         batch_size=prepared.batch_size,
+        inventory=prepared.inventory,
+        table=table,
         prepared=prepared.origin or prepared,
     )
     return wrap_quantized(run_passes(graph_module, passes), provenance)

@@ -1,6 +1,7 @@
 """The public names, each from the file that it lives in; the package itself has the same ones."""
 
-from infoq_fx.allocation import allocate, summarize
+from infoq_fx.allocation import allocate
+from infoq_fx.allocation_file import load_allocation, save_allocation
 from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
@@ -11,13 +12,14 @@ from infoq_fx.errors import (
     ExportError,
     InfeasibleBudgetError,
     InfoqError,
+    MissingExtraError,
     OptionError,
     UnsupportedModelError,
 )
 from infoq_fx.finetuning import finetune
 from infoq_fx.onnx_export import export_onnx
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.quantized import QuantizedModule, allocation_of
+from infoq_fx.quantized import QuantizedModule, allocation_of, summarize
 from infoq_fx.quantized_files import load_quantized, save_quantized
 from infoq_fx.recovery import (
     RECOVERY_STEPS,
@@ -27,6 +29,7 @@ from infoq_fx.recovery import (
     RecoveryStep,
     SecondOrderRounding,
 )
+from infoq_fx.report import write_report
 from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
@@ -50,6 +53,7 @@ __all__ = [
     "InfoQ",
     "InfoQPaper",
     "InfoqError",
+    "MissingExtraError",
     "Observer",
     "OptionError",
     "PreparedModel",
@@ -66,15 +70,18 @@ __all__ = [
     "convert",
     "export_onnx",
     "finetune",
+    "load_allocation",
     "load_dinov2",
     "load_quantized",
     "prepare",
     "quantize",
     "recover",
     "refine",
+    "save_allocation",
     "save_quantized",
     "score",
     "summarize",
     "to_quantized",
     "to_trainable",
+    "write_report",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from infoq_fx.errors import OptionError
+from infoq_fx.tabular import align_rows, html_table
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
     import torch
@@ -237,6 +238,36 @@ class Allocation:
     lost_nats: float | None = None
     recovered_by: tuple[str, ...] = ()
     scores: Mapping[str, Score] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._describe(), self._rows(), self._notes())
+
+    def _describe(self) -> str:
+        found = "" if self.criterion is None else f" by {self.criterion!r}"
+        within = "" if self.budget is None else f" within {self.budget}"
+        return f"bit-widths{found}{within}"
+
+    def _rows(self) -> list[list[str]]:
+        # Sites without a score are fixed; where none has one, all are shown.
+        rows = [["site", "bits", "score", "± error"]]
+        for name in self.scores or self.bits:
+            score = self.scores.get(name)
+            found = ["-", "-"] if score is None else [f"{score.value:.3g}", f"{score.standard_error:.2g}"]
+            rows.append([name, str(self.bits[name]), *found])
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if fixed := len(self.bits) - len(self.scores) if self.scores else 0:
+            notes.append(f"and {fixed} sites at fixed bits")
+        if self.cost is not None:
+            notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
+        if self.score is not None:
+            notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
+        return notes
 
 
 def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:

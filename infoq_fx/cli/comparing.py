@@ -12,6 +12,7 @@ from infoq_fx.cli.application import Result, check_output, command
 from infoq_fx.cli.inputs import DEFAULT_ACTIVATION_BITS, DEFAULT_BITS, make_workers, read_samples, require_bits
 from infoq_fx.cli.options import (
     ActivationBits,
+    Alpha,
     Bits,
     CacheDir,
     Config,
@@ -122,21 +123,33 @@ def audit(
 @command
 def report(
     ctx: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Scores (.json), or a quantized module (.pt2).")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="The table of scores that score or quantize wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, HTML.")],
+    allocation: Annotated[
+        Path | None, typer.Option(help="What infoq-fx allocate wrote, to show beside the curve.")
+    ] = None,
+    alpha: Alpha = 1.0,
+    pin: Pin = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bit-widths by information flow",
     config: Config = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Write one HTML page about scores or a quantized module: layers, bit-widths, the curve over budgets."""
-    from infoq_fx.quantized_files import load_quantized
+    """Write one HTML page about a table of scores: layers, bit-widths, and the curve over budgets with a slider."""
+    from infoq_fx.allocation_file import load_allocation
     from infoq_fx.report import write_report
     from infoq_fx.table import SensitivityTable
 
-    check_output(output)
-    held = load_quantized(source) if source.suffix == ".pt2" else SensitivityTable.load(source)
-    write_report(held, output)
-    return Result(text=f"wrote {output}", document={"file_bytes": output.stat().st_size}, output=output)
+    write_report(
+        SensitivityTable.load(scores),
+        check_output(output),
+        allocation=None if allocation is None else load_allocation(allocation),
+        alpha=alpha,
+        pin=read_pins(pin),
+        title=title,
+    )
+    size = output.stat().st_size
+    return Result(text=f"wrote {output} ({size:,} bytes)", document={"file_bytes": size}, output=output)
 
 
 def _describe_audit(found: Audit) -> dict[str, Any]:

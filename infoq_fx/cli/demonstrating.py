@@ -23,15 +23,15 @@ def demo(
     debug: Debug = False,
 ) -> Result:
     """Train a small network on handwritten digits, quantize it, export it and run it. Nothing is downloaded."""
-    from infoq_fx.allocation import summarize
     from infoq_fx.demo import run_demo
+    from infoq_fx.summary import summarize_allocation
 
     if output is not None:
         check_output(output)
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(output or Path(folder) / "digits.onnx", budget=budget, progress=progress)
     lines = [
-        str(summarize(result.allocation, result.prepared.inventory)),
+        str(summarize_allocation(result.allocation, result.prepared.inventory)),
         "\n                              top-1 of unseen digits, %   file bytes",
     ]
     rows = (

@@ -271,6 +271,6 @@ def _describe_verification(found: Any) -> dict[str, Any]:
 
 
 def _summarize(allocation: Allocation, prepared: PreparedModel) -> str:
-    from infoq_fx.allocation import summarize
+    from infoq_fx.summary import summarize_allocation
 
-    return str(summarize(allocation, prepared.inventory))
+    return str(summarize_allocation(allocation, prepared.inventory))

@@ -123,14 +123,14 @@ def allocate(
     Then:  infoq-fx quantize MODEL DATA --allocation allocation.json -o model.onnx
     """
     import infoq_fx.allocation
-    from infoq_fx.allocation import summarize
     from infoq_fx.allocation_file import describe_allocation, save_allocation
+    from infoq_fx.summary import summarize_allocation
     from infoq_fx.table import SensitivityTable
 
     limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
     table = SensitivityTable.load(scores)
     found = infoq_fx.allocation.allocate(table, limits, alpha=alpha, pin=read_pins(pin))
-    text = str(summarize(found, table.inventory))
+    text = str(summarize_allocation(found, table.inventory))
     if output is not None:
         save_allocation(found, check_output(output))
         text += f"\nwrote {output}"
