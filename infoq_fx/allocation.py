@@ -228,7 +228,10 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str)
     how = f"all layers at {fewest.pop()} bits" if len(fewest) == 1 else "every layer at its fewest bits"
     side = "above the largest" if name == "compression" else "below the smallest"
     asked, reachable = budget.limits[name], getattr(cost, name)
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how})"
+    remedy = (
+        "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
+    )
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}); {remedy}"
 
 
 def _exact_text(value: float) -> str:

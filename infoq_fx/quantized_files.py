@@ -65,7 +65,9 @@ def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> 
             torch.export.save(program, content, extra_files={_EXTRA_FILE: _describe(provenance)})
         except Exception as error:
             reason = " ".join(str(error).split())[-400:]
-            raise ExportError(f"torch.export cannot write the quantized graph: {reason}") from error
+            raise ExportError(
+                f"torch.export cannot write the quantized graph: {reason}; quantize a part of the model without that"
+            ) from error
     try:
         write_atomically(target, content.getvalue())
     except OSError as error:

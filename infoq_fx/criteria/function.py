@@ -95,7 +95,7 @@ class FunctionMeasure:
                 if not math.isfinite(value):
                     raise OptionError(
                         f"criterion {self.name!r} returned {returned!r} for {site.name!r} at {bits} bits; "
-                        "it must return a finite number"
+                        "return a finite number"
                     )
                 measured.append(Measurement(site.name, bits, {"value": value}))
                 work.advance(1.0)

@@ -64,9 +64,9 @@ def trace_curve(
         OptionError: an argument cannot be used, or a candidate has no score.
     """
     if isinstance(budgets, bool) or not isinstance(budgets, int) or budgets < 2:
-        raise OptionError(f"budgets={budgets!r} must be a whole number, 2 or more; 60 make a smooth curve")
+        raise OptionError(f"budgets={budgets!r} is no number of positions; give a whole number, 2 or more")
     if name not in ("size_bytes", "bitops"):
-        raise OptionError(f"a curve runs over 'size_bytes' or 'bitops', not {name!r}")
+        raise OptionError(f"there is no curve over {name!r}; give 'size_bytes' or 'bitops'")
 
     def find(limit: float) -> Allocation:
         return allocate(table, Budget(**{name: limit}), alpha=alpha, pin=pin)
@@ -108,7 +108,9 @@ def describe_allocation(table: SensitivityTable, allocation: Allocation, alpha: 
     for site in table.inventory.sites:
         bits, known = allocation.bits.get(site.name), table.scores.get(site.name, {})
         if bits is None or (known and bits not in known):
-            raise OptionError(f"the allocation gives site {site.name!r} {bits} bits; the table has {sorted(known)}")
+            raise OptionError(
+                f"the allocation gives site {site.name!r} {bits} bits; give one of the table's own, of {sorted(known)}"
+            )
         if known:
             scores[site.name] = known[bits]
             weights[site.name] = 1.0 if site.kind == "weight" else alpha

@@ -91,7 +91,9 @@ def _find_table(source: SensitivityTable | QuantizedModule) -> tuple[Sensitivity
         return source, None
     provenance = provenance_of(source)
     if provenance is None:
-        raise OptionError(f"{type(source).__name__} is neither a sensitivity table nor what quantize() returned")
+        raise OptionError(
+            f"{type(source).__name__} is no source of a page; give a sensitivity table or what quantize() returned"
+        )
     if provenance.table is None:
         raise OptionError(
             "the module was made by convert() from an allocation alone and remembers no sensitivity table: give the "
