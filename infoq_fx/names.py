@@ -4,6 +4,7 @@ from infoq_fx.allocation import allocate
 from infoq_fx.allocation_file import load_allocation, save_allocation
 from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
+from infoq_fx.cost import COSTS, OperationCost
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
 from infoq_fx.encoders import load_dinov2
 from infoq_fx.errors import (
@@ -36,6 +37,7 @@ from infoq_fx.table import SensitivityTable
 from infoq_fx.version import __version__
 
 __all__ = [
+    "COSTS",
     "CRITERIA",
     "EAGL",
     "RECOVERY_STEPS",
@@ -55,6 +57,7 @@ __all__ = [
     "InfoqError",
     "MissingExtraError",
     "Observer",
+    "OperationCost",
     "OptionError",
     "PreparedModel",
     "QuantizedModule",

@@ -172,6 +172,7 @@ class Budget:
             (4 bytes a channel) and all other parameters (biases and ignored layers, 4 bytes each).
         bitops: sum over multiply-accumulates of weight bits times activation bits, one sample (Eq. 2).
         activation_bytes: sum over searched activation sites of their bytes, one sample.
+        costs: limits on costs of your own, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
     Raises:
         OptionError: no limit at all, or one that is not a positive finite number.
@@ -182,9 +183,13 @@ class Budget:
     size_bytes: float | None = None
     bitops: float | None = None
     activation_bytes: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
+        for name in self.costs:
+            if name in self.__dataclass_fields__:
+                raise OptionError(f"Budget(costs={{{name!r}: ...}}) is a limit of its own; give Budget({name}=...)")
         if not limits:
             names = ", ".join(f.name for f in fields(self))
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
@@ -197,8 +202,8 @@ class Budget:
     @property
     def limits(self) -> dict[str, float]:
         """The limits that were given, by name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "costs"}
+        return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
@@ -206,13 +211,18 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an allocation costs, in the units of :class:`Budget`."""
+    """What an allocation costs, in the units of :class:`Budget`; ``costs`` are those that the budget limited."""
 
     weight_bits: float
     compression: float
     size_bytes: int
     bitops: int
     activation_bytes: int
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __getitem__(self, name: str) -> float:
+        value: float = self.costs[name] if name in self.costs else getattr(self, name)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

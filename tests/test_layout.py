@@ -13,6 +13,7 @@ FLOORS = [
     ["spec", "files", "jit"],
     ["machine", "kernels", "pointwise", "histogram", "cost", "table", "allocation_file", "data", "encoders"],
     ["mutual_info", "numerics", "relaxation", "summary"],
+    ["integer_program"],
     ["allocation"],
     ["quantizers"],
     ["prepared", "capture"],
@@ -31,7 +32,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {
     "numba": {"jit"},
-    "pulp": {"allocation"},
+    "pulp": {"integer_program"},
     "onnx": {"onnx_export"},
     "onnx_ir": {"onnx_export"},
     "onnxscript": {"onnx_export"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -166,7 +166,7 @@ def read_limits(
     Raises:
         OptionError: no limit, or one that is not a positive number.
     """
-    limits = {
+    limits: dict[str, Any] = {
         "weight_bits": budget,
         "compression": compression,
         "size_bytes": size_bytes,

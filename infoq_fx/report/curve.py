@@ -69,7 +69,8 @@ def trace_curve(
         raise OptionError(f"there is no curve over {name!r}; give 'size_bytes' or 'bitops'")
 
     def find(limit: float) -> Allocation:
-        return allocate(table, Budget(**{name: limit}), alpha=alpha, pin=pin)
+        budget = Budget(size_bytes=limit) if name == "size_bytes" else Budget(bitops=limit)
+        return allocate(table, budget, alpha=alpha, pin=pin)
 
     fixed = pin or {}
     fewest = {site.name: fixed.get(site.name, site.bits[0]) for site in table.inventory.sites}
