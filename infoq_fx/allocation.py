@@ -216,7 +216,8 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
         if bits not in scores:
             known = ", ".join(map(str, sorted(scores))) or "none"
             raise OptionError(
-                f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}; score it, or pin the site"
+                f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}; score it, or pin "
+                "the site"
             )
     weight = 1.0 if site.kind == "weight" else alpha
     return {bits: weight * scores[bits].value for bits in site.bits}
