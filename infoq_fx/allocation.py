@@ -102,7 +102,9 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     """
     limits = _read_budget(budget)
     # Costs of this package grow with every bit-width: this one allocation reaches the extreme of all at once.
-    cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.costs)
+    cost = measure_cost(
+        inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container, limits.costs
+    )
     broken = broken_limits(cost, limits)
     choices = {site.name: site.bits for site in inventory.sites}
     own = {
@@ -169,7 +171,7 @@ def _describe(
         budget=limits,
         score=_total_score(candidates, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
-        cost=measure_cost(inventory, bits, limits.costs),
+        cost=measure_cost(inventory, bits, limits.container, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
         scores=chosen,
@@ -235,10 +237,11 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str,
     if name in own:
         how = "every operation at its cheapest bits"
     asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
+    counted = "" if budget.container is None else f", as stored in {budget.container!r}"
     remedy = (
         "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
     )
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}); {remedy}"
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted}); {remedy}"
 
 
 def _exact_text(value: float) -> str:
@@ -320,7 +323,7 @@ def _solve(inventory: Inventory, budget: Budget, scores: _Candidates, known: _Bi
 
 
 def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
-    return not broken_limits(measure_cost(inventory, bits, budget.costs), budget)
+    return not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget)
 
 
 def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:

@@ -39,6 +39,7 @@ from infoq_fx.runs import choose_batch_size
 from infoq_fx.sensitivity import Resources, measure_sensitivity
 from infoq_fx.spec import Allocation, Budget, Observer, check_bits
 from infoq_fx.table import SensitivityTable
+from infoq_fx.targets import find_container
 
 __all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
 
@@ -52,7 +53,7 @@ def quantize(
     *,
     calibration_data: Any = None,
     example_inputs: Inputs | None = None,
-    bits: int | Sequence[int] = DEFAULT_BITS,
+    bits: int | Sequence[int] | None = None,
     activation_bits: int | Sequence[int] | None = 8,
     criterion: AnyCriterion = "infoq",
     observers: Sequence[Observer | str] | Literal["auto"] | None = None,
@@ -77,7 +78,7 @@ def quantize(
         calibration_data: about 1,000 samples, see :func:`infoq_fx.data.read_data`. Without labels the model's own
             predictions serve. None: weights only, by their relative error, with a warning.
         example_inputs: a batch for capture; needed only without data and without an exported program.
-        bits: candidate bit-widths of weights, 2 to 8.
+        bits: candidate bit-widths of weights, 2 to 8. None for all, or those that the budget's container stores.
         activation_bits: candidate bit-widths of activations; one is fixed, several are searched jointly; None
             leaves activations in float.
         criterion: how sensitivity is scored: a registered name, an object (which brings its own options and seed) or a
@@ -154,7 +155,7 @@ def prepare(
     calibration_data: Any = None,
     *,
     example_inputs: Inputs | None = None,
-    bits: int | Sequence[int] = DEFAULT_BITS,
+    bits: int | Sequence[int] | None = None,
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
@@ -166,7 +167,7 @@ def prepare(
     Arguments and errors are those of :func:`quantize`; ``budget``, where given, is only checked for being within
     reach before the calibration.
     """
-    weight_candidates = check_bits(bits, "bits")
+    weight_candidates = check_bits(_default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
@@ -323,6 +324,12 @@ def _convert(prepared: PreparedModel, allocation: Allocation, table: Sensitivity
         prepared=prepared.origin or prepared,
     )
     return wrap_quantized(run_passes(graph_module, passes), provenance)
+
+
+def _default_bits(budget: float | Budget | None) -> tuple[int, ...]:
+    """Bit-widths that make a difference: in a container of 4 and 8 bits, 3 take the place of 4 and are worse."""
+    container = budget.container if isinstance(budget, Budget) else None
+    return DEFAULT_BITS if container is None else find_container(container).weight_widths
 
 
 def _check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:

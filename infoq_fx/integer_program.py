@@ -43,7 +43,7 @@ def solve_with_cbc(inventory: Inventory, budget: Budget, scores: Candidates) -> 
         problem, x, grows = _build_program(inventory, budget, scores, slack)
         while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
             bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-            if not broken_limits(measure_cost(inventory, bits, budget.costs), budget):
+            if not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget):
                 return bits
             # Within the slack but over the budget: some site has to have fewer bits than here, or at least others.
             others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]
@@ -59,7 +59,7 @@ def solve_with_cbc(inventory: Inventory, budget: Budget, scores: Candidates) -> 
 def build_rows(inventory: Inventory, budget: Budget, scores: Candidates) -> list[CostRow]:
     """The limits of the budget over the sites that have a choice among the candidates."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    return [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
+    return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
 
 
 def _build_program(

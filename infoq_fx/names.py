@@ -34,19 +34,23 @@ from infoq_fx.report import write_report
 from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
+from infoq_fx.targets import CONTAINERS, TARGETS, Container, Target
 from infoq_fx.version import __version__
 
 __all__ = [
+    "CONTAINERS",
     "COSTS",
     "CRITERIA",
     "EAGL",
     "RECOVERY_STEPS",
+    "TARGETS",
     "Allocation",
     "Audit",
     "BiasCorrection",
     "BlockReconstruction",
     "Budget",
     "CalibrationDataError",
+    "Container",
     "Criterion",
     "EncoderUnavailableError",
     "ExportError",
@@ -65,6 +69,7 @@ __all__ = [
     "RecoveryStep",
     "SecondOrderRounding",
     "SensitivityTable",
+    "Target",
     "UnsupportedModelError",
     "__version__",
     "allocate",

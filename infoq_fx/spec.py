@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from infoq_fx.errors import OptionError
 from infoq_fx.tabular import align_rows, html_table
+from infoq_fx.targets import find_container
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
     import torch
@@ -172,10 +173,12 @@ class Budget:
             (4 bytes a channel) and all other parameters (biases and ignored layers, 4 bytes each).
         bitops: sum over multiply-accumulates of weight bits times activation bits, one sample (Eq. 2).
         activation_bytes: sum over searched activation sites of their bytes, one sample.
+        container: count the weights of the first three limits as this container of :data:`infoq_fx.CONTAINERS`
+            stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
         costs: limits on costs of your own, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
     Raises:
-        OptionError: no limit at all, or one that is not a positive finite number.
+        OptionError: no limit at all, one that is not a positive finite number, or an unknown container.
     """
 
     weight_bits: float | None = None
@@ -183,15 +186,18 @@ class Budget:
     size_bytes: float | None = None
     bitops: float | None = None
     activation_bytes: float | None = None
+    container: str | None = None
     costs: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
+        if self.container is not None:
+            find_container(self.container)
         for name in self.costs:
             if name in self.__dataclass_fields__:
                 raise OptionError(f"Budget(costs={{{name!r}: ...}}) is a limit of its own; give Budget({name}=...)")
         if not limits:
-            names = ", ".join(f.name for f in fields(self))
+            names = ", ".join(f.name for f in fields(self) if f.name not in ("container", "costs"))
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -202,11 +208,12 @@ class Budget:
     @property
     def limits(self) -> dict[str, float]:
         """The limits that were given, by name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "costs"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("container", "costs")}
         return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        limits = ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        return limits if self.container is None else f"{limits} as stored in {self.container!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,20 +82,22 @@ def meets(cost: Cost, budget: Budget) -> bool:
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
-    fitting = (b for b in every_allocation(table.inventory) if meets(measure_cost(table.inventory, b), budget))
+    inventory, container = table.inventory, budget.container
+    fitting = (b for b in every_allocation(inventory) if meets(measure_cost(inventory, b, container), budget))
     return min((score_of(table, bits, alpha) for bits in fitting), default=None)
 
 
 def random_budget(rng: random.Random, inventory: Inventory, names: tuple[str, ...]) -> Budget:
     """Limits between the extremes; half of them exactly at the cost of some allocation."""
-    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}) for i in (0, -1))
-    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites})
+    container = rng.choice([None, None, "packed", "int2"])
+    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}, container) for i in (0, -1))
+    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites}, container)
     share = rng.random()
     limits = {}
     for name in names:
         between = (1 - share) * getattr(low, name) + share * getattr(high, name)
         limits[name] = max(rng.choice([between, getattr(middle, name)]), 1e-3)
-    return Budget(**limits)
+    return Budget(**limits, container=container)
 
 
 LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_bytes")
@@ -135,7 +137,7 @@ def test_equals_brute_force(
         found = allocate(table, budget, alpha=alpha)
         assert found.score == pytest.approx(expected, rel=1e-12, abs=1e-15)
         assert found.score == score_of(table, found.bits, alpha)
-        assert found.cost == measure_cost(table.inventory, found.bits)
+        assert found.cost == measure_cost(table.inventory, found.bits, budget.container)
         assert meets(found.cost, budget)
         assert found.uniform_score is None or found.score <= found.uniform_score
     assert infeasible < 6
@@ -624,7 +626,7 @@ def test_a_cost_of_ones_own_equals_brute_force(kind: str, others: tuple[str, ...
         monkeypatch.setitem(COSTS, "latency_ms", own_cost(rng, kind))
         table = random_table(rng, weights=3, activations=2, sign=trial % 4 == 0)
         costs = {
-            tuple(b.items()): measure_cost(table.inventory, b, ["latency_ms"])
+            tuple(b.items()): measure_cost(table.inventory, b, None, ["latency_ms"])
             for b in every_allocation(table.inventory)
         }
         reached = sorted({cost["latency_ms"] for cost in costs.values()})
@@ -638,9 +640,9 @@ def test_a_cost_of_ones_own_equals_brute_force(kind: str, others: tuple[str, ...
                 allocate(table, budget)
             continue
         found = allocate(table, budget)
-        assert meets_all(measure_cost(table.inventory, found.bits, ["latency_ms"]), budget)
+        assert meets_all(measure_cost(table.inventory, found.bits, None, ["latency_ms"]), budget)
         assert found.score == pytest.approx(min(fitting), rel=1e-9, abs=1e-12)
-        assert found.cost == measure_cost(table.inventory, found.bits, ["latency_ms"])
+        assert found.cost == measure_cost(table.inventory, found.bits, None, ["latency_ms"])
     assert infeasible < 12
 
 
@@ -686,3 +688,14 @@ def test_decimals_are_taken_as_they_are_written(monkeypatch: pytest.MonkeyPatch)
     operations = tuple(Operation(f"op{i}", 10, None, f"w{i}") for i in range(3))
     table = make_table(sites, {s.name: {b: 1.0 / b for b in ALL_BITS} for s in sites}, operations)
     assert allocate(table, Budget(costs={"latency_ms": 0.3})).cost.costs == {"latency_ms": 0.3}
+
+
+def test_a_container_counts_what_it_stores() -> None:
+    packed = Budget(weight_bits=4, container="packed")
+    found = allocate(SMALL, packed)
+    assert all(found.bits[name] not in (2, 3) for name in ("conv", "fc"))  # they would cost 4
+    assert found.score < allocate(SMALL, 3).score
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable 4 .*as stored in 'packed'"):
+        allocate(SMALL, Budget(weight_bits=3, container="packed"))
+    with pytest.raises(OptionError, match="unknown container 'pakced'; nearest of 3: 'packed'"):
+        Budget(weight_bits=3, container="pakced")

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 # Files of one line share a floor and do not import each other.
 FLOORS = [
     ["errors", "version", "tabular"],
+    ["targets"],
     ["spec", "files", "jit"],
     ["machine", "kernels", "pointwise", "histogram", "cost", "table", "allocation_file", "data", "encoders"],
     ["mutual_info", "numerics", "relaxation", "summary"],

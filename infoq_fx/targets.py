@@ -1,0 +1,89 @@
+"""What runtimes take, as data: the containers that hold integers in a file, and which of them a target runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from infoq_fx.errors import unknown_name_error
+
+__all__ = ["CONTAINERS", "DEFAULT_TARGET", "TARGETS", "Container", "Target", "find_container", "find_target"]
+
+
+@dataclass(frozen=True)
+class Container:
+    """How an ONNX file stores integers.
+
+    Args:
+        name: what users call it.
+        weight_widths: bits of the integer types that weights are stored in, ascending; a weight takes the first that
+            holds its bit-width.
+        opset_version: of the file; the first that knows these types.
+        ir_version: of the file.
+    """
+
+    name: str
+    weight_widths: tuple[int, ...]
+    opset_version: int
+    ir_version: int
+
+    def stored_bits(self, bits: int) -> int:
+        """Bits that each weight of a bit-width takes in the file."""
+        return next(width for width in self.weight_widths if width >= bits)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a runtime does with a file.
+
+    Args:
+        name: what users call it.
+        containers: those that it loads and computes rightly, the one of widest reach and fastest kernels first.
+        shifts_full_weights: weights that use all of 8 bits are stored as uint8 around zero point 128 instead of int8.
+            onnxruntime multiplies uint8 by int8 with saturation on x86 processors without VNNI; OpenVINO runs a layer
+            with shifted weights in float.
+    """
+
+    name: str
+    containers: tuple[str, ...]
+    shifts_full_weights: bool
+
+
+_CONTAINERS = (
+    Container("int8", (8,), 18, 8),
+    Container("packed", (4, 8), 21, 10),
+    Container("int2", (2, 4, 8), 25, 13),
+)
+_TARGETS = (
+    Target("onnxruntime", ("int8", "packed"), shifts_full_weights=True),
+    Target("openvino", ("int8", "packed"), shifts_full_weights=False),
+)
+
+CONTAINERS: Mapping[str, Container] = {container.name: container for container in _CONTAINERS}
+"""``int8`` for the widest reach and the fastest kernels, ``packed`` for the smallest file that runs, and ``int2``,
+which stock runtimes do not run yet."""
+TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
+"""Runtimes that files are tested with."""
+DEFAULT_TARGET = "onnxruntime"
+
+
+def find_container(name: str) -> Container:
+    """A container by its name.
+
+    Raises:
+        OptionError: there is none of this name.
+    """
+    if name not in CONTAINERS:
+        raise unknown_name_error("container", name, CONTAINERS)
+    return CONTAINERS[name]
+
+
+def find_target(name: str) -> Target:
+    """A target by its name.
+
+    Raises:
+        OptionError: there is none of this name.
+    """
+    if name not in TARGETS:
+        raise unknown_name_error("target", name, TARGETS)
+    return TARGETS[name]
