@@ -37,7 +37,7 @@ class BlockReconstruction:
 
     A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
     attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
-    and learns the float model's output by
+    and learns the float model's output by::
 
         mean (z - z_float)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
 
