@@ -58,6 +58,9 @@ def quantize(
     bits: Annotated[str, typer.Option(help="Candidate bit-widths of weights.")] = "2,3,4,5,6,7,8",
     activation_bits: Annotated[str, typer.Option(help="Bit-widths of activations; several are searched.")] = "8",
     recovery: Annotated[str, typer.Option(help="none, fast or best; or names of steps, with commas.")] = "fast",
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page here, with a slider over budgets; needs infoq-fx[report].")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples, at most.")] = 1024,
     image_size: Annotated[int, typer.Option(help="Side of the square the images are cropped to.")] = 224,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob on module paths to leave in float.")] = None,
@@ -74,6 +77,7 @@ def quantize(
     from infoq_fx.onnx_export import export_onnx
     from infoq_fx.quantized import summarize
     from infoq_fx.recovery import find_steps
+    from infoq_fx.report import write_report
     from infoq_fx.spec import Budget
 
     limits = Budget(
@@ -106,6 +110,9 @@ def quantize(
     export_onnx(api.convert(better, allocation), output)
     typer.echo(summarize(allocation, prepared.inventory))
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
+    if report is not None:
+        write_report(table, report, allocation=allocation)
+        typer.echo(f"wrote {report} ({report.stat().st_size:,} bytes)")
 
 
 def main() -> None:

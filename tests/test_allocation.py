@@ -19,10 +19,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from infoq_fx import allocation
-from infoq_fx.allocation import allocate, check_budget, summarize
+from infoq_fx.allocation import allocate, check_budget
 from infoq_fx.cost import measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
-from infoq_fx.spec import Allocation, Budget, Cost, Inventory, Operation, QuantSite, Score
+from infoq_fx.spec import Budget, Cost, Inventory, Operation, QuantSite, Score
 from infoq_fx.table import SensitivityTable
 
 ALL_BITS = tuple(range(2, 9))
@@ -593,20 +593,3 @@ def test_near_ties_in_the_budget(seed: int) -> None:
 def test_the_result_repeats() -> None:
     table = resnet50_sized_table(2, activation_bits=(8,))
     assert allocate(table, 3.7) == allocate(table, 3.7)
-
-
-def test_summary_has_a_line_a_site() -> None:
-    header, *lines = summarize(allocate(SMALL, 3), SMALL.inventory).splitlines()
-    assert header.split() == ["layer", "kind", "elements", "bits", "score"]
-    assert lines[0].split() == ["conv", "weight", "100", "6", "0.00195"]
-    assert [line.split()[0] for line in lines[:3]] == ["conv", "fc", "relu"]
-    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes, ")
-    assert "uniform 3 bits" in lines[4]
-    assert "0.4062" in lines[4]
-
-
-def test_summary_of_bits_alone() -> None:
-    bits = {"conv": 4, "fc": 4, "relu": 8, "input": 8}
-    text = summarize(Allocation(bits=bits), SMALL.inventory)
-    assert text.splitlines()[1].split() == ["conv", "weight", "100", "4", "-"]
-    assert text.splitlines()[-1].startswith("4 bits a weight (8.00x compression)")
