@@ -27,7 +27,7 @@ __all__ = [
 
 CONTAINERS = ("packed at the bits", "int8", "packed int4")
 _UNLIMITED = 1e30
-_DECADES = 4
+_DECADES = 6
 
 
 @dataclass(frozen=True)

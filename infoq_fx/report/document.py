@@ -204,7 +204,11 @@ def _list_correlations(audit: Audit) -> list[dict[str, Any]]:
 
 def _describe_scale(values: list[float]) -> dict[str, Any]:
     constant, ticks = damage_scale(values)
-    return {"constant": constant, "ticks": ticks}
+    return {
+        "constant": constant,
+        "ticks": ticks,
+        "domain": [min(0.0, *values), max(values) or 1.0] if values else [0, 1],
+    }
 
 
 def _describe_command(budgets: int, alpha: float, pin: Mapping[str, int] | None) -> str:

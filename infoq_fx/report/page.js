@@ -10,11 +10,16 @@
   const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 4], [1, 3], [12, 3, 2, 3, 2, 3]];
 
   // Numbers as people read them.
-  const whole = (x) => Math.round(x).toLocaleString("en-US");
-  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 0.001 && Math.abs(x) < 1e5 ? String(+x.toPrecision(3)) : x.toExponential(1));
+  const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+  const whole = (x) => grouped.format(x);
+  const short = (x) => {
+    if (x === 0 || (Math.abs(x) >= 0.001 && Math.abs(x) < 1e5)) return String(+x.toPrecision(3));
+    const [mantissa, exponent] = x.toExponential(2).split("e");
+    return `${+mantissa}e${+exponent}`;
+  };
   const bytes = (x) => (x >= 1e6 ? `${(x / 1e6).toFixed(2)} MB` : `${(x / 1e3).toFixed(1)} kB`);
   const operations = (x) => (x >= 1e9 ? `${(x / 1e9).toPrecision(4)} G` : `${(x / 1e6).toPrecision(4)} M`);
-  const withError = (value, error) => (error ? `${short(value)} ± ${short(+error.toPrecision(2))}` : short(value));
+  const withError = (value, error) => (error ? `${short(value)} ± ${short(+error.toPrecision(1))}` : short(value));
   const inUnit = (axis, x) => (axis.name === "size_bytes" ? bytes(x) : `${operations(x)}BitOps`);
 
   function element(tag, properties = {}, ...children) {
@@ -54,8 +59,18 @@
     views[id] = made.view;
   }
 
-  const damageAxis = { scale: { type: "symlog", constant: data.damage.constant }, axis: { values: data.damage.ticks, format: "~g" } };
+  // Scores span decades and may be 0 or less: linear around 0, logarithmic beyond.
+  const decades = ({ constant, ticks, domain }) => ({
+    scale: { type: "symlog", constant, domain, nice: false },
+    axis: { values: ticks, labelExpr: "datum.value && abs(datum.value) < 0.001 ? format(datum.value, '.0e') : '' + datum.value" },
+  });
+  const damageAxis = decades(data.damage);
   const damageTitle = `predicted damage (${data.criterion} score)`;
+
+  function hereRows(found) {
+    const { axis } = state;
+    return [{ x: found[axis.name] / axis.unit, y: found.score, series: "shown here", text: inUnit(axis, found[axis.name]), damage: withError(found.score, found.error) }];
+  }
 
   function drawCurve() {
     const { axis } = state, x = (found) => found[axis.name] / axis.unit;
@@ -69,14 +84,15 @@
     const place = { x: { field: "x", type: "quantitative", title: axis.title, scale: { zero: false } }, y: { field: "y", type: "quantitative", title: damageTitle, ...damageAxis } };
     const tooltip = [{ field: "text", title: "allocation" }, { field: "damage", title: "predicted damage" }];
     return draw("curve", {
+      datasets: { here: hereRows(point()) },
       layer: [
-        { data: { values: rows }, mark: { type: "area", opacity: 0.18, color: SERIES[0] }, encoding: { x: place.x, y: { ...place.y, field: "low" }, y2: { field: "high" } } },
+        { data: { values: rows }, mark: { type: "area", clip: true, opacity: 0.18, color: SERIES[0] }, encoding: { x: place.x, y: { ...place.y, field: "low" }, y2: { field: "high" } } },
         { data: { values: rows }, mark: { type: "line", color: SERIES[0], strokeWidth: 1.5 }, encoding: place },
         { data: { values: rows }, mark: { type: "point", filled: true, size: 26, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
         { data: { values: others }, mark: { type: "point", filled: true, size: 80, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
         { data: { values: others }, mark: { type: "text", align: "left", dx: 8, dy: -6 }, encoding: { ...place, text: { field: "note" } } },
-        { data: { name: "here", values: [] }, mark: { type: "rule", strokeDash: [4, 4], color: "var(--quiet)" }, encoding: { x: place.x } },
-        { data: { name: "here", values: [] }, mark: { type: "point", size: 260, strokeWidth: 3, filled: false, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
+        { data: { name: "here" }, mark: { type: "rule", strokeDash: [4, 4], color: "var(--quiet)" }, encoding: { x: place.x } },
+        { data: { name: "here" }, mark: { type: "point", size: 260, strokeWidth: 3, filled: false, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
       ],
     }, `Chart of predicted damage against ${axis.label}; the numbers are in the table below it.`);
   }
@@ -90,14 +106,15 @@
   }
 
   function drawBits() {
-    const kinds = [...new Set(data.sites.map((site) => site.kind))];
+    const kinds = ["weight", "activation"].filter((kind) => data.sites.some((site) => site.kind === kind));
     const x = layerAxis(), y = { field: "bits", type: "quantitative", title: "bits", scale: { domain: [0, 8.6] }, axis: { values: [0, 2, 4, 6, 8] } };
+    const legend = kinds.length > 1 ? {} : { legend: null };
     return draw("bits", {
       ...layerWidth(), height: 190, data: { name: "bits", values: bitRows(point()) },
       layer: [
-        { mark: { type: "bar", strokeWidth: 1.5 }, encoding: { x, y,
-          fill: { field: "kind", type: "nominal", scale: { domain: kinds, range: ["var(--s1)", "transparent"] }, legend: kinds.length > 1 ? {} : null },
-          stroke: { field: "kind", type: "nominal", scale: { domain: kinds, range: ["var(--s1)", "var(--s2)"] }, legend: null } } },
+        { mark: { type: "bar", strokeWidth: 1.5, width: { band: 0.8 } }, encoding: { x, y,
+          fill: { field: "kind", type: "nominal", scale: { domain: kinds, range: ["var(--s1)", "transparent"] }, ...legend },
+          stroke: { field: "kind", type: "nominal", scale: { domain: kinds, range: ["var(--s1)", "var(--s2)"] }, ...legend } } },
         { mark: { type: "text", dy: -7 }, encoding: { x, y, text: { field: "bits" } } },
       ],
     }, "Bar chart of the bits of every layer; the same numbers are in the table of layers.");
@@ -115,7 +132,7 @@
     return {
       color: { field, type: "nominal", scale: { domain, range: range(SERIES) } },
       shape: { field, type: "nominal", scale: { domain, range: range(SHAPES) } },
-      strokeDash: { field, type: "nominal", scale: { domain, range: range(DASHES) }, legend: null },
+      strokeDash: { field, type: "nominal", scale: { domain, range: range(DASHES) } },
     };
   }
 
@@ -123,12 +140,12 @@
 
   function drawSensitivity() {
     const { color, shape, strokeDash } = bySeries("bits", bitNames());
-    const x = layerAxis(), y = { field: "score", type: "quantitative", title: `score of ${data.criterion}`, ...data.spread && { scale: { type: "symlog", constant: data.spread.constant }, axis: { values: data.spread.ticks, format: "~g" } } };
+    const x = layerAxis(), y = { field: "score", type: "quantitative", title: `score of ${data.criterion}`, ...decades(data.spread) };
     return draw("sensitivity", {
       ...layerWidth(), height: 340, data: { name: "scores", values: sensitivityRows() },
       layer: [
         { mark: { type: "line", strokeWidth: 1.2 }, encoding: { x, y, color, strokeDash } },
-        { mark: { type: "rule", strokeWidth: 1.5 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
+        { mark: { type: "rule", clip: true, strokeWidth: 1.5 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
         { mark: { type: "point", size: 34, filled: true, opacity: 1 }, encoding: { x, y, color, shape,
           tooltip: [{ field: "site", title: "layer" }, { field: "bits" }, { field: "text", title: "score" }] } },
       ],
@@ -176,17 +193,17 @@
     { name: "kind", value: (site) => site.kind, text: (site) => site.kind, isText: true },
     { name: "bits", value: (site) => site.now, text: (site) => site.now },
     { name: "score", value: (site) => site.score?.[0] ?? -Infinity, text: (site) => (site.score ? withError(...site.score) : "fixed") },
-    { name: "weights", value: (site) => site.weights, text: (site) => whole(site.weights) },
+    { name: "weights", value: (site) => site.weights, text: (site) => (site.kind === "weight" ? whole(site.weights) : "–") },
     { name: "MACs", value: (site) => site.macs, text: (site) => whole(site.macs) },
-    { name: "bytes", value: (site) => site.size, text: (site) => whole(site.size) },
-    { name: "share of size", value: (site) => site.size, text: (site) => `${site.share.toFixed(1)} %` },
-  ];
+    { name: "bytes", value: (site) => site.size, text: (site) => (site.kind === "weight" ? whole(site.size) : "–") },
+    { name: "share of size", value: (site) => site.size, text: (site) => (site.kind === "weight" ? `${site.share.toFixed(1)} %` : "–") },
+  ].filter((column) => column.name !== "kind" || data.sites.some((site) => site.kind !== "weight"));
   const sorting = { column: 0, up: true };
 
   function meter(bits) {
     const blocks = element("i", { ariaHidden: "true" });
     for (let i = 1; i <= 8; i += 1) blocks.append(element("b", { className: i <= bits ? "on" : "" }));
-    return element("span", { className: "bits" }, blocks, element("span", { className: "number", textContent: bits }));
+    return element("span", { className: "meter" }, blocks, element("span", { className: "number", textContent: bits }));
   }
 
   function fillLayers(found) {
@@ -213,10 +230,10 @@
     const heads = COLUMNS.map((column, i) => {
       const button = element("button", { type: "button", textContent: column.name });
       button.addEventListener("click", () => {
-        Object.assign(sorting, { up: sorting.column === i ? !sorting.up : i < 2, column: i });
+        Object.assign(sorting, { up: sorting.column === i ? !sorting.up : !i || Boolean(column.isText), column: i });
         fillLayers(point());
       });
-      return element("th", { scope: "col", className: i < 2 ? "text" : "" }, button);
+      return element("th", { scope: "col", className: !i || column.isText ? "text" : "" }, button);
     });
     byId("layers").append(element("caption", { textContent: "Every layer with the bits shown now. The buttons in the head sort." }),
       element("thead", {}, element("tr", {}, ...heads)), element("tbody"));
@@ -234,13 +251,14 @@
       ["BitOps", operations(found.bitops), "bitops"], ["predicted damage", withError(found.score, found.error), "damage"],
       ...(onSlider ? [["uniform, same budget", uniform, "uniform"]] : [])];
     byId("tiles").replaceChildren(...tiles.map(([name, text, key]) => {
-      const tile = element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: text }));
+      const [value, error] = text.split(" ± ");
+      const tile = element("div", {}, element("dt", { textContent: name }), element("dd", { }, value, ...(error ? [element("small", { textContent: ` ± ${error}` })] : [])));
       tile.dataset.key = key;
       return tile;
     }));
     const counts = {};
     data.sites.forEach((site, i) => { if (site.kind === "weight") counts[found.bits[i]] = (counts[found.bits[i]] ?? 0) + 1; });
-    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits, predicted damage ${withError(found.score, found.error)}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
+    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits a weight, ${found.compression.toFixed(2)} times smaller weights, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
     byId("bits-caption").textContent = `${onSlider ? `Best within ${inUnit(axis, limit)}` : state.shown}, layers in the order of the graph.`;
     fillLayers(found);
     const [packed, int8, int4] = found.containers, float = data.float_bytes;
@@ -250,7 +268,7 @@
     byId("again").textContent = [`table = infoq_fx.SensitivityTable.load("scores.json")`,
       onSlider ? `allocation = infoq_fx.allocate(table, infoq_fx.Budget(${axis.name}=${limit})${data.options})` : `allocation = infoq_fx.Allocation(bits=${JSON.stringify(found.all_bits)})`,
       `quantized = infoq_fx.convert(prepared, allocation)  # prepared is what the table was scored on`, "", data.command].join("\n");
-    views.curve?.data("here", [{ x: found[axis.name] / axis.unit, y: found.score, series: "shown here", text: inUnit(axis, found[axis.name]), damage: withError(found.score, found.error) }]).runAsync();
+    views.curve?.data("here", hereRows(found)).runAsync();
     views.bits?.data("bits", bitRows(found)).runAsync();
     for (const [n, row] of [...byId("curve-table").querySelectorAll("tbody tr")].entries()) row.className = onSlider && n === +slider.value ? "current" : "";
   }
@@ -268,7 +286,7 @@
   function buildOnce() {
     const bits = bitNames();
     byId("sensitivity-bits").append(element("option", { value: "all", textContent: "all" }), ...bits.map((text) => element("option", { value: text, textContent: text })));
-    byId("sensitivity-caption").textContent = "Score of one layer lowered to a bit-width with all others at 8 bits, in the order of the graph; bars are standard errors, smaller is less sensitive.";
+    byId("sensitivity-caption").textContent = "Score of every layer at every bit-width, in the order of the graph; bars are standard errors, smaller is less sensitive.";
     byId("sensitivity-table").append(table("Score ± standard error of every layer and bit-width", ["layer", ...bits],
       data.sites.filter((site) => Object.keys(site.scores).length).map((site) => [site.name, ...bits.map((text) => { const found = site.scores[parseInt(text, 10)]; return found ? withError(...found) : "–"; })])));
     byId("shown").append(element("option", { value: "best", textContent: "best within the budget" }), ...data.others.map((found) => element("option", { value: found.label, textContent: found.label })));

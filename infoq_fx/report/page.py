@@ -121,14 +121,15 @@ def _load_library() -> str:
 def _fill(table: SensitivityTable, document: Mapping[str, object], library: str, title: str) -> str:
     files = resources.files("infoq_fx.report")
     rows = [("setting", "value"), *((name, str(value)) for name, value in table.settings.items())]
-    scored = sum(bool(by_bits) for by_bits in table.scores.values())
-    weights = sum(site.numel for site in table.inventory.sites if site.kind == "weight")
+    weights = [site.numel for site in table.inventory.sites if site.kind == "weight"]
+    activations = [s for s in table.inventory.sites if s.kind == "activation" and s.is_searched and len(s.bits) > 1]
+    searched = f" and {len(activations)} activations" if activations else ""
     parts = {
         "title": html.escape(title),
         "version": __version__,
         "lead": html.escape(
-            f"{scored} layers with {weights:,} weights, scored by {table.criterion!r}. Move the slider: every position "
-            "is the best allocation within that budget."
+            f"{len(weights)} layers with {sum(weights):,} weights{searched}, scored by {table.criterion!r}. Move the "
+            "slider: every position is the best allocation within that budget."
         ),
         "settings": html_table(f"How the scores were measured (infoq_fx {__version__})", rows, left=2),
         "footer": html.escape(
