@@ -47,8 +47,8 @@ class OperationCost(Protocol):
 
         Args:
             operation: its ``name`` is the layer's module path, ``macs`` its multiply-accumulates for one sample.
-            left_bits: of the activation that enters; None is float.
-            right_bits: of the weight, or of the second activation of a matrix product; None is float.
+            left_bits: of the weight, or of the first activation of a matrix product; None is float.
+            right_bits: of the activation that enters, or of the second one of a matrix product; None is float.
         """
         ...
 

@@ -103,7 +103,7 @@ class QuantSite:
 class Operation:
     """The multiply-accumulates of one node for one sample and the sites of its two operands.
 
-    A ``None`` operand is not quantized and counts 32 bits.
+    ``left`` is the weight where there is one. A ``None`` operand is not quantized and counts 32 bits.
     """
 
     name: str

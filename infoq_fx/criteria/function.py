@@ -25,8 +25,8 @@ class FunctionCriterion:
     """Scores by a function of the prepared model, the data, a site and a bit-width.
 
     :func:`infoq_fx.runs.compute_logits` gives the outputs with one site at other bits, and
-    :func:`infoq_fx.interpreter.read_weight` a site's weight. The function is called once a (site, bit-width), 8 bits
-    included, from one thread; for an ``executor`` it must be picklable.
+    :func:`infoq_fx.interpreter.read_weights` the sites' weights. The function is called once a (site, bit-width), 8
+    bits included, from one thread; for an ``executor`` it must be picklable.
 
     Cost: what the function costs.
 
