@@ -4,9 +4,12 @@ quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
 infoq_fx.export_onnx(quantized, "model.onnx")
 """
 
+from typing import Any
+
 from infoq_fx.allocation import allocate, summarize
 from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
+from infoq_fx.compile_flows import InfoqPass, backend
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
 from infoq_fx.encoders import load_dinov2
 from infoq_fx.errors import (
@@ -15,6 +18,7 @@ from infoq_fx.errors import (
     ExportError,
     InfeasibleBudgetError,
     InfoqError,
+    MissingExtraError,
     OptionError,
     UnsupportedModelError,
 )
@@ -54,6 +58,8 @@ __all__ = [
     "InfoQ",
     "InfoQPaper",
     "InfoqError",
+    "InfoqPass",
+    "MissingExtraError",
     "Observer",
     "OptionError",
     "PreparedModel",
@@ -67,6 +73,7 @@ __all__ = [
     "allocate",
     "allocation_of",
     "audit",
+    "backend",
     "convert",
     "export_onnx",
     "finetune",
@@ -82,3 +89,12 @@ __all__ = [
     "to_quantized",
     "to_trainable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above: it needs an extra.
+    if name == "InfoqQuantizer":
+        from infoq_fx.pt2e import InfoqQuantizer
+
+        return InfoqQuantizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ FLOORS = [
     ["cache", "workers", "training_loop"],
     ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "quantized_files"],
     ["api", "model_files"],
-    ["demo", "auditing"],
+    ["demo", "auditing", "compile_flows", "pt2e"],
     ["cli", "__init__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -38,6 +38,7 @@ ONLY_IN = {
     "tqdm": {"sensitivity", "auditing", "recovery", "finetuning"},
     "psutil": {"machine"},
     "sklearn": {"demo"},
+    "torchao": {"pt2e"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
