@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or Path("".join(sys.argv[:1])).stem != "infoq-fx":
+# The command's help and completion, and an allocation on a laptop, must not wait for torch.
+_IS_COMMAND = Path("".join(sys.argv[:1])).stem == "infoq-fx"
+
+if TYPE_CHECKING or not _IS_COMMAND:
     from infoq_fx.names import *  # noqa: F403
     from infoq_fx.names import __all__ as __all__
     from infoq_fx.names import __version__ as __version__
-else:
-    # The command's help and completion, and an allocation on a laptop, must not wait for torch.
-    def __getattr__(name: str) -> Any:
-        import importlib
 
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
         if name.startswith("__") and name != "__version__":
             raise AttributeError(name)
-        try:
-            return getattr(importlib.import_module("infoq_fx.names"), name)
-        except AttributeError:
-            raise AttributeError(f"module 'infoq_fx' has no attribute {name!r}") from None
+        import importlib
+
+        return getattr(importlib.import_module("infoq_fx.names"), name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 
@@ -317,6 +318,7 @@ def _move(
 
 def _fixed_batch_size(graph_module: fx.GraphModule) -> int | None:
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and node.meta["val"].ndim and isinstance(node.meta["val"].shape[0], int):
+        # A size that the graph itself fixed is still a SymInt.
+        if node.op == "placeholder" and node.meta["val"].ndim and is_concrete_int(node.meta["val"].shape[0]):
             return int(node.meta["val"].shape[0])
     return None

@@ -1,9 +1,12 @@
 """The public names, each from the file that it lives in; the package itself has the same ones."""
 
+from typing import Any
+
 from infoq_fx.allocation import allocate
 from infoq_fx.allocation_file import load_allocation, save_allocation
 from infoq_fx.api import convert, prepare, quantize, recover, refine, score
 from infoq_fx.auditing import Audit, audit
+from infoq_fx.compile_flows import InfoqPass, backend
 from infoq_fx.cost import COSTS, OperationCost
 from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
 from infoq_fx.encoders import load_dinov2
@@ -59,6 +62,7 @@ __all__ = [
     "InfoQ",
     "InfoQPaper",
     "InfoqError",
+    "InfoqPass",
     "MissingExtraError",
     "Observer",
     "OperationCost",
@@ -75,6 +79,7 @@ __all__ = [
     "allocate",
     "allocation_of",
     "audit",
+    "backend",
     "convert",
     "export_onnx",
     "finetune",
@@ -93,3 +98,12 @@ __all__ = [
     "to_trainable",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above: it needs an extra.
+    if name == "InfoqQuantizer":
+        from infoq_fx.pt2e import InfoqQuantizer
+
+        return InfoqQuantizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ FLOORS = [
     ["cache", "workers", "training_loop"],
     ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "quantized_files"],
     ["api", "model_files"],
-    ["demo", "auditing"],
+    ["demo", "auditing", "compile_flows", "pt2e"],
     ["report"],
     ["cli", "names"],
     ["__init__"],
@@ -44,6 +44,7 @@ ONLY_IN = {
     "sklearn": {"demo"},
     "matplotlib": {"report"},
     "vl_convert": {"report"},
+    "torchao": {"pt2e"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
