@@ -125,7 +125,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
         if result.output is not None:
             kept = write_configuration(ctx, result.output)
             document |= {"output": str(result.output), "configuration": str(kept)}
-        typer.echo(json.dumps(document, indent=1) if options["json_output"] else result.text)
+        typer.echo(json.dumps(document, indent=1, default=float) if options["json_output"] else result.text)
         if result.exit_code:
             raise typer.Exit(int(result.exit_code))
 
@@ -133,13 +133,19 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
     return run
 
 
-@app.callback()
-def _version(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    pass
 
 
 def say(message: str, *, progress: bool) -> None:

@@ -54,7 +54,10 @@ if TYPE_CHECKING:
     from infoq_fx.prepared import PreparedModel
     from infoq_fx.quantized import QuantizedModule
 
-Container = Annotated[str, typer.Option(help="int8, or packed: int4 for up to 4 bits.", rich_help_panel="File")]
+Container = Annotated[
+    str | None,
+    typer.Option(help="int8 (widest reach, fastest) or packed (int4 for up to 4 bits).", rich_help_panel="File"),
+]
 Target = Annotated[str, typer.Option(help="The runtime that the file is for.", rich_help_panel="File")]
 
 
@@ -94,8 +97,12 @@ def quantize(
     recovery: Recovery = "fast",
     ignore: Ignore = None,
     pin: Pin = None,
-    container: Container = "int8",
+    container: Container = None,
     target: Target = "onnxruntime",
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with a slider over budgets here as well.", rich_help_panel="File"),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
@@ -116,6 +123,8 @@ def quantize(
 
     options = ctx.params
     check_output(output)
+    if report is not None:
+        check_output(report)
     find_criterion(criterion)
     steps = find_steps(recovery.split(",") if "," in recovery else recovery)
     if allocation is not None and scores is not None:
@@ -126,6 +135,8 @@ def quantize(
         limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
     elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes)):
         raise OptionError("--allocation settles the bit-widths; leave the budget out, or allocate again with it")
+    if report is not None and allocation is not None:
+        raise OptionError("--report shows scores, and --allocation goes without; leave one of them out")
     table = None if scores is None else SensitivityTable.load(scores)
     if table is not None:
         take_bits(options, table.inventory)
@@ -146,6 +157,11 @@ def quantize(
     text = f"{_summarize(fixed, prepared)}\n{text}"
     if kept is not None:
         text += f"\nkept the scores in {kept}; another budget: the same command with --scores {kept}"
+    if report is not None and table is not None:
+        from infoq_fx.report import write_report
+
+        write_report(table, report, allocation=fixed)
+        text += f"\nwrote {report}"
     document |= {"scores": None if kept is None else str(kept), "allocation": describe_allocation(fixed)}
     return Result(text=text, document=document, output=output, exit_code=code)
 
@@ -157,7 +173,7 @@ def export(
         Path, typer.Argument(metavar="QUANTIZED", help="A .pt2 file that infoq-fx quantize or save_quantized wrote.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
-    container: Container = "int8",
+    container: Container = None,
     target: Target = "onnxruntime",
     config: Config = None,
     json_output: Json = False,
@@ -189,6 +205,7 @@ def verify(
     mean: Mean = "0.485,0.456,0.406",
     std: Std = "0.229,0.224,0.225",
     labels: Labels = True,
+    target: Target = "onnxruntime",
     config: Config = None,
     json_output: Json = False,
     debug: Debug = False,
@@ -202,9 +219,9 @@ def verify(
 
     if not onnx_file.is_file():
         raise OptionError(f"no file {str(onnx_file)!r}; write one with infoq-fx export or infoq-fx quantize")
-    found = verify_onnx(onnx_file, load_quantized(quantized), read_samples(ctx.params))
+    found = verify_onnx(onnx_file, load_quantized(quantized), read_samples(ctx.params), target=target)
     code = ExitCode.DONE if found.is_sound else ExitCode.UNSOUND
-    return Result(text=str(found), document=_describe_verification(found), exit_code=code)
+    return Result(text=str(found), document=dataclasses.asdict(found), exit_code=code)
 
 
 def _score(options: dict[str, Any], prepared: PreparedModel, read: tuple[Tensor, Tensor | None]) -> SensitivityTable:
@@ -257,17 +274,10 @@ def _write(
     export_onnx(quantized, output, container=options["container"], target=options["target"])
     size = output.stat().st_size
     say("verifying the file", progress=options["progress"])
-    found = verify_onnx(output, quantized, read)
+    found = verify_onnx(output, quantized, read, target=options["target"])
     text = f"{found}\nwrote {output} ({size:,} bytes)"
     code = ExitCode.DONE if found.is_sound else ExitCode.UNSOUND
-    return text, {"file_bytes": size, "verification": _describe_verification(found)}, code
-
-
-def _describe_verification(found: Any) -> dict[str, Any]:
-    """The fields of a verification that JSON holds."""
-    held = dataclasses.asdict(found)
-    plain = {key: value for key, value in held.items() if isinstance(value, str | int | float | bool | None)}
-    return plain | {"is_sound": found.is_sound, "verdict": found.verdict}
+    return text, {"file_bytes": size, "verification": dataclasses.asdict(found)}, code
 
 
 def _summarize(allocation: Allocation, prepared: PreparedModel) -> str:
