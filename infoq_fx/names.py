@@ -38,6 +38,7 @@ from infoq_fx.retraining import to_quantized, to_trainable
 from infoq_fx.spec import Allocation, Budget, Observer
 from infoq_fx.table import SensitivityTable
 from infoq_fx.targets import CONTAINERS, TARGETS, Container, Target
+from infoq_fx.verification import LevelResult, Verification, verify_onnx
 from infoq_fx.version import __version__
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "InfoQPaper",
     "InfoqError",
     "InfoqPass",
+    "LevelResult",
     "MissingExtraError",
     "Observer",
     "OperationCost",
@@ -75,6 +77,7 @@ __all__ = [
     "SensitivityTable",
     "Target",
     "UnsupportedModelError",
+    "Verification",
     "__version__",
     "allocate",
     "allocation_of",
@@ -96,6 +99,7 @@ __all__ = [
     "summarize",
     "to_quantized",
     "to_trainable",
+    "verify_onnx",
     "write_report",
 ]
 

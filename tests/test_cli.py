@@ -295,7 +295,7 @@ def test_a_traceback_only_with_debug(folder, monkeypatch):
 CONFIGURATIONS = {
     "at the top": ("budget = 4.0\nbits = [2, 4]\n", None),
     "in the command's table": (
-        "[allocate]\nbudget = 4\n[allocate.pin]\n'head.weight' = 8\n[quantize]\nbits = '2'",
+        "[allocate]\nbudget=4\n[allocate.pin]\n'head.weight'=8\n[quantize]\nbits='2'",
         None,
     ),
     "with hyphens": ("[allocate]\nsize-bytes = 1000000\n", None),

@@ -189,7 +189,7 @@ def test_only_quantized_modules_are_exported(tmp_path):
 
 def test_a_path_that_cannot_be_written(exported, tmp_path):
     quantized, _, _ = exported
-    with pytest.raises(ExportError, match="folder that exists and is writable"):
+    with pytest.raises(ExportError, match="folder that exists, is writable"):
         infoq_fx.export_onnx(quantized, tmp_path / "missing" / "model.onnx")
     with pytest.raises(ExportError, match="it is a folder"):
         infoq_fx.export_onnx(quantized, tmp_path)
@@ -213,18 +213,18 @@ def test_a_failed_check_leaves_no_file_and_keeps_the_old_one(exported, tmp_path,
 
 def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, monkeypatch):
     quantized, _, _ = exported
-    from infoq_fx import onnx_export
+    from infoq_fx.onnx_export import lowering
 
-    lower = onnx_export._lower_dequantize
+    lower = lowering._lower_dequantize
 
-    def spoil(model):
-        for node in onnx_export._nodes(model, "Dequantize"):
+    def spoil(model, *rest):
+        for node in lowering.find_placeholders(model, "Dequantize"):
             if node.attributes["site"].as_string() == "head.weight":
                 tensor = node.inputs[0].const_value
-                node.inputs[0].const_value = onnx_export.ir.Tensor(-tensor.numpy(), name=tensor.name)
-        lower(model)
+                node.inputs[0].const_value = lowering.ir.Tensor(-tensor.numpy(), name=tensor.name)
+        lower(model, *rest)
 
-    monkeypatch.setattr(onnx_export, "_lower_dequantize", spoil)
+    monkeypatch.setattr(lowering, "_lower_dequantize", spoil)
     with pytest.raises(ExportError, match="onnxruntime disagrees with the module at output 'output'"):
         infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
     assert os.listdir(tmp_path) == []

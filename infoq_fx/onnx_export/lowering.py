@@ -1,0 +1,145 @@
+"""Placeholders become the operators of ONNX, with integers in the container chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from infoq_fx.onnx_export.tracing import DOMAIN, find_placeholders
+from infoq_fx.spec import MAX_BITS
+from infoq_fx.targets import Container, Target
+
+__all__ = ["lower"]
+
+_SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
+_INTEGER_TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+def lower(model: ir.Model, container: Container, target: Target) -> None:
+    """Replace all placeholders, in place.
+
+    Weights are stored transposed where the graph would do it at run time. A weight takes the narrowest integer type of
+    the container; an activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a
+    Clip in float in front would keep integer kernels from fusing.
+    """
+    _store_transposed(model)
+    _lower_dequantize(model, container, target)
+    _lower_quantize_dequantize(model)
+
+
+def _store_transposed(model: ir.Model) -> None:
+    """Transpose weights in the file where the graph would do it at run time.
+
+    1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
+    2. Dequantize -> Gemm(transB=1): the same, with transB=0.
+    """
+    for node in find_placeholders(model, "Dequantize"):
+        weight = node.outputs[0]
+        moved: ir.Value | None = None
+        for reader, index in list(weight.uses()):
+            is_transpose = reader.op_type == "Transpose" and tuple(reader.attributes["perm"].as_ints()) == (1, 0)
+            is_gemm = reader.op_type == "Gemm" and index == 1 and reader.attributes.get_int("transB", 0) == 1
+            if not (is_transpose or is_gemm):
+                continue
+            if moved is None:
+                moved = _transposed(model, node)
+            if is_transpose:
+                reader.outputs[0].replace_all_uses_with(moved, replace_graph_outputs=False)
+                reader.graph.remove(reader, safe=True)  # type: ignore[union-attr]
+            else:
+                reader.replace_input_with(1, moved)
+                reader.attributes["transB"] = ir.AttrInt64("transB", 0)
+        if not weight.uses():
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+    RemoveUnusedNodesPass()(model)
+
+
+def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
+    source = node.inputs[0]
+    assert source is not None
+    assert source.const_value is not None
+    integers = np.ascontiguousarray(source.const_value.numpy().T)
+    stored = _add_initializer(model, f"{source.name}_transposed", integers)
+    attributes = {**node.attributes, "axis": ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())}
+    moved = ir.Node(DOMAIN, "Dequantize", [stored, node.inputs[1]], list(attributes.values()), num_outputs=1)
+    moved.outputs[0].name = f"{node.outputs[0].name}_transposed"
+    node.graph.insert_before(node, moved)  # type: ignore[union-attr]
+    return moved.outputs[0]
+
+
+def _lower_dequantize(model: ir.Model, container: Container, target: Target) -> None:
+    for node in find_placeholders(model, "Dequantize"):
+        source, scale = node.inputs
+        assert source is not None
+        assert source.const_value is not None
+        assert scale is not None
+        inputs: list[ir.Value | None] = [source, scale]
+        if source.const_value.dtype == ir.DataType.INT8:
+            inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), container, target)
+        lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
+        _take_over(node, [lowered], node.attributes["site"].as_string())
+
+
+def _store_weight(
+    model: ir.Model, source: ir.Value, scale: ir.Value, bits: int, container: Container, target: Target
+) -> list[ir.Value | None]:
+    """A weight's operands of DequantizeLinear."""
+    assert source.const_value is not None
+    integers: np.ndarray[Any, Any] = source.const_value.numpy()
+    dtype = _INTEGER_TYPES[container.stored_bits(bits)]
+    if dtype != ir.DataType.INT8:
+        # Without a zero point, which is 0: no integer kernel would look for it, and it would have to be packed too.
+        return [_add_initializer(model, f"{source.name}_{dtype.name.lower()}", integers.astype(dtype.numpy())), scale]
+    channels = math.prod(scale.shape or ())
+    if bits == MAX_BITS and target.shifts_full_weights:
+        shifted = _add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
+        return [shifted, scale, _add_initializer(model, f"zero_point_128_{channels}", np.full(channels, 128, np.uint8))]
+    return [source, scale, _add_initializer(model, f"zero_point_{channels}", np.zeros(channels, np.int8))]
+
+
+def _lower_quantize_dequantize(model: ir.Model) -> None:
+    for node in find_placeholders(model, "QuantizeDequantize"):
+        site = node.attributes["site"].as_string()
+        bits = node.attributes["bits"].as_int()
+        scale = _add_initializer(model, f"{site}_scale", np.float32(node.attributes["scale"].as_float()))
+        zero = _add_scalar(model, "zero_point", node.attributes["zero_point"].as_int())
+        chain = [ir.Node("", "QuantizeLinear", [node.inputs[0], scale, zero], num_outputs=1)]
+        if bits < MAX_BITS:
+            low, high = _add_scalar(model, "quant_min", 0), _add_scalar(model, "quant_max", (1 << bits) - 1)
+            chain.append(ir.Node("", "Clip", [chain[-1].outputs[0], low, high], num_outputs=1))
+        chain.append(ir.Node("", "DequantizeLinear", [chain[-1].outputs[0], scale, zero], num_outputs=1))
+        _take_over(node, chain, site)
+
+
+def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
+    """Put a chain in the place of a placeholder; its last output takes the placeholder's name and readers."""
+    old, new = node.outputs[0], chain[-1].outputs[0]
+    for step in chain:
+        step.name = f"{site}/{_SHORT_NAMES.get(step.op_type, step.op_type)}"
+        step.outputs[0].name = f"{old.name}_{step.op_type}"
+        step.outputs[0].shape = old.shape
+        is_integer = step.op_type != "DequantizeLinear"
+        step.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if is_integer else ir.DataType.FLOAT)
+    new.name = old.name
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, chain)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
+    """A uint8 that all sites share which have the same."""
+    return _add_initializer(model, f"{name}_{value}_uint8", np.uint8(value))
+
+
+def _add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+    if name not in model.graph.initializers:
+        tensor = ir.Tensor(np.asarray(array), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
