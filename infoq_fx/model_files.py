@@ -143,7 +143,7 @@ def load_images(
         kinds = ", ".join(sorted(_IMAGE_SUFFIXES))
         raise CalibrationDataError(f"no image in {str(folder)!r} or below it; give a folder with any of {kinds}")
     rows = _spread(len(files), limit)
-    side = image_size * 8 / 7 if resize is None else resize
+    side = max(image_size, round(image_size * 8 / 7)) if resize is None else resize
     images = [_read_image(files[row], image_size, side, "L" if len(mean) == 1 else "RGB") for row in rows]
     shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     numbers = _number_classes(folder, files) if labels else None
@@ -238,16 +238,16 @@ def _number_classes(folder: Path, files: Sequence[Path]) -> Tensor | None:
     return torch.tensor([numbers[part[0]] for part in parts])
 
 
-def _read_image(path: Path, size: int, side: float, mode: str) -> Tensor:
+def _read_image(path: Path, size: int, side: int, mode: str) -> Tensor:
     try:
         with Image.open(path) as opened:
             image = opened.convert(mode)
     except (UnidentifiedImageError, OSError) as error:
         raise CalibrationDataError(f"cannot read the image {str(path)!r} ({error}); remove it or mend it") from error
-    ratio = side / min(image.size)
-    width, height = (max(size, round(length * ratio)) for length in image.size)
+    # As torchvision's Resize and CenterCrop round.
+    width, height = (int(side * length / min(image.size)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).float() / 255
 
