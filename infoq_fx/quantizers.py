@@ -97,7 +97,10 @@ _LIBRARY.define(
 def _quantize_dequantize(x: Tensor, scale: float, zero_point: int, bits: int, site: str) -> Tensor:
     spec = QuantSpec(bits=bits, symmetric=False)
     as_tensors = x.new_tensor(scale), x.new_tensor(zero_point, dtype=torch.int32)
-    return numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    y = numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    # Traced graphs hold views that fit the strides promised below, and attention chooses its kernel by them.
+    promised = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == promised else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 @torch.library.impl(_LIBRARY, "dequantize", "CompositeExplicitAutograd")

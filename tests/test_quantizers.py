@@ -1,4 +1,5 @@
 import copy
+import itertools
 import pickle
 import shutil
 
@@ -98,3 +99,12 @@ def test_inductor_compiles_it_whole(quantized_and_images):
 def test_no_allocation_in_a_float_model():
     with pytest.raises(infoq_fx.OptionError, match="holds no quantized site"):
         infoq_fx.allocation_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_the_op_keeps_the_strides_that_its_fake_promises(order):
+    """Views behind it were traced with those: a transformer's query is a transposed view, for one."""
+    x = torch.randn(2, 3, 4, 5).permute(order)
+    y = torch.ops.infoq_fx.quantize_dequantize(x, 0.5, 100, 8, "x")
+    assert y.stride() == torch.empty_like(x, device="meta").stride()
+    torch.testing.assert_close(y, torch.ops.infoq_fx.quantize_dequantize(x.contiguous(), 0.5, 100, 8, "x"))
