@@ -96,7 +96,7 @@ def backend(
     """
     _check_options("backend", target, options)
     if "device" in options:
-        raise OptionError("backend() takes no device: the compiled model runs where its parameters are")
+        raise OptionError("backend() takes no device: move the model, which runs where its parameters are")
     compile_inner, finished = _find_backend(inner), list[_Finished]()
 
     def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
@@ -151,7 +151,7 @@ def _quantize_by(
     if not known:
         raise OptionError(
             f"the allocation has no layer of this model; its sites are {_shorten(allocation.bits)}, "
-            f"the model's {_shorten(weights)}"
+            f"the model's {_shorten(weights)}; give one that was found for this model"
         )
     prepared = prepare(
         model,
@@ -176,7 +176,7 @@ def _fit_allocation(allocation: Allocation, prepared: PreparedModel) -> Allocati
     if missing:
         raise UnsupportedModelError(
             f"{len(missing)} of {len(allocation.bits)} sites of the allocation are not in the captured graph: "
-            f"{_shorten(missing)}; if torch.compile broke the model into parts, fullgraph=True says where"
+            f"{_shorten(missing)}; if torch.compile broke the model into parts, use fullgraph=True to see where"
         )
     bits = {name: site.bits[0] for name, site in sites.items() if not site.is_searched}
     return dataclasses.replace(allocation, bits=bits | {n: b for n, b in allocation.bits.items() if n in sites})
@@ -245,7 +245,7 @@ def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[An
     for node, source in sizes.items():
         tensor, _, dimension = source.rpartition(".size()")
         if node.users and tensor not in taken:
-            raise UnsupportedModelError(f"the captured graph takes a number, {source}; only tensors are taken")
+            raise UnsupportedModelError(f"the captured graph takes a number, {source}; give the model tensors alone")
         if node.users:
             copies[node] = graph.call_method("size", (taken[tensor], int(dimension.strip("[]"))))
     for node in graph_module.graph.nodes:
@@ -256,7 +256,9 @@ def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[An
             within = {key: (path.removeprefix(root).removeprefix("."), kind) for key, (path, kind) in stack.items()}
             copies[node].meta["nn_module_stack"] = within
     if not inputs:
-        raise UnsupportedModelError("the captured graph takes no tensor: torch.compile broke the model into parts")
+        raise UnsupportedModelError(
+            "the captured graph takes no tensor, as torch.compile broke the model into parts; use fullgraph=True"
+        )
     held = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers()), **tensors}
     versions = {path: (id(tensor), tensor._version) for path, tensor in tensors.items()}
     return _DynamoGraph(fx.GraphModule(held, graph), tuple(inputs), versions)
@@ -271,7 +273,9 @@ def _root_of(sources: Iterable[str]) -> str:
             "or put them into one module"
         )
     if not roots:
-        raise UnsupportedModelError("no layer to quantize: the captured graph has no parameters")
+        raise UnsupportedModelError(
+            "no layer to quantize: the captured graph has no parameters; compile the whole model"
+        )
     return roots[0]
 
 
@@ -279,7 +283,7 @@ def _source_of(node: fx.Node) -> str:
     """Where Dynamo found an input."""
     argument = node.meta.get("grapharg")
     if argument is None:
-        raise OptionError("backend() serves torch.compile alone; for other graphs there are quantize() and InfoqPass")
+        raise OptionError("backend() serves torch.compile alone; use quantize() or InfoqPass for other graphs")
     name = argument.source.name
     return str(name() if callable(name) else name)
 
@@ -306,7 +310,9 @@ def _quantize_captured(
         program = export_quietly(graph.module, examples)
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
-        raise UnsupportedModelError(f"torch.export cannot take the graph that Dynamo captured: {reason}") from error
+        raise UnsupportedModelError(
+            f"torch.export cannot take the graph that Dynamo captured: {reason}; quantize() the model itself"
+        ) from error
     chosen = {"calibration_data": calibration_data, "device": examples[0].device, **options}
     if calibration_data is None and isinstance(target, Allocation):
         warnings.warn(

@@ -126,7 +126,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         if missing:
             raise OptionError(
                 f"{len(missing)} of {len(chosen)} sites of the allocation are not in this model, as {missing[0]!r}; "
-                f"nearest there: {nearest_names(missing[0], sites)}"
+                f"give one of this model; nearest there: {nearest_names(missing[0], sites)}"
             )
 
     def _weight_spec(self, model: fx.GraphModule, placement: Placement) -> QuantizationSpecBase:
@@ -257,7 +257,10 @@ def _put(model: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     owner = model.get_submodule(owner_path)
     held = read_tensor(model, node)
     if held.shape != value.shape:
-        raise OptionError(f"{node.target!r} is {list(held.shape)} here, {list(value.shape)} in the quantized module")
+        raise OptionError(
+            f"{node.target!r} is {list(held.shape)} here, {list(value.shape)} in the quantized module; "
+            "prepare the model that it was made from"
+        )
     if name in dict(owner.named_buffers(recurse=False)):
         owner.register_buffer(name, value.to(held.device))
     else:

@@ -18,7 +18,8 @@ from infoq_fx.spec import check_bits
 PACKAGE = Path(infoq_fx.__file__).parent
 KINDS = {name for name in errors.__all__ if name.endswith("Error")}
 VERBS = (
-    "add|allocate|allow|call|check|choose|clean|correct|fix|give|go|install|leave|load|look|lower|make|mend|name|pass|"
+    "add|allocate|allow|call|check|choose|clean|compile|correct|export|fix|give|go|install|leave|load|look|lower|make|mend|"
+    "move|name|pass|prepare|"
     "pin|pip|put|quantize|raise|remove|repeat|report|resize|return|rewrite|run|save|score|set|take|try|use|write"
 )
 REMEDY = re.compile(rf"(?:[;:,?.]|\bor) (?:{VERBS})\b")
