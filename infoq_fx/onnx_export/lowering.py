@@ -29,6 +29,8 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     _store_transposed(model)
     _lower_dequantize(model, container, target)
     _lower_quantize_dequantize(model)
+    if container.weight_widths != (MAX_BITS,):
+        _derive_bias_scales(model)
 
 
 def _store_transposed(model: ir.Model) -> None:
@@ -113,6 +115,46 @@ def _lower_quantize_dequantize(model: ir.Model) -> None:
             chain.append(ir.Node("", "Clip", [chain[-1].outputs[0], low, high], num_outputs=1))
         chain.append(ir.Node("", "DequantizeLinear", [chain[-1].outputs[0], scale, zero], num_outputs=1))
         _take_over(node, chain, site)
+
+
+def _derive_bias_scales(model: ir.Model) -> None:
+    """Scales of biases as products of the input's and the weight's, which runtimes fold as they load."""
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        integers, scale = node.inputs[:2]
+        if not _is_constant(integers, ir.DataType.INT32) or not _is_constant(scale, ir.DataType.FLOAT):
+            continue
+        for reader, _ in node.outputs[0].uses():
+            operands = _scales_of_product(reader)
+            if operands is None:
+                continue
+            factors = [value.const_value.numpy() for value in operands]  # type: ignore[union-attr]
+            if np.array_equal(factors[0] * factors[1], scale.const_value.numpy()):  # type: ignore[union-attr]
+                product = ir.Node("", "Mul", operands, num_outputs=1, name=f"{node.name}_scale")
+                product.outputs[0].name = f"{node.outputs[0].name}_scale"
+                node.graph.insert_before(node, product)  # type: ignore[union-attr]
+                node.replace_input_with(1, product.outputs[0])
+                break
+
+
+def _scales_of_product(reader: ir.Node) -> list[ir.Value] | None:
+    """Scales of the operands of a layer that a bias belongs to, by the node that reads the bias."""
+    if reader.op_type == "Add":
+        products = [value.producer() for value in reader.inputs if value is not None]
+        reader = next((node for node in products if node is not None and node.op_type == "MatMul"), reader)
+    scales = []
+    for value in reader.inputs[:2]:
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type != "DequantizeLinear":
+            return None
+        scale = producer.inputs[1]
+        if scale is None or not _is_constant(scale, ir.DataType.FLOAT):
+            return None
+        scales.append(scale)
+    return scales
+
+
+def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
+    return value is not None and value.const_value is not None and value.const_value.dtype == dtype
 
 
 def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:

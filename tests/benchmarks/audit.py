@@ -20,7 +20,7 @@ import numpy as np
 import infoq_fx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from real_models import DATA, load_case, load_real_models
+from real_models import load_case, load_real_models
 
 BUDGETS = (5.0, 4.0, 3.5, 3.0, 2.5)
 
@@ -61,8 +61,6 @@ def main():
     parser.add_argument("--recovery", default="none", help="none (weights rounded to nearest), fast or best")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    if not DATA.exists():
-        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
     real = load_real_models()
     for name in arguments.models:
         audits = []

@@ -26,7 +26,9 @@ LEVELS = onnxruntime.GraphOptimizationLevel
 
 
 def load_real_models():
-    """The module that loads models and images."""
+    """The module that loads models and images; the program ends where it is not there."""
+    if not DATA.exists():
+        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
     spec = importlib.util.spec_from_file_location("shared_real_models", DATA)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
@@ -101,8 +103,6 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="candidate bit-widths")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    if not DATA.exists():
-        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
     real = load_real_models()
     torch.manual_seed(0)
     for name in arguments.models:

@@ -20,7 +20,7 @@ import infoq_fx
 from infoq_fx.cost import measure_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
-from real_models import DATA, load_case, load_real_models, predict, top1
+from real_models import load_case, load_real_models, predict, top1
 
 BUDGETS = {"resnet20": (3.0, 2.5, 2.25), "vit": (4.0, 3.0), "mobilenet_v2": (4.0, 3.0)}
 RUNGS = ("none", "fast", "best", "finetuned")
@@ -76,8 +76,6 @@ def main():
     parser.add_argument("--bitops", action="store_true")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
-    if not DATA.exists():
-        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
     real = load_real_models()
     torch.manual_seed(0)
     for name in arguments.models:
