@@ -24,6 +24,7 @@ from infoq_fx.passes.annotate_bits import read_bits
 from infoq_fx.passes.layers import module_path
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import QuantizedModule
+from infoq_fx.quantizers import decompose_in_inductor
 from infoq_fx.spec import MAX_BITS, Allocation, Budget
 
 __all__ = ["InfoqPass", "backend"]
@@ -194,6 +195,8 @@ def _find_backend(inner: str | Compiler) -> Compiler:
     if inner not in known:
         raise unknown_name_error("backend of torch.compile", str(inner), known)
     from torch._dynamo import lookup_backend
+
+    decompose_in_inductor()
 
     found: Any = lookup_backend(inner)
     compiler: Compiler = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from infoq_fx.passes.find_sites import Placement, find_sites
 from infoq_fx.passes.layers import LAYER_OPS, read_tensor
 from infoq_fx.quantized import QuantizedModule, allocation_of
 from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op, spec_of
-from infoq_fx.spec import MAX_BITS, Allocation
+from infoq_fx.spec import MAX_BITS, Allocation, check_bits
 
 try:
     from torchao.quantization.pt2e.observer import HistogramObserver, PerChannelMinMaxObserver
@@ -57,7 +57,9 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             ranges the flow then takes over; what torchao converts computes what that module computes.
         activation_dtype: of the integers, ``torch.int8`` (ExecuTorch) or ``torch.uint8`` (Inductor on x86).
         output_bits: where given, the output of a layer that no site stands behind (a classifier) is quantized to so
-            many bits; integer kernels of ExecuTorch's XNNPACK want that.
+            many bits; integer kernels of ExecuTorch's XNNPACK want 8.
+        convolution_bits: where given, the weights of convolutions are declared to have so many bits, though their
+            integers stay within their own: XNNPACK, which wants 8, knows 4 bits for linear layers only.
 
     Raises:
         OptionError: an argument cannot be used. ``prepare_pt2e`` raises it for an allocation of another model.
@@ -69,6 +71,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         *,
         activation_dtype: torch.dtype = torch.int8,
         output_bits: int | None = None,
+        convolution_bits: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(source, Allocation | QuantizedModule):
@@ -79,7 +82,11 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             raise OptionError(f"activation_dtype is {activation_dtype}; give torch.int8 or torch.uint8")
         self.allocation = source if isinstance(source, Allocation) else allocation_of(source)
         self._known = _Known({}, {}) if isinstance(source, Allocation) else _read_quantized(source)
-        self._is_signed, self._output_bits = activation_dtype == torch.int8, output_bits
+        for name, option in (("output_bits", output_bits), ("convolution_bits", convolution_bits)):
+            if option is not None:
+                check_bits(option, name)
+        self._is_signed = activation_dtype == torch.int8
+        self._output_bits, self._convolution_bits = output_bits, convolution_bits
         self._observed: dict[int, QuantizationSpecBase] = {}
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
@@ -131,15 +138,21 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
 
     def _weight_spec(self, model: fx.GraphModule, placement: Placement) -> QuantizationSpecBase:
         site = placement.site
-        spec = spec_of(site, self.allocation.bits[site.name])
+        spec = declared = spec_of(site, self.allocation.bits[site.name])
         layer = self._known.layers.get(site.name)
         weight = read_tensor(model, placement.node)
-        scale = numerics.choose_weight_qparams(weight, spec).scale if layer is None else layer.scale
+        qparams = numerics.choose_weight_qparams(weight, spec)
+        if layer is not None:
+            qparams = replace(qparams, scale=layer.scale)
+        if self._convolution_bits is not None and LAYER_OPS[placement.users[0].target].is_convolution:
+            declared = replace(spec, bits=max(spec.bits, self._convolution_bits))
+            # Clipped here: the declared range no longer does it.
+            _put(model, placement.node, numerics.fake_quantize(weight, qparams))
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=_FixedScaleObserver.with_args(scale=scale),
-            quant_min=spec.quant_min,
-            quant_max=spec.quant_max,
+            observer_or_fake_quant_ctr=_FixedScaleObserver.with_args(scale=qparams.scale),
+            quant_min=declared.quant_min,
+            quant_max=declared.quant_max,
             qscheme=torch.per_channel_symmetric,
             ch_axis=site.channel_axis,
         )
