@@ -54,10 +54,13 @@ def test_quantize_from_a_file_writes_a_model_that_runs(folder):
 def test_quantize_from_a_callable_and_an_image_folder(folder):
     out = folder / "images.onnx"
     arguments = ["quantize", "torchvision.models:squeezenet1_1", str(folder / "images"), "--budget", "6"]
-    options = ["-o", str(out), "--image-size", "64", "--bits", "4,8", "--no-progress"]
+    page = folder / "report.html"
+    options = ["-o", str(out), "--image-size", "64", "--bits", "4,8", "--report", str(page), "--no-progress"]
     result = CliRunner().invoke(cli.app, [*arguments, *options], catch_exceptions=False)
     assert result.exit_code == 0
     assert onnxruntime.InferenceSession(out).get_inputs()[0].shape == ["batch", 3, 64, 64]
+    assert f"wrote {page} ({page.stat().st_size:,} bytes)" in result.stdout
+    assert "the given allocation" in page.read_text()
 
 
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@
       color: { field: "series", type: "nominal", scale: { domain: kinds, range: [SERIES[0], SERIES[1], SERIES[2]].slice(0, kinds.length - 1).concat("var(--ink)") } },
       shape: { field: "series", type: "nominal", scale: { domain: kinds, range: ["circle", "square", "triangle-up"].slice(0, kinds.length - 1).concat("diamond") } },
     };
-    const place = { x: { field: "x", type: "quantitative", title: axis.title, scale: { zero: false } }, y: { field: "y", type: "quantitative", title: damageTitle, ...damageAxis } };
+    const place = { x: { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y: { field: "y", type: "quantitative", title: damageTitle, ...damageAxis } };
     const tooltip = [{ field: "text", title: "allocation" }, { field: "damage", title: "predicted damage" }];
     return draw("curve", {
       datasets: { here: hereRows(point()) },
@@ -157,7 +157,7 @@
     const { axis } = state;
     const rows = data.measured.map((found) => ({ ...found, x: found[axis.name] / axis.unit, low: found.accuracy - found.error, high: found.accuracy + found.error, text: withError(found.accuracy, found.error) }));
     const { color, shape, strokeDash } = bySeries("label", [...new Set(rows.map((row) => row.label))]);
-    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false } }, y = { field: "accuracy", type: "quantitative", title: "top-1 [%]", scale: { zero: false } };
+    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y = { field: "accuracy", type: "quantitative", title: "top-1 [%]", scale: { zero: false } };
     const float = data.float_accuracy === null ? [] : [{ y: data.float_accuracy, text: `float ${data.float_accuracy.toFixed(1)}` }];
     return draw("accuracy", {
       layer: [
