@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import importlib.util
 import shutil
 import sys
@@ -35,8 +36,8 @@ def real_models() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def chromium():
+@contextlib.contextmanager
+def start_chromium():
     """A headless Chromium: Playwright's own, or one that is installed."""
     sync_api = pytest.importorskip("playwright.sync_api", reason='no browser driver: pip install "infoq-fx[test]"')
     with sync_api.sync_playwright() as playwright:
@@ -50,6 +51,12 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with start_chromium() as browser:
+        yield browser
 
 
 class Block(nn.Module):

@@ -1,10 +1,11 @@
 """The page in a browser: a person moves the slider, and what stands there is what allocate() says."""
 
 import re
+import time
 
 import numpy as np
 import pytest
-from test_allocation import SMALL
+from test_allocation import SMALL, resnet50_sized_table
 from test_report import REPORT, AuditRow, read
 
 import infoq_fx
@@ -236,3 +237,20 @@ def test_printed_it_is_a_report(visit):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("#layers tbody tr").first.is_visible()
     assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_a_network_of_resnet50s_size_loads_in_two_seconds(chromium, tmp_path):
+    path = REPORT(resnet50_sized_table(0, activation_bits=(8,)), tmp_path / "report.html")
+    assert path.stat().st_size < 5_000_000
+    seconds = []
+    for _ in range(5):
+        page = chromium.new_context().new_page()
+        started = time.perf_counter()
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", state="attached")
+        seconds.append(time.perf_counter() - started)
+        assert page.locator("#layers tbody tr").count() == 54
+        page.context.close()
+    # Other work on the machine only adds to it.
+    assert min(seconds) < 2

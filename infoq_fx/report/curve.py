@@ -17,6 +17,7 @@ from infoq_fx.table import SensitivityTable
 __all__ = [
     "CONTAINERS",
     "Curve",
+    "choose_unit",
     "container_bytes",
     "cost_of",
     "damage_scale",
@@ -41,6 +42,15 @@ class Curve:
     name: str
     limits: tuple[int, ...]
     allocations: tuple[Allocation, ...]
+
+
+def choose_unit(curve: Curve) -> tuple[float, str]:
+    """The unit that suits a curve, and what its axis says."""
+    if curve.name == "size_bytes":
+        unit, text = (1e6, "MB") if curve.limits[-1] >= 1e6 else (1e3, "kB")
+        return unit, f"size of all parameters [{text}]"
+    unit, text = (1e9, "G") if curve.limits[-1] >= 1e9 else (1e6, "M")
+    return unit, f"BitOps of one sample [{text}]"
 
 
 def trace_curve(

@@ -10,6 +10,7 @@ from infoq_fx.cost import weight_bytes
 from infoq_fx.errors import OptionError
 from infoq_fx.report.curve import (
     Curve,
+    choose_unit,
     container_bytes,
     cost_of,
     damage_scale,
@@ -86,13 +87,11 @@ def _describe_site(site: QuantSite, table: SensitivityTable) -> dict[str, Any]:
 
 
 def _describe_axis(curve: Curve, inventory: Inventory, sites: list[QuantSite]) -> dict[str, Any]:
-    is_size = curve.name == "size_bytes"
-    units = [(1e6, "MB"), (1e3, "kB")] if is_size else [(1e9, "G"), (1e6, "M")]
-    unit, text = next((found for found in units if curve.limits[-1] >= found[0]), units[-1])
+    unit, title = choose_unit(curve)
     return {
         "name": curve.name,
-        "label": "size" if is_size else "BitOps",
-        "title": f"size of all parameters [{text}]" if is_size else f"BitOps of one sample [{text}]",
+        "label": "size" if curve.name == "size_bytes" else "BitOps",
+        "title": title,
         "unit": unit,
         "points": [
             {"limit": limit, **_describe_point(allocation, inventory, sites)}

@@ -81,7 +81,7 @@
       color: { field: "series", type: "nominal", scale: { domain: kinds, range: [SERIES[0], SERIES[1], SERIES[2]].slice(0, kinds.length - 1).concat("var(--ink)") } },
       shape: { field: "series", type: "nominal", scale: { domain: kinds, range: ["circle", "square", "triangle-up"].slice(0, kinds.length - 1).concat("diamond") } },
     };
-    const place = { x: { field: "x", type: "quantitative", title: axis.title, scale: { zero: false } }, y: { field: "y", type: "quantitative", title: damageTitle, ...damageAxis } };
+    const place = { x: { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y: { field: "y", type: "quantitative", title: damageTitle, ...damageAxis } };
     const tooltip = [{ field: "text", title: "allocation" }, { field: "damage", title: "predicted damage" }];
     return draw("curve", {
       datasets: { here: hereRows(point()) },
@@ -90,7 +90,8 @@
         { data: { values: rows }, mark: { type: "line", color: SERIES[0], strokeWidth: 1.5 }, encoding: place },
         { data: { values: rows }, mark: { type: "point", filled: true, size: 26, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
         { data: { values: others }, mark: { type: "point", filled: true, size: 80, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
-        { data: { values: others }, mark: { type: "text", align: "left", dx: 8, dy: -6 }, encoding: { ...place, text: { field: "note" } } },
+        { data: { values: others.filter((found) => found.series === "uniform") }, mark: { type: "text", align: "left", dx: 8, dy: -6 }, encoding: { ...place, text: { field: "note" } } },
+        { data: { values: others.filter((found) => found.series !== "uniform") }, mark: { type: "text", align: "right", dx: -8, dy: 14 }, encoding: { ...place, text: { field: "note" } } },
         { data: { name: "here" }, mark: { type: "rule", strokeDash: [4, 4], color: "var(--quiet)" }, encoding: { x: place.x } },
         { data: { name: "here" }, mark: { type: "point", size: 260, strokeWidth: 3, filled: false, opacity: 1 }, encoding: { ...place, ...scales, tooltip } },
       ],
@@ -156,7 +157,7 @@
     const { axis } = state;
     const rows = data.measured.map((found) => ({ ...found, x: found[axis.name] / axis.unit, low: found.accuracy - found.error, high: found.accuracy + found.error, text: withError(found.accuracy, found.error) }));
     const { color, shape, strokeDash } = bySeries("label", [...new Set(rows.map((row) => row.label))]);
-    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false } }, y = { field: "accuracy", type: "quantitative", title: "top-1 [%]", scale: { zero: false } };
+    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y = { field: "accuracy", type: "quantitative", title: "top-1 [%]", scale: { zero: false } };
     const float = data.float_accuracy === null ? [] : [{ y: data.float_accuracy, text: `float ${data.float_accuracy.toFixed(1)}` }];
     return draw("accuracy", {
       layer: [
@@ -258,7 +259,7 @@
     }));
     const counts = {};
     data.sites.forEach((site, i) => { if (site.kind === "weight") counts[found.bits[i]] = (counts[found.bits[i]] ?? 0) + 1; });
-    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits a weight, ${found.compression.toFixed(2)} times smaller weights, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
+    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits a weight, weights ${found.compression.toFixed(2)} times smaller, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
     byId("bits-caption").textContent = `${onSlider ? `Best within ${inUnit(axis, limit)}` : state.shown}, layers in the order of the graph.`;
     fillLayers(found);
     const [packed, int8, int4] = found.containers, float = data.float_bytes;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from infoq_fx.auditing import Audit
 from infoq_fx.errors import MissingExtraError, OptionError, unknown_name_error
-from infoq_fx.report.curve import cost_of, damage_scale, describe_allocation, find_uniforms, trace_curve
+from infoq_fx.report.curve import choose_unit, cost_of, damage_scale, describe_allocation, find_uniforms, trace_curve
 from infoq_fx.spec import Allocation, Inventory
 from infoq_fx.table import SensitivityTable
 
@@ -77,7 +77,7 @@ def plot_pareto(
     """
     figure, axes = _start_figure(7.0, 4.6)
     curve = trace_curve(table, limit, budgets=budgets, alpha=alpha, pin=pin)
-    unit, text = {"size_bytes": (1e6, "size of all parameters [MB]"), "bitops": (1e9, "G BitOps of one sample")}[limit]
+    unit, text = choose_unit(curve)
 
     def place(found: Allocation) -> tuple[float, float]:
         return getattr(cost_of(found, table.inventory), limit) / unit, found.score or 0.0
