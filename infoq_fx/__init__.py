@@ -4,87 +4,23 @@ quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
 infoq_fx.export_onnx(quantized, "model.onnx")
 """
 
-from infoq_fx.allocation import allocate, summarize
-from infoq_fx.api import convert, prepare, quantize, recover, refine, score
-from infoq_fx.auditing import Audit, audit
-from infoq_fx.criteria import CRITERIA, EAGL, Criterion, FunctionCriterion, InfoQ, InfoQPaper
-from infoq_fx.encoders import load_dinov2
-from infoq_fx.errors import (
-    CalibrationDataError,
-    EncoderUnavailableError,
-    ExportError,
-    InfeasibleBudgetError,
-    InfoqError,
-    OptionError,
-    UnsupportedModelError,
-)
-from infoq_fx.finetuning import finetune
-from infoq_fx.onnx_export import export_onnx
-from infoq_fx.prepared import PreparedModel
-from infoq_fx.quantized import QuantizedModule, allocation_of
-from infoq_fx.recovery import (
-    RECOVERY_STEPS,
-    BiasCorrection,
-    BlockReconstruction,
-    RangeEqualization,
-    RecoveryStep,
-    SecondOrderRounding,
-)
-from infoq_fx.retraining import to_quantized, to_trainable
-from infoq_fx.spec import Allocation, Budget, Observer
-from infoq_fx.table import SensitivityTable
-from infoq_fx.targets import CONTAINERS, TARGETS, Container, Target
-from infoq_fx.verification import LevelResult, Verification, verify_onnx
-from infoq_fx.version import __version__
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CONTAINERS",
-    "CRITERIA",
-    "EAGL",
-    "RECOVERY_STEPS",
-    "TARGETS",
-    "Allocation",
-    "Audit",
-    "BiasCorrection",
-    "BlockReconstruction",
-    "Budget",
-    "CalibrationDataError",
-    "Container",
-    "Criterion",
-    "EncoderUnavailableError",
-    "ExportError",
-    "FunctionCriterion",
-    "InfeasibleBudgetError",
-    "InfoQ",
-    "InfoQPaper",
-    "InfoqError",
-    "LevelResult",
-    "Observer",
-    "OptionError",
-    "PreparedModel",
-    "QuantizedModule",
-    "RangeEqualization",
-    "RecoveryStep",
-    "SecondOrderRounding",
-    "SensitivityTable",
-    "Target",
-    "UnsupportedModelError",
-    "Verification",
-    "__version__",
-    "allocate",
-    "allocation_of",
-    "audit",
-    "convert",
-    "export_onnx",
-    "finetune",
-    "load_dinov2",
-    "prepare",
-    "quantize",
-    "recover",
-    "refine",
-    "score",
-    "summarize",
-    "to_quantized",
-    "to_trainable",
-    "verify_onnx",
-]
+# The command's help and completion, and an allocation on a laptop, must not wait for torch.
+_IS_COMMAND = Path("".join(sys.argv[:1])).stem == "infoq-fx"
+
+if TYPE_CHECKING or not _IS_COMMAND:
+    from infoq_fx.names import *  # noqa: F403
+    from infoq_fx.names import __all__ as __all__
+    from infoq_fx.names import __version__ as __version__
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(name)
+        import importlib
+
+        return getattr(importlib.import_module("infoq_fx.names"), name)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-import pulp
-
-from infoq_fx.cost import CostRow, broken_limits, build_cost_row, measure_cost
+from infoq_fx.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
+from infoq_fx.integer_program import build_rows, solve_with_cbc
 from infoq_fx.relaxation import Candidates, search_core
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
-from infoq_fx.targets import DEFAULT_TARGET, TARGETS
 
-__all__ = ["allocate", "check_budget", "find_uniform", "propose", "summarize"]
+__all__ = ["allocate", "check_budget", "find_uniform", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
@@ -29,13 +26,6 @@ _LOGGER = logging.getLogger(__name__)
 # the scale no longer suits.
 _OBJECTIVE_SCALE = 1e5
 _RESCALE = 1e-3
-# CBC takes a row as met when it is broken by about 1e-7 of its coefficients, and can then lose the optimum.
-# So rows get more slack than that, and what fits the slack alone is cut off by exact costs. Another slack
-# helps where something lies just at the edge of the first.
-_SLACKS = (3e-7, 1e-6, 3e-6, 1e-5)
-_ROW_SCALE = 1e5
-# No gap and no minimum improvement. Preprocessing costs a third more time than it saves on these programs.
-_CBC_OPTIONS = ("ratio 0", "allow 0", "increment 1e-9", "preprocess off")
 
 _Candidates = dict[str, dict[int, float]]
 _Bits = dict[str, int]
@@ -108,51 +98,28 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
 
     Raises:
         OptionError: not a budget.
-        InfeasibleBudgetError: some limit is broken even with every site at its fewest bits.
+        InfeasibleBudgetError: no allocation meets the limits.
     """
     limits = _read_budget(budget)
-    # Every cost grows with every bit-width: this one allocation reaches the extreme of all limits at once.
-    cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container)
-    if broken := broken_limits(cost, limits):
-        raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, name) for name in broken))
-    return limits
-
-
-def summarize(allocation: Allocation, inventory: Inventory) -> str:
-    """A text table of the allocation: its sites, its cost, and how the uniform bit-width compares.
-
-    Args:
-        allocation: bits for every site of the inventory.
-        inventory: what the prepared model holds.
-
-    Returns:
-        One line a weight site and one a searched activation site, then costs and scores of the whole.
-    """
-    rows = [("layer", "kind", "elements", "bits", "score")]
-    for site in inventory.sites:
-        if site.kind == "weight" or (site.is_searched and len(site.bits) > 1):
-            score = allocation.scores.get(site.name)
-            text = "-" if score is None else f"{score.value:.3g}"
-            rows.append((site.name, site.kind, f"{site.numel:,}", str(allocation.bits[site.name]), text))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True))
-        for name, kind, *cells in rows
-    ]
-    cost, containers = measure_cost(inventory, allocation.bits), TARGETS[DEFAULT_TARGET].containers
-    stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
-    lines.append(
-        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), {cost.size_bytes:,} bytes "
-        f"(stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, "
-        f"{cost.activation_bytes:,} bytes of activations"
+    # Costs of this package grow with every bit-width: this one allocation reaches the extreme of all at once.
+    cost = measure_cost(
+        inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container, limits.costs
     )
-    if allocation.score is not None:
-        spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
-        lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
-    if allocation.lost_nats is not None:
-        lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
-    return "\n".join(lines)
+    broken = broken_limits(cost, limits)
+    choices = {site.name: site.bits for site in inventory.sites}
+    own = {
+        name: build_cost_row(inventory, name, limits.costs[name], choices) for name in broken if name in limits.costs
+    }
+    free = {name: row for name, row in own.items() if not row.grows_with_bits}
+    if beyond := [name for name in broken if name not in free or free[name].least > free[name].limit]:
+        reached = {name: bound_own_cost(row, limits.costs[name]) for name, row in own.items()}
+        raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, n, reached) for n in beyond))
+    if broken and _find_fitting(inventory, limits) is None:
+        raise InfeasibleBudgetError(
+            f"no allocation meets {limits} at once, though one alone can be met; raise one of the limits, or allow "
+            "other bits"
+        )
+    return limits
 
 
 def _propose(
@@ -169,7 +136,8 @@ def _propose(
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
     uniform_bits, uniform = find_uniform(inventory, limits)
     smallest = {site.name: site.bits[0] for site in inventory.sites}
-    known = [smallest] if uniform is None else [smallest, uniform]
+    known = [bits for bits in (smallest, uniform) if bits is not None and _fits(inventory, limits, bits)]
+    known = known or [bits for bits in (_find_fitting(inventory, limits),) if bits is not None]
     of_uniform = None if uniform is None else _total_score(candidates, uniform)
 
     def describe(bits: _Bits) -> Allocation:
@@ -203,7 +171,7 @@ def _describe(
         budget=limits,
         score=_total_score(candidates, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
-        cost=measure_cost(inventory, bits, limits.container),
+        cost=measure_cost(inventory, bits, limits.container, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
         scores=chosen,
@@ -212,21 +180,17 @@ def _describe(
 
 def _check_alpha(alpha: Any) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; 1.0 weighs both kinds alike")
+        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
 
 
 def _read_budget(budget: Any) -> Budget:
     if isinstance(budget, Budget):
         return budget
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise OptionError(f"budget={budget!r} is neither a number (mean weight bits, such as 3.0) nor a Budget")
+        raise OptionError(
+            f"budget={budget!r} is neither a number nor a Budget; give mean weight bits, such as 3.0, or a Budget"
+        )
     return Budget(weight_bits=float(budget))
-
-
-def _describe_uniform(allocation: Allocation) -> str:
-    if allocation.uniform_bits is None or allocation.uniform_score is None:
-        return "no uniform bit-width fits the budget"
-    return f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"
 
 
 def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
@@ -238,7 +202,9 @@ def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
             raise unknown_name_error("site in pin", name, names)
         (fixed[name],) = check_bits(bits, f"pin[{name!r}]")
         if bits not in inventory[name].bits:
-            raise OptionError(f"pin[{name!r}]={bits} is not among the site's candidates {inventory[name].bits}")
+            raise OptionError(
+                f"pin[{name!r}]={bits} is not among the site's candidates; take one of {inventory[name].bits}"
+            )
     sites = tuple(replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites)
     return replace(inventory, sites=sites)
 
@@ -251,7 +217,10 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
     for bits in site.bits:
         if bits not in scores:
             known = ", ".join(map(str, sorted(scores))) or "none"
-            raise OptionError(f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}")
+            raise OptionError(
+                f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}; score it, or pin "
+                "the site"
+            )
     weight = 1.0 if site.kind == "weight" else alpha
     return {bits: weight * scores[bits].value for bits in site.bits}
 
@@ -260,14 +229,19 @@ def _total_score(candidates: Candidates, bits: Mapping[str, int]) -> float:
     return math.fsum(candidates[name][b] for name, b in bits.items())
 
 
-def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str) -> str:
+def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str, own: Mapping[str, float]) -> str:
     kinds = {"bitops": ("weight", "activation"), "activation_bytes": ("activation",)}.get(name, ("weight",))
     fewest = {site.bits[0] for site in inventory.sites if site.kind in kinds and site.is_searched}
     how = f"all layers at {fewest.pop()} bits" if len(fewest) == 1 else "every layer at its fewest bits"
     side = "above the largest" if name == "compression" else "below the smallest"
-    asked, reachable = budget.limits[name], getattr(cost, name)
+    if name in own:
+        how = "every operation at its cheapest bits"
+    asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
     counted = "" if budget.container is None else f", as stored in {budget.container!r}"
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted})"
+    remedy = (
+        "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
+    )
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted}); {remedy}"
 
 
 def _exact_text(value: float) -> str:
@@ -290,18 +264,20 @@ def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bit
         if all(bits in site.bits for site in free):
             choices.append({**largest, **{site.name: bits for site in free}})
         for choice in choices:
-            if not broken_limits(measure_cost(inventory, choice, budget.container), budget):
+            if _fits(inventory, budget, choice):
                 return bits, choice
     return None, None
 
 
 def _minimize_score(inventory: Inventory, budget: Budget, candidates: _Candidates, known: Iterable[_Bits]) -> _Bits:
     """The best allocation within the budget; the ``known`` ones, which fit, bound what is worth searching."""
-    efficient = {name: _drop_dominated(scores) for name, scores in candidates.items()}
+    rows = build_rows(inventory, budget, candidates)
+    grows = all(row.grows_with_bits for row in rows)
+    efficient = {name: _drop_dominated(scores) if grows else dict(scores) for name, scores in candidates.items()}
     floor = {name: min(scores.values()) for name, scores in efficient.items()}
     excess = {name: {b: s - floor[name] for b, s in scores.items()} for name, scores in efficient.items()}
-    unlimited = {name: max(scores) for name, scores in efficient.items()}
-    if not broken_limits(measure_cost(inventory, unlimited, budget.container), budget):
+    unlimited = {name: min(scores, key=lambda b: (scores[b], b)) for name, scores in efficient.items()}
+    if _fits(inventory, budget, unlimited):
         return unlimited
     lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
@@ -331,118 +307,25 @@ def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
 
 def _solve(inventory: Inventory, budget: Budget, scores: _Candidates, known: _Bits) -> _Bits:
     """One candidate a site, least total score, every limit met; the ``known`` one meets them."""
-    bits, rest = search_core(_build_rows(inventory, budget, scores), scores, _total_score(scores, known))
-    best = {**known, **bits}
-    if rest is None or all(len(by_bits) == 1 for by_bits in rest.values()):
-        return best
-    _LOGGER.debug("too many allocations near the bound to list them: CBC searches the rest")
-    found = _solve_with_cbc(inventory, budget, rest)
+    rows = build_rows(inventory, budget, scores)
+    best, rest = known, scores
+    if all(row.grows_with_bits for row in rows):
+        bits, core = search_core(rows, scores, _total_score(scores, known))
+        best = {**known, **bits}
+        if core is None or all(len(by_bits) == 1 for by_bits in core.values()):
+            return best
+        _LOGGER.debug("too many allocations near the bound to list them: CBC searches the rest")
+        rest = {name: dict(by_bits) for name, by_bits in core.items()}
+    found = solve_with_cbc(inventory, budget, rest)
+    if found is None:
+        raise InfoqError(f"CBC found no proven optimum for {budget}; try a budget near it")
     return min(best, found, key=lambda bits: _total_score(scores, bits))
 
 
-def _solve_with_cbc(inventory: Inventory, budget: Budget, scores: Candidates) -> _Bits:
-    """One candidate a site, least total score, every limit met; some allocation is known to fit."""
-    for slack in _SLACKS:
-        problem, x = _build_program(inventory, budget, scores, slack)
-        while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
-            bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-            if not broken_limits(measure_cost(inventory, bits, budget.container), budget):
-                return bits
-            # Within the slack but over the budget: some site has to have fewer bits than here.
-            lower = [(v, 1) for (name, b), v in x.items() if b < bits[name]]
-            problem += pulp.LpAffineExpression(lower) >= 1
-        if status != pulp.LpSolutionInfeasible and status != pulp.LpSolutionNoSolutionFound:
-            break
-        _LOGGER.debug("CBC lost the known allocation to rounding: solving again with another slack")
-    raise InfoqError(f"CBC found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it")
+def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
+    return not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget)
 
 
-def _build_program(
-    inventory: Inventory, budget: Budget, scores: Candidates, slack: float
-) -> tuple[Any, dict[tuple[str, int], Any]]:
-    """The 0-1 program and its x[site, bits] for the sites that have a choice."""
-    choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    rows = _build_rows(inventory, budget, scores)
-    free = {name: by_bits for name, by_bits in scores.items() if len(by_bits) > 1}
-    problem = pulp.LpProblem("allocation", pulp.LpMinimize)
-    x = {
-        (name, b): _add_variable(problem, f"x_{index}_{b}", "Binary")
-        for index, (name, by_bits) in enumerate(free.items())
-        for b in by_bits
-    }
-    problem += pulp.LpAffineExpression([(v, scores[name][b]) for (name, b), v in x.items()])
-    for name, by_bits in free.items():
-        problem += pulp.LpAffineExpression([(x[name, b], 1) for b in by_bits]) == 1
-    z = _add_products(problem, {pair for row in rows for pair in row.pairs}, choices, x)
-    for row in rows:
-        _add_row(problem, row, slack, x, z)
-    return problem, x
-
-
-def _build_rows(inventory: Inventory, budget: Budget, scores: Candidates) -> list[CostRow]:
-    choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
-
-
-def _add_variable(problem: Any, name: str, category: str) -> Any:
-    if hasattr(problem, "add_variable"):  # PuLP 3.3 warns of the constructor, earlier ones have nothing else
-        return problem.add_variable(name, lowBound=0, cat=category)
-    return pulp.LpVariable(name, lowBound=0, cat=category)
-
-
-def _add_products(
-    problem: Any,
-    pairs: Iterable[tuple[str, str]],
-    choices: Mapping[str, tuple[int, ...]],
-    x: Mapping[tuple[str, int], Any],
-) -> dict[tuple[str, str], dict[tuple[int, int], Any]]:
-    """Continuous z[left bits, right bits] whose rows and columns sum to x: the hull of the products."""
-    products = {}
-    for index, (left, right) in enumerate(sorted(pairs)):
-        z = {
-            (i, j): _add_variable(problem, f"z_{index}_{i}_{j}", "Continuous")
-            for i in choices[left]
-            for j in choices[right]
-        }
-        for i in choices[left]:
-            problem += pulp.LpAffineExpression([(z[i, j], 1) for j in choices[right]] + [(x[left, i], -1)]) == 0
-        for j in choices[right]:
-            problem += pulp.LpAffineExpression([(z[i, j], 1) for i in choices[left]] + [(x[right, j], -1)]) == 0
-        products[left, right] = z
-    return products
-
-
-def _add_row(
-    problem: Any,
-    row: CostRow,
-    slack: float,
-    x: Mapping[tuple[str, int], Any],
-    z: Mapping[tuple[str, str], Mapping[tuple[int, int], Any]],
-) -> None:
-    """The limit on what is spent above the least of every site and pair, in the largest common unit."""
-    terms: list[tuple[Any, int, Any]] = [(x[item], cost, item[0]) for item, cost in row.linear.items()]
-    terms += [(v, macs * i * j, pair) for pair, macs in row.pairs.items() for (i, j), v in z[pair].items()]
-    least: dict[Any, int] = {}
-    for _, cost, group in terms:
-        least[group] = min(cost, least.get(group, cost))
-    above = [(v, cost - least[group]) for v, cost, group in terms]
-    unit = math.gcd(*(cost for _, cost in above)) or 1
-    limit = (row.limit - sum(least.values())) // unit
-    scale = min(1.0, _ROW_SCALE / max(limit, 1))
-    kept = [(v, cost // unit * scale) for v, cost in above if cost // unit <= limit]
-    if kept:
-        problem += pulp.LpAffineExpression(kept) <= max(limit + 0.5, limit * (1 + slack)) * scale
-    for v, cost in above:
-        if cost // unit > limit:
-            problem += pulp.LpAffineExpression([(v, 1)]) == 0
-
-
-def _run_cbc(problem: Any) -> int:
-    with tempfile.TemporaryDirectory(prefix="infoq_fx_") as folder:
-        solver = pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, options=list(_CBC_OPTIONS))
-        solver.tmpDir = folder  # whatever happens, nothing is left behind
-        try:
-            problem.solve(solver)
-        except pulp.PulpSolverError as error:
-            raise InfoqError(f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}") from error
-    return int(problem.sol_status)
+def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:
+    """Any allocation within the budget, for costs that do not grow with the bits."""
+    return solve_with_cbc(inventory, budget, {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites})

@@ -139,7 +139,7 @@ def quantize(
         progress=progress,
     )
     if data is None:
-        return convert(prepared, allocate(table, budget, alpha=alpha))
+        return _convert(prepared, allocate(table, budget, alpha=alpha), table)
     fitting = fit_data(prepared, data)
     if refine:
         allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha)
@@ -147,7 +147,7 @@ def quantize(
         allocation = allocate(table, budget, alpha=alpha)
     folder = None if cache_dir is None else Path(cache_dir)
     better = recover_accuracy(prepared, allocation.bits, fitting, steps, cache_dir=folder, progress=progress)
-    return convert(better, allocation)
+    return _convert(better, allocation, table)
 
 
 def prepare(
@@ -306,6 +306,10 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
+    return _convert(prepared, allocation, None)
+
+
+def _convert(prepared: PreparedModel, allocation: Allocation, table: SensitivityTable | None) -> QuantizedModule:
     _check_allocation(prepared, allocation)
     allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
     graph_module = copy.deepcopy(prepared.graph_module)
@@ -315,6 +319,8 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
         prepared.example_inputs,
         prepared.output_names,
         batch_size=prepared.batch_size,
+        inventory=prepared.inventory,
+        table=table,
         prepared=prepared.origin or prepared,
     )
     return wrap_quantized(run_passes(graph_module, passes), provenance)
@@ -331,7 +337,9 @@ def _check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
         name, known = quantizer.site.name, quantizer.calibrated_bits
         if allocation.bits.get(name) not in known:
             found = allocation.bits.get(name, "no bit-width")
-            raise OptionError(f"the allocation gives site {name!r} {found}; it was calibrated for {known}")
+            raise OptionError(
+                f"the allocation gives site {name!r} {found}; take one that it was calibrated for, of {known}"
+            )
 
 
 def _make_criterion(
@@ -372,7 +380,9 @@ def _example_inputs(
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
         return dict(kwargs) if kwargs else tuple(args)
-    raise OptionError("without calibration data, give example_inputs=(one batch) or an exported program")
+    raise OptionError(
+        "without calibration data no inputs are known; give example_inputs=(one batch) or an exported program"
+    )
 
 
 def _name_examples(
@@ -396,7 +406,8 @@ def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
         whole = named.samples - named.samples % prepared.batch_size
         if whole == 0:
             raise CalibrationDataError(
-                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples"
+                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples; "
+                "give at least one batch"
             )
         named = named.take(whole)
     device = next(iter(prepared.example_inputs.values())).device

@@ -222,7 +222,7 @@ def audit(
     )
     limits = {_name_budget(budget): check_budget(prepared.inventory, budget) for budget in budgets}
     if not limits:
-        raise OptionError("audit needs at least one budget, such as budgets=[4.0, 3.0]")
+        raise OptionError("audit got no budget; give at least one, such as budgets=[4.0, 3.0]")
     calibration, evaluation = (fit_data(prepared, data) for data in (calibration, evaluation))
     with _kept_folder(cache_dir) as folder:
         resources = Resources(executor=executor, cache_dir=folder, memory_limit=memory_limit, progress=progress)
@@ -394,7 +394,9 @@ def _split(calibration: CalibrationData, evaluation_data: Any) -> tuple[Calibrat
     if evaluation_data is not None:
         return calibration, read_data(evaluation_data)
     if calibration.samples < 4:
-        raise CalibrationDataError(f"an audit without evaluation_data needs 4 samples, found {calibration.samples}")
+        raise CalibrationDataError(
+            f"an audit without evaluation_data needs 4 samples, found {calibration.samples}; give more"
+        )
     return calibration.select(torch.arange(0, calibration.samples, 2)), calibration.select(
         torch.arange(1, calibration.samples, 2)
     )

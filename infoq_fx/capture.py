@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 
-__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly"]
+__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
@@ -67,7 +68,7 @@ def capture(
     program = model if isinstance(model, ExportedProgram) else _export_module(model, example_inputs)
     _refuse_training_graph(program)
     program = _decompose(program)
-    graph_module, input_names, output_names = _flatten_program(program, torch.device(device))
+    graph_module, input_names, output_names = flatten_program(program, torch.device(device))
     batch_size = _fixed_batch_size(graph_module)
     if batch_size is None:
         _check_inputs(graph_module, input_names, _move(example_inputs, torch.device(device)))
@@ -97,6 +98,46 @@ def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def flatten_program(
+    program: ExportedProgram, device: torch.device
+) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
+    """A program as a graph module that holds its tensors under their own paths, and the names of inputs and outputs.
+
+    Args:
+        program: functional; its tensors are copied.
+        device: where the copies live.
+
+    Raises:
+        UnsupportedModelError: an input that is no tensor, or state that changes while the program runs.
+    """
+    if any(_device_of(tensor) != device for tensor in program.state_dict.values()):
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    signature = program.graph_signature
+    lifted: dict[str, str] = {}
+    input_names = []
+    for spec in signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            lifted[spec.arg.name] = str(spec.target)
+        elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
+            input_names.append(spec.arg.name)
+        elif not isinstance(spec.arg, ConstantArgument):
+            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; give the model tensors alone")
+    for out in signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            raise UnsupportedModelError(
+                f"the model changes {out.target!r} while it runs ({out.kind.name}); quantize a stateless model"
+            )
+    graph, output_names = _copy_graph(program, lifted, set(input_names))
+    held = {target: _copy_tensor(program, target, device) for target in lifted.values()}
+    graph_module = fx.GraphModule(held, graph, class_name="CapturedModel")
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module, tuple(input_names), output_names
 
 
 def _export_module(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
@@ -202,38 +243,10 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
         functional: ExportedProgram = program.run_decompositions({})
         return functional
     except Exception as error:
-        raise UnsupportedModelError(f"torch.export cannot make the graph functional: {_first_lines(error)}") from error
-
-
-def _flatten_program(
-    program: ExportedProgram, device: torch.device
-) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
-    if any(_device_of(tensor) != device for tensor in program.state_dict.values()):
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device)
-    signature = program.graph_signature
-    lifted: dict[str, str] = {}
-    input_names = []
-    for spec in signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            lifted[spec.arg.name] = str(spec.target)
-        elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
-            input_names.append(spec.arg.name)
-        elif not isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; only tensors are taken")
-    for out in signature.output_specs:
-        if out.kind is not OutputKind.USER_OUTPUT:
-            raise UnsupportedModelError(
-                f"the model changes {out.target!r} while it runs ({out.kind.name}); quantize a stateless model"
-            )
-    graph, output_names = _copy_graph(program, lifted, set(input_names))
-    held = {target: _copy_tensor(program, target, device) for target in lifted.values()}
-    graph_module = fx.GraphModule(held, graph, class_name="CapturedModel")
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()
-    return graph_module, tuple(input_names), output_names
+        raise UnsupportedModelError(
+            f"torch.export cannot make the graph functional: {_first_lines(error)}; "
+            "rewrite the in-place parts of the model"
+        ) from error
 
 
 def _copy_graph(
@@ -305,6 +318,7 @@ def _move(
 
 def _fixed_batch_size(graph_module: fx.GraphModule) -> int | None:
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and node.meta["val"].ndim and isinstance(node.meta["val"].shape[0], int):
+        # A size that the graph itself fixed is still a SymInt.
+        if node.op == "placeholder" and node.meta["val"].ndim and is_concrete_int(node.meta["val"].shape[0]):
             return int(node.meta["val"].shape[0])
     return None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Real
+from typing import Any, Protocol, TypeAlias
 
-from infoq_fx.errors import unknown_name_error
+from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.spec import FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
 from infoq_fx.targets import find_container
 
 __all__ = [
+    "COSTS",
     "CostRow",
+    "OperationCost",
     "activation_bytes",
+    "bound_own_cost",
     "broken_limits",
     "build_cost_row",
     "measure_cost",
@@ -25,16 +31,62 @@ __all__ = [
 _SCALE_BYTES = 4
 
 
+_Products: TypeAlias = Mapping[tuple[str, str], Mapping[tuple[int, int], int]]
+
+
+class OperationCost(Protocol):
+    """A cost of your own, such as a latency that was measured: what one operation costs at the bits of its operands.
+
+    The cost of an allocation is the sum over the operations. Numbers are taken as their decimal notation says, so that
+    sums and limits are exact; short ones keep the integer program fast. Nothing is assumed of how the cost changes
+    with the bits.
+    """
+
+    def __call__(self, operation: Operation, left_bits: int | None, right_bits: int | None, /) -> float:
+        """A finite number of at least 0, the same for the same arguments.
+
+        Args:
+            operation: its ``name`` is the layer's module path, ``macs`` its multiply-accumulates for one sample.
+            left_bits: of the weight, or of the first activation of a matrix product; None is float.
+            right_bits: of the activation that enters, or of the second one of a matrix product; None is float.
+        """
+        ...
+
+
+COSTS: dict[str, OperationCost] = {}
+"""Costs of your own by name; ``Budget(costs={name: limit})`` limits them."""
+
+
 @dataclass(frozen=True)
 class CostRow:
-    """One limit in exact integers: ``sum(linear) + sum(pairs * left bits * right bits) <= limit``.
+    """One limit in exact integers: ``sum(linear) + sum(pairs * left bits * right bits) + sum(products) <= limit``.
 
-    ``linear`` is the cost of a (site, bit-width), ``pairs`` the multiply-accumulates that two sites share.
+    ``linear`` is the cost of a (site, bit-width), ``pairs`` the multiply-accumulates that two sites share, ``products``
+    the cost of two sites at (left bits, right bits) where it is of another form. ``unit`` integers are one of the cost.
     """
 
     limit: int
     linear: Mapping[tuple[str, int], int]
     pairs: Mapping[tuple[str, str], int]
+    products: _Products = field(default_factory=dict)
+    unit: int = 1
+
+    @property
+    def grows_with_bits(self) -> bool:
+        """Whether no site costs more at fewer bits; products are not looked into and count as such that may."""
+        by_site: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for (site, bits), cost in self.linear.items():
+            by_site[site].append((bits, cost))
+        rising = all(a[1] <= b[1] for held in by_site.values() for a, b in itertools.pairwise(sorted(held)))
+        return rising and not self.products
+
+    @property
+    def least(self) -> int:
+        """No allocation costs less of what the limit is on: the sum of every site's and every product's least."""
+        low: dict[object, int] = {}
+        for (site, _), cost in self.linear.items():
+            low[site] = min(cost, low.get(site, cost))
+        return sum(low.values()) + sum(min(table.values()) for table in self.products.values())
 
 
 def weight_bytes(site: QuantSite, bits: int) -> int:
@@ -59,7 +111,9 @@ def operation_bitops(operation: Operation, left_bits: int | None, right_bits: in
     return operation.macs * left * right
 
 
-def measure_cost(inventory: Inventory, bits: Mapping[str, int], container: str | None = None) -> Cost:
+def measure_cost(
+    inventory: Inventory, bits: Mapping[str, int], container: str | None = None, names: Iterable[str] = ()
+) -> Cost:
     """Every cost of giving each site its bits.
 
     A model without quantized weights stays as it is: ``weight_bits`` 32 and ``compression`` 1.
@@ -69,14 +123,15 @@ def measure_cost(inventory: Inventory, bits: Mapping[str, int], container: str |
         bits: bit-width by site name, for all sites.
         container: count weights as this container stores them; None counts their own bits. BitOps stay those of the
             bit-widths.
+        names: costs in :data:`COSTS` to measure as well.
 
     Returns:
         The costs in the units of :class:`~infoq_fx.spec.Budget`; both ratios are correctly rounded quotients
         of exact integers.
 
     Raises:
-        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, or an unknown
-            container.
+        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, an unknown container,
+            or a cost of your own that is not there or no number.
     """
     stored = _stored_bits(container)
     weights = [site for site in inventory.sites if site.kind == "weight"]
@@ -94,6 +149,7 @@ def measure_cost(inventory: Inventory, bits: Mapping[str, int], container: str |
             for operation in inventory.operations
         ),
         activation_bytes=sum(activation_bytes(site, _look_up(bits, site.name)) for site in activations),
+        costs={name: float(_measure_own(inventory, bits, name)) for name in names},
     )
 
 
@@ -110,11 +166,13 @@ def build_cost_row(
 
     Args:
         inventory: what the prepared model holds.
-        name: the limit, a field of :class:`~infoq_fx.spec.Budget`.
+        name: the limit, a field of :class:`~infoq_fx.spec.Budget` or one of its ``costs``.
         limit: its value.
         choices: bit-widths open to each site, for all sites.
         container: as for :func:`measure_cost`.
     """
+    if name not in Budget.__dataclass_fields__:
+        return _build_own_row(inventory, name, limit, choices)
     stored = _stored_bits(container)
     costs: defaultdict[tuple[str | None, int], int] = defaultdict(int)
     pairs: defaultdict[tuple[str, str], int] = defaultdict(int)
@@ -144,8 +202,13 @@ def broken_limits(cost: Cost, budget: Budget) -> list[str]:
     return [
         name
         for name, limit in budget.limits.items()
-        if (getattr(cost, name) < limit if name == "compression" else getattr(cost, name) > limit)
+        if (cost[name] < limit if name == "compression" else cost[name] > limit)
     ]
+
+
+def bound_own_cost(row: CostRow, limit: float) -> float:
+    """What a cost of your own is at least, whatever the bits, from its row and the limit that the row was built for."""
+    return float(Fraction(_largest_rounded(limit, row.unit) - row.limit + row.least, row.unit))
 
 
 _SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
@@ -217,3 +280,83 @@ def _largest(start: int, fits: Callable[[int], bool]) -> int:
     while fits(start + 1):
         start += 1
     return start
+
+
+def _measure_own(inventory: Inventory, bits: Mapping[str, int], name: str) -> Fraction:
+    operands = ((op, _operand_bits(bits, op.left), _operand_bits(bits, op.right)) for op in inventory.operations)
+    return sum((_evaluate(name, *given) for given in operands), Fraction(0))
+
+
+def _evaluate(name: str, operation: Operation, left_bits: int | None, right_bits: int | None) -> Fraction:
+    """A cost of the user's own as the decimal number that it is written as."""
+    if name not in COSTS:
+        raise OptionError(
+            f"Budget limits {name!r}, which is no known cost; put a function (operation, left_bits, right_bits) -> "
+            f"cost into infoq_fx.COSTS[{name!r}] first"
+        )
+    value: Any = COSTS[name](operation, left_bits, right_bits)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise OptionError(
+            f"cost {name!r} is {value!r} for {operation.name!r} at {left_bits} and {right_bits} bits; return a finite "
+            "number of at least 0"
+        )
+    return Fraction(str(float(value)))
+
+
+def _build_own_row(inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]) -> CostRow:
+    """A limit on a cost of the user's own, in the largest unit that all its numbers are multiples of."""
+    constant = Fraction(0)
+    linear: defaultdict[tuple[str, int], Fraction] = defaultdict(Fraction)
+    products: dict[tuple[str, str], defaultdict[tuple[int, int], Fraction]] = {}
+    for operation in inventory.operations:
+        left, right = operation.left, operation.right
+        lefts = (None,) if left is None else choices[left]
+        rights = (None,) if right is None else choices[right]
+        table: dict[tuple[Any, Any], Fraction]
+        if left is not None and left == right:
+            table = {(b, b): _evaluate(name, operation, b, b) for b in choices[left]}
+        else:
+            table = {(i, j): _evaluate(name, operation, i, j) for i in lefts for j in rights}
+        if left is not None and right is not None and left != right and len(lefts) > 1 and len(rights) > 1:
+            key = min(left, right), max(left, right)
+            held = products.setdefault(key, defaultdict(Fraction))
+            for (i, j), cost in table.items():
+                held[(i, j) if key[0] == left else (j, i)] += cost
+        elif len(lefts) > 1 or len(rights) > 1:
+            for (i, j), cost in table.items():
+                site, b = (left, i) if len(lefts) > 1 else (right, j)
+                linear[str(site), int(b or 0)] += cost
+        else:
+            constant += sum(table.values())
+    for key in [key for key, held in products.items() if _is_separable(held)]:
+        held = products.pop(key)
+        first, second = min(held)
+        for (i, j), cost in held.items():
+            if j == second:
+                linear[key[0], i] += cost
+            if i == first:
+                linear[key[1], j] += cost - held[first, second]
+    values = [constant, *linear.values(), *(cost for held in products.values() for cost in held.values())]
+    unit = math.lcm(*(value.denominator for value in values))
+    return CostRow(
+        _largest_rounded(limit, unit) - int(constant * unit),
+        {key: int(cost * unit) for key, cost in linear.items()},
+        {},
+        {key: {bits: int(cost * unit) for bits, cost in held.items()} for key, held in products.items()},
+        unit,
+    )
+
+
+def _is_separable(table: Mapping[tuple[int, int], Fraction]) -> bool:
+    """Whether a cost of two sites is a sum of one of each."""
+    first, second = min(table)
+    return all(c - table[first, j] - table[i, second] + table[first, second] == 0 for (i, j), c in table.items())
+
+
+def _largest_rounded(limit: float, unit: int) -> int:
+    """The largest total of so many units to one whose rounded value meets the limit."""
+    exact = Fraction(limit)
+    total = math.floor((exact + (Fraction(math.nextafter(limit, math.inf)) - exact) / 2) * unit)
+    while float(Fraction(total, unit)) > limit:
+        total -= 1
+    return total

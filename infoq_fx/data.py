@@ -20,7 +20,7 @@ MAX_SAMPLES = 20_000
 MAX_BYTES = 32 << 30
 _HELD_BYTES = 64 << 20  # more than this is spooled to disk while it is read, and mapped
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-_FORMS = "a batch is inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
+_FORMS = "give batches of inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class CalibrationData:
         else:
             given = f"{len(self.inputs)} positional" if self.is_positional else ", ".join(map(repr, self.inputs))
             wanted = ", ".join(map(repr, input_names))
-            raise CalibrationDataError(f"calibration data has inputs {given}; the model takes {wanted}")
+            raise CalibrationDataError(
+                f"calibration data has inputs {given}; give those that the model takes: {wanted}"
+            )
         return replace(self, inputs=inputs, is_positional=False)
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -228,7 +230,9 @@ def _read_batch(batch: Any, index: int) -> CalibrationData:
 def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
     for name, x in inputs.items():
         if x.is_meta:
-            raise CalibrationDataError(f"input {name!r} of batch {index} is on the meta device: it has no values")
+            raise CalibrationDataError(
+                f"input {name!r} of batch {index} is on the meta device and has no values; give a tensor that has"
+            )
         if x.ndim == 0:
             raise CalibrationDataError(f"input {name!r} of batch {index} has no batch dimension; give [samples, ...]")
         if x.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in x.split(64)):
@@ -237,7 +241,9 @@ def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
             )
     if len({x.shape[0] for x in inputs.values()}) > 1:
         sizes = ", ".join(f"{name}: {x.shape[0]}" for name, x in inputs.items())
-        raise CalibrationDataError(f"inputs of batch {index} have different numbers of samples: {sizes}")
+        raise CalibrationDataError(
+            f"inputs of batch {index} have different numbers of samples: {sizes}; give as many of each"
+        )
 
 
 def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
@@ -248,13 +254,15 @@ def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
     try:
         read = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationDataError(f"labels of batch {index} are no integer tensor: {error}") from error
+        raise CalibrationDataError(
+            f"labels of batch {index} are no integer tensor: {error}; give class numbers"
+        ) from error
     if read.is_floating_point() or read.is_complex() or read.ndim != 1:
         raise CalibrationDataError(
             f"labels of batch {index} are {read.dtype} {list(read.shape)}; give class numbers, int64 [{samples}]"
         )
     if read.shape[0] != samples:
-        raise CalibrationDataError(f"batch {index} has {samples} samples but {read.shape[0]} labels")
+        raise CalibrationDataError(f"batch {index} has {samples} samples but {read.shape[0]} labels; give one a sample")
     return read.to(torch.int64)
 
 

@@ -48,11 +48,14 @@ def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *
     with torch.inference_mode():
         parts = [encoder(batch) for batch in first.split(batch_size)]
     if not all(isinstance(p, Tensor) and p.is_floating_point() and p.ndim >= 2 for p in parts):
-        raise OptionError("encoder must return a float tensor [samples, features] for a batch of inputs")
+        raise OptionError(
+            "encoder returned no float matrix; return a float tensor [samples, features] for a batch of inputs"
+        )
     features = torch.cat([part.flatten(1).float().cpu() for part in parts])
     if features.shape[0] != first.shape[0] or not bool(torch.isfinite(features).all()):
         raise OptionError(
-            f"encoder returned {features.shape[0]} rows for {first.shape[0]} samples, or values that are not finite"
+            f"encoder returned {features.shape[0]} rows for {first.shape[0]} samples, or values that are not finite; "
+            "return one finite row a sample"
         )
     return features
 

@@ -11,6 +11,7 @@ __all__ = [
     "ExportError",
     "InfeasibleBudgetError",
     "InfoqError",
+    "MissingExtraError",
     "OptionError",
     "UnsupportedModelError",
     "nearest_names",
@@ -44,6 +45,10 @@ class ExportError(InfoqError):
 
 class EncoderUnavailableError(InfoqError):
     """The encoder of the input could not be loaded: install it, go online once, or pass another."""
+
+
+class MissingExtraError(InfoqError, ImportError):
+    """An optional package is not installed: install the extra that the message names."""
 
 
 def nearest_names(asked: str, known: Iterable[str], count: int = 3) -> str:

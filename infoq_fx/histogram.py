@@ -138,7 +138,7 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
         CalibrationDataError: the histogram is empty, or saw NaN or infinite values.
     """
     if spec.symmetric or spec.channel_axis is not None:
-        raise OptionError(f"activations take an affine QuantSpec for the whole tensor, got {spec}")
+        raise OptionError(f"activations cannot take {spec}; give an affine QuantSpec for the whole tensor")
     if histogram.is_empty or not histogram.is_finite:
         found = "no value" if histogram.is_empty else "NaN or infinite values"
         raise CalibrationDataError(f"cannot choose qparams: the histogram saw {found}; check the calibration data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,34 +25,38 @@ _INPUT_KEYS = ("x", "images", "inputs", "data")
 _LABEL_KEYS = ("y", "labels", "targets")
 
 
-def load_model(name: str) -> nn.Module | ExportedProgram:
+def load_model(name: str, *, weights: Path | None = None) -> nn.Module | ExportedProgram:
     """A model from an exported ``.pt2`` file, or from ``package.module:callable`` that returns a module.
 
+    Args:
+        name: the file; or the callable, looked up in the working directory too, with literal keyword arguments if it
+            needs any: ``torchvision.models:mobilenet_v2(num_classes=10)``.
+        weights: a state dict for the module, which ``torch.save`` wrote; nothing but tensors and plain values in it is
+            ever unpickled.
+
     Raises:
-        OptionError: no such file or callable, or it holds no model.
+        OptionError: no such file or callable, it holds no model, or the weights do not fit it.
     """
     if name.endswith(".pt2"):
-        if not Path(name).is_file():
-            raise OptionError(f"no file {name!r}; save one with torch.export.save(program, 'model.pt2')")
+        return _load_program(name, weights)
+    module_name, _, rest = name.partition(":")
+    attribute, arguments = _read_call(name, rest)
+    found = _find_attribute(module_name, attribute)
+    if isinstance(found, nn.Module | ExportedProgram):
+        model: Any = found
+    else:
         try:
-            return torch.export.load(name)
-        except Exception as error:
-            raise OptionError(f"{name!r} is no exported program that this torch reads: {error}") from error
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise OptionError(f"MODEL is {name!r}; give an exported .pt2 file or package.module:callable")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise OptionError(f"cannot import {module_name!r} ({error}); is it installed, or on PYTHONPATH?") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise OptionError(f"{module_name!r} has no {part!r}; nearest: {nearest_names(part, dir(found))}")
-        found = getattr(found, part)
-    model = found if isinstance(found, nn.Module | ExportedProgram) else found()
+            model = found(**arguments)
+        except TypeError as error:
+            raise OptionError(f"cannot call {name!r}: {error}; give keyword arguments that it takes") from error
     if not isinstance(model, nn.Module | ExportedProgram):
-        raise OptionError(f"{name!r} gave a {type(model).__name__}; it must return an nn.Module")
-    return model
+        raise OptionError(f"{name!r} gave a {type(model).__name__}; name a callable that returns an nn.Module")
+    if weights is not None:
+        if isinstance(model, ExportedProgram):
+            raise OptionError(f"{name!r} is an exported program with weights of its own; leave --weights out")
+        _load_weights(model, weights)
+    loaded: nn.Module | ExportedProgram = model
+    return loaded
 
 
 def load_samples(
@@ -60,28 +66,33 @@ def load_samples(
     image_size: int = 224,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
+    resize: int | None = None,
+    labels: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Calibration samples from an ``.npz`` file or a folder of images.
 
     Args:
         path: ``.npz`` with inputs under ``x``, ``images``, ``inputs`` or ``data`` and, if there are any, labels
             under ``y``, ``labels`` or ``targets``; nothing in it is ever unpickled. Or a folder, searched with all
-            below it; its images carry no labels.
+            below it: where every image lies in one of at least two subfolders, their numbers in the order of their
+            names are the labels, as torchvision's ``ImageFolder`` has them.
         limit: at most so many samples, evenly spread over what there is.
-        image_size: images are resized so that the short side is 8/7 of it, then cropped at the centre.
-        mean: of the three channels, for values from 0 to 1.
+        image_size: side of the square that is cropped at the centre.
+        mean: of the channels, for values from 0 to 1; three read images in colour, one in grey.
         std: likewise.
+        resize: short side of the image before the crop; None is 8/7 of ``image_size``.
+        labels: whether to take any.
 
     Raises:
         CalibrationDataError: nothing readable at the path.
     """
     if path.is_dir():
-        return load_images(path, limit=limit, image_size=image_size, mean=mean, std=std), None
+        return load_images(path, limit=limit, image_size=image_size, mean=mean, std=std, resize=resize, labels=labels)
     if path.suffix != ".npz" or not path.is_file():
         raise CalibrationDataError(f"DATA is {str(path)!r}; give an .npz file or a folder of images that exists")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-            arrays = {key: held[key] for key in held.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise CalibrationDataError(
             f"cannot read {str(path)!r} ({error}); save plain arrays with numpy.savez"
@@ -89,42 +100,156 @@ def load_samples(
     inputs = next((arrays[key] for key in _INPUT_KEYS if key in arrays), None)
     if inputs is None or inputs.ndim == 0:
         raise CalibrationDataError(
-            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under one of "
-            f"{', '.join(_INPUT_KEYS)}"
+            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under a name of "
+            f"{', '.join(_INPUT_KEYS)}; save them so with numpy.savez"
         )
     rows = _spread(len(inputs), limit)
-    labels = next((torch.from_numpy(arrays[key][rows]) for key in _LABEL_KEYS if key in arrays), None)
+    held = next((arrays[key] for key in _LABEL_KEYS if key in arrays and labels), None)
+    if held is not None and len(held) != len(inputs):
+        raise CalibrationDataError(
+            f"{str(path)!r} holds {len(inputs)} inputs and {len(held)} labels; save one label for every input"
+        )
+    found = None if held is None else torch.from_numpy(held[rows])
     chosen = torch.from_numpy(np.ascontiguousarray(inputs[rows]))
-    return chosen.float() if chosen.dtype == torch.float64 else chosen, labels
+    return chosen.float() if chosen.dtype == torch.float64 else chosen, found
 
 
-def load_images(folder: Path, *, limit: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images of a folder and all below it, float32 ``[samples, 3, image_size, image_size]``, in path order.
+def load_images(
+    folder: Path,
+    *,
+    limit: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: int | None = None,
+    labels: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Images of a folder and all below it, float32 ``[samples, channels, image_size, image_size]``, in path order.
+
+    Arguments are those of :func:`load_samples`; the labels are int64 ``[samples]``.
 
     Raises:
         CalibrationDataError: no image, or one that cannot be read.
+        OptionError: mean and std are not of one or three channels, or the image is smaller before the crop.
     """
+    if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
+        raise OptionError(
+            f"mean has {len(mean)} numbers and std {len(std)}; give one (grey) or three (colour), std above 0"
+        )
+    if resize is not None and resize < image_size:
+        raise OptionError(f"resize={resize} is below image_size={image_size}; give the short side before the crop")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
         kinds = ", ".join(sorted(_IMAGE_SUFFIXES))
-        raise CalibrationDataError(f"no image in {str(folder)!r} or below it; looked for {kinds}")
-    images = [_read_image(files[row], image_size) for row in _spread(len(files), limit)]
-    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (torch.stack(images) - shift) / scale
+        raise CalibrationDataError(f"no image in {str(folder)!r} or below it; give a folder with any of {kinds}")
+    rows = _spread(len(files), limit)
+    side = max(image_size, round(image_size * 8 / 7)) if resize is None else resize
+    images = [_read_image(files[row], image_size, side, "L" if len(mean) == 1 else "RGB") for row in rows]
+    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    numbers = _number_classes(folder, files) if labels else None
+    return (torch.stack(images) - shift) / scale, None if numbers is None else numbers[torch.from_numpy(rows)]
 
 
-def _read_image(path: Path, size: int) -> Tensor:
+def _load_program(name: str, weights: Path | None) -> ExportedProgram:
+    if not Path(name).is_file():
+        raise OptionError(f"no file {name!r}; save one with torch.export.save(program, 'model.pt2')")
+    if weights is not None:
+        raise OptionError(f"{name!r} is an exported program with weights of its own; leave --weights out")
+    try:
+        program: ExportedProgram = torch.export.load(name)
+        return program
+    except Exception as error:
+        raise OptionError(
+            f"{name!r} is no exported program that this torch reads: {error}; save one with torch.export.save"
+        ) from error
+
+
+def _read_call(name: str, text: str) -> tuple[str, dict[str, Any]]:
+    """``path.to.callable`` or ``path.to.callable(key=literal)``: the path and the arguments; nothing is evaluated."""
+    advice = "give an exported .pt2 file, or package.module:callable, with literal keyword arguments if it needs any"
+    if not text:
+        raise OptionError(f"MODEL is {name!r}; {advice}")
+    if "(" not in text:
+        return text, {}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(given.arg is None for given in call.keywords):
+            raise ValueError("not a call with keyword arguments")
+        return ast.unparse(call.func), {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise OptionError(f"MODEL is {name!r}, which cannot be read ({error}); {advice}") from error
+
+
+def _find_attribute(module_name: str, attribute: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:  # an installed command does not look where it is run
+        sys.path.append(here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise OptionError(
+            f"cannot import {module_name!r} ({error}); install it, put it on PYTHONPATH, or run this beside it"
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise OptionError(
+                f"{module_name!r} has no {part!r}; give another name, nearest: {nearest_names(part, dir(found))}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a module with a state dict: bare, in a checkpoint's ``state_dict`` or ``model``, or of ``DataParallel``."""
+    try:
+        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OptionError(f"cannot read --weights {str(path)!r}: {error.strerror}; give a file that exists") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OptionError(
+            f"--weights {str(path)!r} holds more than tensors, or is damaged ({reason}); "
+            "save it with torch.save(model.state_dict(), path)"
+        ) from error
+    for key in ("state_dict", "model"):
+        held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise OptionError(f"--weights {str(path)!r} holds no state dict; save one with torch.save(model.state_dict())")
+    if held and all(str(key).startswith("module.") for key in held):
+        held = {key.removeprefix("module."): value for key, value in held.items()}
+    try:
+        model.load_state_dict(held)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
+        raise OptionError(
+            f"--weights {str(path)!r} do not fit the model: {reason}; give the arguments that the model was trained "
+            "with, as 'torchvision.models:resnet18(num_classes=10)'"
+        ) from error
+
+
+def _number_classes(folder: Path, files: Sequence[Path]) -> Tensor | None:
+    """The number of every image's subfolder, or None where they do not stand for classes."""
+    parts = [path.relative_to(folder).parts for path in files]
+    classes = sorted({part[0] for part in parts if len(part) > 1})
+    if len(classes) < 2 or any(len(part) == 1 for part in parts):
+        return None
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[part[0]] for part in parts])
+
+
+def _read_image(path: Path, size: int, side: int, mode: str) -> Tensor:
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image = opened.convert(mode)
     except (UnidentifiedImageError, OSError) as error:
         raise CalibrationDataError(f"cannot read the image {str(path)!r} ({error}); remove it or mend it") from error
-    ratio = size * 8 / 7 / min(image.size)
-    width, height = (max(size, round(side * ratio)) for side in image.size)
+    # As torchvision's Resize and CenterCrop round.
+    width, height = (int(side * length / min(image.size)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).float() / 255
 
 
 def _spread(count: int, limit: int) -> np.ndarray[Any, np.dtype[np.int64]]:

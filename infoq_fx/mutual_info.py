@@ -102,7 +102,7 @@ def class_samples(labels: ArrayLike) -> ClassedSamples:
     """
     given = np.asarray(labels)
     if given.ndim != 1 or given.dtype.kind not in "iu":
-        raise OptionError(f"labels must be integers [samples], got {given.dtype} {list(given.shape)}")
+        raise OptionError(f"labels are {given.dtype} {list(given.shape)}; give integers [samples]")
     _, classes, counts = np.unique(given, return_inverse=True, return_counts=True)
     is_kept = counts[classes] > 1
     if not is_kept.any():
@@ -169,7 +169,7 @@ def estimate_ksg(x: ArrayLike | RankedSamples, y: ArrayLike, *, k: int = 5, thre
     slices, samples = max(len(ranked.ascending), len(y)), y.shape[1]
     if ranked.ascending.shape[1] != samples or {len(ranked.ascending), len(y)} - {1, slices}:
         raise OptionError(
-            f"x {ranked.ascending.shape} and y {y.shape} need the same samples and slices (or one to share)"
+            f"x {ranked.ascending.shape} and y {y.shape} differ; give the same samples and slices (or one to share)"
         )
     if samples <= k:
         remedy = f"give more, or k={samples - 1}" if samples > 1 else "give more"
@@ -207,7 +207,9 @@ def estimate_ross(
     x = _as_slices(x, "x")
     classed = labels if isinstance(labels, ClassedSamples) else class_samples(labels)
     if len(classed.is_kept) != x.shape[1]:
-        raise OptionError(f"labels must be integers [{x.shape[1]}], got {len(classed.is_kept)} of them")
+        raise OptionError(
+            f"there are {len(classed.is_kept)} labels for {x.shape[1]} samples; give integers [{x.shape[1]}]"
+        )
     if len(classed.sizes) == 1:
         return np.zeros(len(x))
     x, samples = x[:, classed.is_kept], len(classed.classes)
@@ -233,7 +235,7 @@ def absolute_change(baseline: ArrayLike, perturbed: ArrayLike) -> tuple[float, f
     """
     before, after = np.asarray(baseline, np.float64), np.asarray(perturbed, np.float64)
     if before.shape != after.shape or before.ndim != 1 or not before.size:
-        raise OptionError(f"baseline {before.shape} and perturbed {after.shape} must be the same [slices]")
+        raise OptionError(f"baseline {before.shape} and perturbed {after.shape} differ; give the same [slices]")
     differences = before - after
     deviation = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
     return abs(float(np.mean(differences))), deviation / math.sqrt(len(differences))
@@ -261,7 +263,7 @@ def group_classes(rows: ArrayLike, groups: int, seed: int) -> Integers:
     _check_integer("seed", seed, 0)
     points = np.asarray(rows, np.float64)
     if points.ndim != 2 or not points.size:
-        raise OptionError(f"rows must be [classes, dimension] and not empty, got shape {points.shape}")
+        raise OptionError(f"rows have shape {points.shape}; give [classes, dimension], not empty")
     _check_finite(points, "rows")
     centres = _seed_centres(points, groups, np.random.Generator(np.random.PCG64(seed)))
     assigned = np.full(len(points), -1)
@@ -286,7 +288,7 @@ def _seed_centres(points: Doubles, groups: int, generator: np.random.Generator) 
 
 def _check_integer(name: str, value: object, smallest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
-        raise OptionError(f"{name}={value!r} must be an integer of at least {smallest}")
+        raise OptionError(f"{name}={value!r}; give an integer of at least {smallest}")
 
 
 def _check_finite(values: Floats, name: str) -> None:
@@ -299,7 +301,7 @@ def _as_slices(values: ArrayLike, name: str) -> Floats:
     array = np.asarray(values)
     array = np.atleast_2d(array if array.dtype in (np.float32, np.float64) else array.astype(np.float64))
     if array.ndim != 2 or not array.size:
-        raise OptionError(f"{name} must be [slices, samples] or [samples], got shape {np.shape(values)}")
+        raise OptionError(f"{name} has shape {np.shape(values)}; give [slices, samples] or [samples]")
     _check_finite(array, name)
     return array
 

@@ -12,9 +12,11 @@ from torch.export import ExportedProgram
 from infoq_fx.errors import OptionError
 from infoq_fx.passes.annotate_bits import annotate_bits, read_bits
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.spec import Allocation
+from infoq_fx.spec import Allocation, Inventory
+from infoq_fx.summary import Summary, summarize_allocation
+from infoq_fx.table import SensitivityTable
 
-__all__ = ["Provenance", "QuantizedModule", "allocation_of", "provenance_of", "wrap_quantized"]
+__all__ = ["Provenance", "QuantizedModule", "allocation_of", "provenance_of", "summarize", "wrap_quantized"]
 
 _META_KEY = "infoq"
 
@@ -24,20 +26,25 @@ class Provenance:
     """What a quantized module remembers of its making; nothing of it is ever changed, so that copies share it.
 
     Two example samples by input name serve the export. ``batch_size`` is None unless the graph is fixed to one.
-    ``prepared`` is what it was converted from, in this process; a file does not hold it.
+    ``inventory`` is what it was prepared as, ``table`` the scores that the allocation was found with, where
+    :func:`infoq_fx.quantize` made it. ``prepared`` is what it was converted from, in this process; a file does not
+    hold it.
     """
 
     allocation: Allocation
     example_inputs: Mapping[str, Tensor]
     output_names: tuple[str, ...]
     batch_size: int | None = None
+    inventory: Inventory | None = None
+    table: SensitivityTable | None = field(default=None, repr=False)
     prepared: PreparedModel | None = field(default=None, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Provenance, (self.allocation, self.example_inputs, self.output_names, self.batch_size)
+        kept = (self.allocation, self.example_inputs, self.output_names, self.batch_size, self.inventory, self.table)
+        return Provenance, kept
 
 
 class QuantizedModule(fx.GraphModule):
@@ -47,6 +54,9 @@ class QuantizedModule(fx.GraphModule):
         # fx pickles a graph as its code and drops all meta.
         build, arguments = super().__reduce__()
         return _rebuild, (build, arguments, self.meta.get(_META_KEY))
+
+    def _repr_html_(self) -> str:
+        return summarize(self).html
 
 
 def wrap_quantized(graph_module: fx.GraphModule, provenance: Provenance) -> QuantizedModule:
@@ -75,6 +85,28 @@ def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
     if not bits:
         raise OptionError(f"{type(quantized).__name__} holds no quantized site; pass what quantize() returned")
     return Allocation(bits=bits)
+
+
+def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inventory | None = None) -> Summary:
+    """A table of an allocation: every layer's bits, score and share of the size, the cost, and the uniform bit-width.
+
+    Args:
+        source: a quantized module, or an allocation, which needs ``inventory``.
+        inventory: what the prepared model holds, ``table.inventory``.
+
+    Returns:
+        Text; a notebook shows it as a table. Without an inventory (a module read back from ``torch.export``) the
+        allocation alone.
+
+    Raises:
+        OptionError: the model holds no quantized site.
+    """
+    allocation = source if isinstance(source, Allocation) else allocation_of(source)
+    provenance = None if isinstance(source, Allocation) else provenance_of(source)
+    known = inventory or (None if provenance is None else provenance.inventory)
+    if known is None:
+        return Summary(str(allocation), allocation._repr_html_())
+    return summarize_allocation(allocation, known)
 
 
 def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from infoq_fx import numerics
 from infoq_fx.spec import BASELINE_BITS, QParams, QuantSite, QuantSpec
 
-__all__ = ["Observe", "Quantizer", "dequantize_op", "quantize_dequantize_op", "spec_of"]
+__all__ = ["Observe", "Quantizer", "decompose_in_inductor", "dequantize_op", "quantize_dequantize_op", "spec_of"]
 
 
 class Quantizer(nn.Module):
@@ -97,7 +99,10 @@ _LIBRARY.define(
 def _quantize_dequantize(x: Tensor, scale: float, zero_point: int, bits: int, site: str) -> Tensor:
     spec = QuantSpec(bits=bits, symmetric=False)
     as_tensors = x.new_tensor(scale), x.new_tensor(zero_point, dtype=torch.int32)
-    return numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    y = numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    # Traced graphs hold views that fit the strides promised below, and attention chooses its kernel by them.
+    promised = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == promised else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 @torch.library.impl(_LIBRARY, "dequantize", "CompositeExplicitAutograd")
@@ -109,13 +114,38 @@ def _dequantize(q: Tensor, scale: Tensor, axis: int, bits: int, site: str) -> Te
 
 @torch.library.register_fake("infoq_fx::quantize_dequantize", lib=_LIBRARY)
 def _quantize_dequantize_fake(x: Tensor, scale: float, zero_point: int, bits: int, site: str) -> Tensor:
+    _decompose_once_in_use()
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("infoq_fx::dequantize", lib=_LIBRARY)
 def _dequantize_fake(q: Tensor, scale: Tensor, axis: int, bits: int, site: str) -> Tensor:
+    _decompose_once_in_use()
     return torch.empty_like(q, dtype=scale.dtype)
 
 
 quantize_dequantize_op = torch.ops.infoq_fx.quantize_dequantize.default
 dequantize_op = torch.ops.infoq_fx.dequantize.default
+
+
+@functools.cache
+def decompose_in_inductor() -> None:
+    """Let Inductor fuse the ops into the loops around them; it takes them for opaque calls otherwise.
+
+    Importing Inductor takes seconds: this is done when something is compiled, the first time that an op is traced.
+    """
+    from torch._inductor import decomposition
+
+    decomposition.register_decomposition([quantize_dequantize_op])(_decompose_quantize_dequantize)
+    decomposition.register_decomposition([dequantize_op])(_dequantize)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made by the first compilation
+
+
+def _decompose_once_in_use() -> None:
+    if "torch._inductor" in sys.modules:
+        decompose_in_inductor()
+
+
+def _decompose_quantize_dequantize(x: Tensor, scale: float, zero_point: int, bits: int, site: str) -> Tensor:
+    q = torch.clamp(torch.round(x / scale) + zero_point, 0, (1 << bits) - 1)
+    return (q - zero_point) * scale

@@ -55,7 +55,9 @@ class Resources:
     def __post_init__(self) -> None:
         limit = self.memory_limit
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise OptionError(f"memory_limit={limit!r} is not a number of bytes; half a gigabyte is {1 << 29}")
+            raise OptionError(
+                f"memory_limit={limit!r} is not a number of bytes; give one, half a gigabyte is {1 << 29}"
+            )
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise OptionError(
                 f"executor is a {type(self.executor).__name__}; give a concurrent.futures.Executor, such as "
@@ -90,7 +92,7 @@ def measure_sensitivity(
     """
     found, given = find_criterion(criterion), resources or Resources()
     if found.needs_data and data is None:
-        raise CalibrationDataError(f"criterion {found.name!r} needs calibration data; without data use 'weight_mse'")
+        raise CalibrationDataError(f"criterion {found.name!r} needs calibration data; give some, or take 'weight_mse'")
     sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
     for site in sites:
         if site.kind not in found.kinds:

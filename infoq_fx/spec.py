@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from infoq_fx.errors import OptionError
+from infoq_fx.tabular import align_rows, html_table
 from infoq_fx.targets import find_container
+
+if TYPE_CHECKING:  # budgets and allocations are read and made without torch
+    import torch
 
 __all__ = [
     "BASELINE_BITS",
@@ -101,7 +103,7 @@ class QuantSite:
 class Operation:
     """The multiply-accumulates of one node for one sample and the sites of its two operands.
 
-    A ``None`` operand is not quantized and counts 32 bits.
+    ``left`` is the weight where there is one. A ``None`` operand is not quantized and counts 32 bits.
     """
 
     name: str
@@ -173,6 +175,7 @@ class Budget:
         activation_bytes: sum over searched activation sites of their bytes, one sample.
         container: count the weights of the first three limits as this container of :data:`infoq_fx.CONTAINERS`
             stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
+        costs: limits on costs of your own, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
     Raises:
         OptionError: no limit at all, one that is not a positive finite number, or an unknown container.
@@ -184,25 +187,29 @@ class Budget:
     bitops: float | None = None
     activation_bytes: float | None = None
     container: str | None = None
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
         if self.container is not None:
             find_container(self.container)
+        for name in self.costs:
+            if name in self.__dataclass_fields__:
+                raise OptionError(f"Budget(costs={{{name!r}: ...}}) is a limit of its own; give Budget({name}=...)")
         if not limits:
-            names = ", ".join(f.name for f in fields(self) if f.name != "container")
+            names = ", ".join(f.name for f in fields(self) if f.name not in ("container", "costs"))
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise OptionError(f"Budget({name}={value!r}) is not a number")
+                raise OptionError(f"Budget({name}={value!r}) is not a number; give one above 0")
             if not math.isfinite(value) or value <= 0:
-                raise OptionError(f"Budget({name}={value!r}) must be a positive finite number")
+                raise OptionError(f"Budget({name}={value!r}) is no limit; give a positive finite number")
 
     @property
     def limits(self) -> dict[str, float]:
         """The limits that were given, by name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "container"}
-        return {name: value for name, value in given.items() if value is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("container", "costs")}
+        return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
 
     def __str__(self) -> str:
         limits = ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
@@ -211,13 +218,18 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an allocation costs, in the units of :class:`Budget`."""
+    """What an allocation costs, in the units of :class:`Budget`; ``costs`` are those that the budget limited."""
 
     weight_bits: float
     compression: float
     size_bytes: int
     bitops: int
     activation_bytes: int
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __getitem__(self, name: str) -> float:
+        value: float = self.costs[name] if name in self.costs else getattr(self, name)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +256,36 @@ class Allocation:
     recovered_by: tuple[str, ...] = ()
     scores: Mapping[str, Score] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._describe(), self._rows(), self._notes())
+
+    def _describe(self) -> str:
+        found = "" if self.criterion is None else f" by {self.criterion!r}"
+        within = "" if self.budget is None else f" within {self.budget}"
+        return f"bit-widths{found}{within}"
+
+    def _rows(self) -> list[list[str]]:
+        # Sites without a score are fixed; where none has one, all are shown.
+        rows = [["site", "bits", "score", "± error"]]
+        for name in self.scores or self.bits:
+            score = self.scores.get(name)
+            found = ["-", "-"] if score is None else [f"{score.value:.3g}", f"{score.standard_error:.2g}"]
+            rows.append([name, str(self.bits[name]), *found])
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if fixed := len(self.bits) - len(self.scores) if self.scores else 0:
+            notes.append(f"and {fixed} sites at fixed bits")
+        if self.cost is not None:
+            notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
+        if self.score is not None:
+            notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
+        return notes
+
 
 def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
     """Candidate bit-widths as an ascending tuple without repeats.
@@ -256,5 +298,5 @@ def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
         raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
     for value in given:
         if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-            raise OptionError(f"{option} holds {value!r}; bit-widths are integers from {MIN_BITS} to {MAX_BITS}")
+            raise OptionError(f"{option} holds {value!r}; give integers from {MIN_BITS} to {MAX_BITS}")
     return tuple(sorted(set(given)))

@@ -13,6 +13,7 @@ from typing import Any
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.files import read_json, write_atomically
 from infoq_fx.spec import Inventory, Operation, QuantSite, Score
+from infoq_fx.tabular import align_rows, html_table
 
 __all__ = ["SensitivityTable"]
 
@@ -47,7 +48,9 @@ class SensitivityTable:
                 raise unknown_name_error("site", name, names)
             for bits, score in by_bits.items():
                 if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
-                    raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}")
+                    raise OptionError(
+                        f"the score of {name!r} at {bits} bits is not finite: {score}; mend the criterion"
+                    )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as readable JSON: the whole file or nothing.
@@ -58,16 +61,26 @@ class SensitivityTable:
         Raises:
             OptionError: the file cannot be written, or a setting is not a plain finite value.
         """
-        try:
-            text = json.dumps(_encode(self), indent=1, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise OptionError(
-                f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}"
-            ) from error
+        text = self.to_json()
         try:
             write_atomically(Path(path), text)
         except OSError as error:
-            raise OptionError(f"cannot write the sensitivity table {os.fspath(path)!r}: {error}") from error
+            raise OptionError(
+                f"cannot write the sensitivity table {os.fspath(path)!r}: {error}; give another path"
+            ) from error
+
+    def to_json(self) -> str:
+        """What :meth:`save` writes.
+
+        Raises:
+            OptionError: a setting is not a plain finite value.
+        """
+        try:
+            return json.dumps(_encode(self), indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"a sensitivity table with settings {dict(self.settings)} is not JSON: {error}; give plain values"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
@@ -85,24 +98,37 @@ class SensitivityTable:
             reason = str(error)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"damaged: {type(error).__name__}: {error}"
-        raise OptionError(f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}")
+        raise OptionError(
+            f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}; score again, or give another file"
+        )
 
     def __str__(self) -> str:
+        return "\n".join([self._describe(), *align_rows(self._rows())])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._describe(), self._rows())
+
+    def _describe(self) -> str:
+        scored = sum(bool(by_bits) for by_bits in self.scores.values())
+        return (
+            f"sensitivity by {self.criterion!r}: {scored} sites scored, {len(self.inventory.sites) - scored} at fixed "
+            "bits; score ± standard error, smaller is less sensitive"
+        )
+
+    def _rows(self) -> list[list[str]]:
         columns = sorted({bits for by_bits in self.scores.values() for bits in by_bits})
         rows = [["site", "elements", *(f"{bits} bits" for bits in columns)]]
         for site in self.inventory.sites:
             if by_bits := self.scores.get(site.name):
-                cells = [f"{by_bits[bits].value:.3g}" if bits in by_bits else "-" for bits in columns]
+                cells = [_describe_score(by_bits.get(bits)) for bits in columns]
                 rows.append([site.name, f"{site.numel:,}", *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [f"{row[0]:<{widths[0]}}  " + _align(row[1:], widths[1:]) for row in rows]
-        unscored = len(self.inventory.sites) - len(rows) + 1
-        title = f"sensitivity by {self.criterion!r}: {len(rows) - 1} sites scored, {unscored} at fixed bits"
-        return "\n".join([title, *lines])
+        return rows
 
 
-def _align(cells: list[str], widths: list[int]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+def _describe_score(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score.value:.3g}" + (f" ± {score.standard_error:.1g}" if score.standard_error else "")
 
 
 def _encode(table: SensitivityTable) -> dict[str, Any]:

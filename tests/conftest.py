@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +34,29 @@ def real_models() -> ModuleType:
     sys.modules["real_models"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def start_chromium():
+    """A headless Chromium: Playwright's own, or one that is installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason='no browser driver: pip install "infoq-fx[test]"')
+    with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+        path = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            pytest.skip("no Chromium here: playwright install --with-deps chromium")
+        # Its sandbox refuses to run as root.
+        flags = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with start_chromium() as browser:
+        yield browser
 
 
 class Block(nn.Module):

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from infoq_fx import allocation
-from infoq_fx.allocation import allocate, check_budget, summarize
-from infoq_fx.cost import measure_cost
+from infoq_fx import integer_program
+from infoq_fx.allocation import allocate, check_budget
+from infoq_fx.cost import COSTS, measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
-from infoq_fx.spec import Allocation, Budget, Cost, Inventory, Operation, QuantSite, Score
+from infoq_fx.spec import Budget, Cost, Inventory, Operation, QuantSite, Score
 from infoq_fx.table import SensitivityTable
 
 ALL_BITS = tuple(range(2, 9))
@@ -190,8 +190,8 @@ def only_cbc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rows_hold_without_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows that are too loose would still give the optimum, by cutting off one wrong allocation after another.
     runs = []
-    run = allocation._run_cbc
-    monkeypatch.setattr(allocation, "_run_cbc", lambda problem: runs.append(run(problem)) or runs[-1])
+    run = integer_program._run_cbc
+    monkeypatch.setattr(integer_program, "_run_cbc", lambda problem: runs.append(run(problem)) or runs[-1])
     for seed in range(8):
         rng = random.Random(seed)
         table = random_table(rng, weights=5, activations=4)
@@ -559,16 +559,16 @@ def test_a_solver_that_fails_is_reported(solver: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("only_cbc")
 def test_an_unproven_optimum_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infoq_fx.allocation._CBC_OPTIONS", ("seconds 0",))
+    monkeypatch.setattr("infoq_fx.integer_program._CBC_OPTIONS", ("seconds 0",))
     with pytest.raises(InfoqError, match="no proven optimum"):
         allocate(resnet50_sized_table(1), 3)
 
 
 @pytest.mark.usefixtures("only_cbc")
 def test_a_program_that_cbc_loses_is_solved_with_another_slack(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = allocation._run_cbc
+    run = integer_program._run_cbc
     answers = [pulp.LpSolutionInfeasible, pulp.LpSolutionNoSolutionFound]
-    monkeypatch.setattr(allocation, "_run_cbc", lambda problem: answers.pop() if answers else run(problem))
+    monkeypatch.setattr(integer_program, "_run_cbc", lambda problem: answers.pop() if answers else run(problem))
     lost = allocate(SMALL, 3)
     assert not answers
     monkeypatch.undo()
@@ -597,23 +597,97 @@ def test_the_result_repeats() -> None:
     assert allocate(table, 3.7) == allocate(table, 3.7)
 
 
-def test_summary_has_a_line_a_site() -> None:
-    header, *lines = summarize(allocate(SMALL, 3), SMALL.inventory).splitlines()
-    assert header.split() == ["layer", "kind", "elements", "bits", "score"]
-    assert lines[0].split() == ["conv", "weight", "100", "6", "0.00195"]
-    assert [line.split()[0] for line in lines[:3]] == ["conv", "fc", "relu"]
-    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes (stored: ")
-    stored = [measure_cost(SMALL.inventory, allocate(SMALL, 3).bits, name).size_bytes for name in ("int8", "packed")]
-    assert f"(stored: {stored[0]} in 'int8', {stored[1]} in 'packed')" in lines[3]
-    assert "uniform 3 bits" in lines[4]
-    assert "0.4062" in lines[4]
+def own_cost(rng: random.Random, kind: str):
+    """A latency that grows with the weights' bits; one that jumps; one of both operands' bits together."""
+    table = {
+        (name, i, j): rng.randrange(1, 40) / 10
+        for name in range(6)
+        for i in (None, *range(2, 9))
+        for j in (None, *range(2, 9))
+    }
+
+    def measure(operation: Operation, left_bits: int | None, right_bits: int | None) -> float:
+        number = int(operation.name.removeprefix("op"))
+        if kind == "growing":
+            return round(0.1 * (1 + number) * ((left_bits or 32) + 2 * (right_bits or 32)), 1)
+        if kind == "jumping":
+            return table[number, None, right_bits] + table[number, left_bits, None]
+        return table[number, left_bits, right_bits]
+
+    return measure
 
 
-def test_summary_of_bits_alone() -> None:
-    bits = {"conv": 4, "fc": 4, "relu": 8, "input": 8}
-    text = summarize(Allocation(bits=bits), SMALL.inventory)
-    assert text.splitlines()[1].split() == ["conv", "weight", "100", "4", "-"]
-    assert text.splitlines()[-1].startswith("4 bits a weight (8.00x compression)")
+@pytest.mark.parametrize("kind", ["growing", "jumping", "together"])
+@pytest.mark.parametrize("others", [(), ("weight_bits",), ("bitops", "activation_bytes")], ids=str)
+def test_a_cost_of_ones_own_equals_brute_force(kind: str, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    rng = random.Random(f"{kind} {others}")
+    infeasible = 0
+    for trial in range(14):
+        monkeypatch.setitem(COSTS, "latency_ms", own_cost(rng, kind))
+        table = random_table(rng, weights=3, activations=2, sign=trial % 4 == 0)
+        costs = {
+            tuple(b.items()): measure_cost(table.inventory, b, None, ["latency_ms"])
+            for b in every_allocation(table.inventory)
+        }
+        reached = sorted({cost["latency_ms"] for cost in costs.values()})
+        limit = rng.choice([reached[0], rng.choice(reached), math.nextafter(rng.choice(reached), 0)])
+        limits = random_budget(rng, table.inventory, others).limits if others else {}
+        budget = Budget(**limits, costs={"latency_ms": max(limit, 1e-3)})
+        fitting = [score_of(table, dict(bits)) for bits, cost in costs.items() if meets_all(cost, budget)]
+        if not fitting:
+            infeasible += 1
+            with pytest.raises(InfeasibleBudgetError, match="raise"):
+                allocate(table, budget)
+            continue
+        found = allocate(table, budget)
+        assert meets_all(measure_cost(table.inventory, found.bits, None, ["latency_ms"]), budget)
+        assert found.score == pytest.approx(min(fitting), rel=1e-9, abs=1e-12)
+        assert found.cost == measure_cost(table.inventory, found.bits, None, ["latency_ms"])
+    assert infeasible < 12
+
+
+def meets_all(cost: Cost, budget: Budget) -> bool:
+    upper = {name: limit for name, limit in budget.limits.items() if name != "compression"}
+    return cost.compression >= (budget.compression or 0) and all(cost[n] <= limit for n, limit in upper.items())
+
+
+def test_limits_that_are_met_one_by_one_but_not_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bits are slow here, and eight are large."""
+    monkeypatch.setitem(COSTS, "latency_ms", lambda _, left, right: {2: 3.0, 4: 2.5, 8: 1.0}[right])
+    table = make_table(
+        (weight("w", 100, (2, 4, 8)),), {"w": {2: 1.0, 4: 0.5, 8: 0.1}}, (Operation("op", 10, None, "w"),)
+    )
+    assert allocate(table, Budget(costs={"latency_ms": 2.5})).bits == {"w": 8}
+    assert allocate(table, Budget(weight_bits=4, costs={"latency_ms": 2.5})).bits == {"w": 4}
+    with pytest.raises(InfeasibleBudgetError, match="at once"):
+        allocate(table, Budget(weight_bits=4, costs={"latency_ms": 2.0}))
+    with pytest.raises(InfeasibleBudgetError, match=r"latency_ms=0.5 is below the smallest reachable 1 "):
+        allocate(table, Budget(costs={"latency_ms": 0.5}))
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "fast", None, True])
+def test_a_cost_is_a_number(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, "latency_ms", lambda *_: value)
+    table = make_table((weight("w", 100),), {"w": {b: 1.0 / b for b in ALL_BITS}}, (Operation("op", 10, None, "w"),))
+    with pytest.raises(OptionError, match=r"cost 'latency_ms' is .* for 'op' at None and 2 bits; return a finite"):
+        allocate(table, Budget(costs={"latency_ms": 1.0}))
+
+
+def test_an_unknown_cost_says_how_to_make_it_known() -> None:
+    table = make_table((weight("w", 100),), {"w": {b: 1.0 / b for b in ALL_BITS}}, (Operation("op", 10, None, "w"),))
+    with pytest.raises(OptionError, match=r"infoq_fx.COSTS\['energy'\]"):
+        allocate(table, Budget(costs={"energy": 1.0}))
+    with pytest.raises(OptionError, match="give Budget\\(bitops="):
+        Budget(costs={"bitops": 1.0})
+
+
+def test_decimals_are_taken_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times 0.1 is 0.3, which floats deny."""
+    monkeypatch.setitem(COSTS, "latency_ms", lambda *_: 0.1)
+    sites = tuple(weight(f"w{i}", 10) for i in range(3))
+    operations = tuple(Operation(f"op{i}", 10, None, f"w{i}") for i in range(3))
+    table = make_table(sites, {s.name: {b: 1.0 / b for b in ALL_BITS} for s in sites}, operations)
+    assert allocate(table, Budget(costs={"latency_ms": 0.3})).cost.costs == {"latency_ms": 0.3}
 
 
 def test_a_container_counts_what_it_stores() -> None:

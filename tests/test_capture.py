@@ -5,7 +5,7 @@ import torch
 from conftest import ResidualNet, randomise_norms
 from torch import fx, nn
 
-from infoq_fx.capture import capture
+from infoq_fx.capture import capture, export_quietly
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 
 ATEN = torch.ops.aten
@@ -183,3 +183,16 @@ def test_a_program_exported_for_training_is_refused(images):
 def test_a_fixed_batch_is_reported(residual_net, images):
     program = torch.export.export(residual_net, (images[0][:4],))
     assert capture(program, (images[0][:4],)).batch_size == 4
+
+
+def test_a_batch_size_that_the_code_fixes_is_found():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x.reshape(20, 6)).reshape(4, 5, 3)
+
+    program = export_quietly(Fixed(), (torch.randn(4, 5, 6),))
+    assert capture(program, (torch.randn(4, 5, 6),)).batch_size == 4

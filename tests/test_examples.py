@@ -26,7 +26,20 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+# What takes longest, though seconds each; the default run keeps one of each kind.
+SLOW = {
+    "image_folder.py",
+    "transformer.py",
+    "weights_and_activations.py",
+    "your_own_criterion.py",
+    "choose_a_budget.py",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name in SLOW else [], id=path.name) for path in EXAMPLES],
+)
 def test_the_example_runs(path, tmp_path):
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False

@@ -9,11 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "infoq_fx"
 
 # Files of one line share a floor and do not import each other.
 FLOORS = [
-    ["errors", "version"],
+    ["errors", "version", "tabular"],
     ["targets"],
     ["spec", "files", "jit"],
-    ["machine", "kernels", "pointwise", "histogram", "cost", "table", "data", "encoders"],
-    ["mutual_info", "numerics", "relaxation"],
+    ["machine", "kernels", "pointwise", "histogram", "cost", "table", "allocation_file", "data", "encoders"],
+    ["mutual_info", "numerics", "relaxation", "summary"],
+    ["integer_program"],
     ["allocation"],
     ["quantizers"],
     ["prepared", "capture"],
@@ -22,15 +23,17 @@ FLOORS = [
     ["runs", "quantized", "trainable"],
     ["criteria", "retraining", "training_data"],
     ["cache", "workers", "training_loop"],
-    ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "verification"],
+    ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "quantized_files", "verification"],
     ["api", "model_files"],
-    ["demo", "auditing"],
-    ["cli", "__init__"],
+    ["demo", "auditing", "compile_flows", "pt2e"],
+    ["report"],
+    ["cli", "names"],
+    ["__init__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ONLY_IN = {
     "numba": {"jit"},
-    "pulp": {"allocation"},
+    "pulp": {"integer_program"},
     "onnx": {"onnx_export"},
     "onnx_ir": {"onnx_export"},
     "onnxscript": {"onnx_export"},
@@ -40,6 +43,9 @@ ONLY_IN = {
     "tqdm": {"sensitivity", "auditing", "recovery", "finetuning"},
     "psutil": {"machine"},
     "sklearn": {"demo"},
+    "matplotlib": {"report"},
+    "vl_convert": {"report"},
+    "torchao": {"pt2e"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

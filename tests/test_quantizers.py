@@ -1,12 +1,14 @@
 import copy
+import itertools
 import pickle
 import shutil
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import infoq_fx
-from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op
+from infoq_fx.quantizers import _decompose_quantize_dequantize, dequantize_op, quantize_dequantize_op
 from infoq_fx.spec import Allocation
 
 
@@ -92,9 +94,28 @@ def test_torch_compile_takes_it_whole(quantized_and_images):
 def test_inductor_compiles_it_whole(quantized_and_images):
     quantized, images = quantized_and_images
     compiled = torch.compile(quantized, fullgraph=True)
-    torch.testing.assert_close(compiled(images), quantized(images), rtol=0, atol=0.05)
+    found, code = run_and_get_code(compiled, images)
+    torch.testing.assert_close(found, quantized(images), rtol=0, atol=0.05)
+    assert code
+    assert not any("infoq_fx" in text for text in code)  # no opaque call is left
+
+
+def test_what_inductor_fuses_is_what_the_op_computes():
+    x = torch.cat([torch.randn(4000) * 3, torch.arange(-40, 40) * 0.05, torch.tensor([-0.0, 1e9, -1e9])])
+    for scale, zero_point, bits in ((0.1, 7, 4), (0.05, 128, 8), (0.34375, 0, 2)):
+        expected = quantize_dequantize_op(x, scale, zero_point, bits, "site")
+        assert torch.equal(_decompose_quantize_dequantize(x, scale, zero_point, bits, "site"), expected)
 
 
 def test_no_allocation_in_a_float_model():
     with pytest.raises(infoq_fx.OptionError, match="holds no quantized site"):
         infoq_fx.allocation_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_the_op_keeps_the_strides_that_its_fake_promises(order):
+    """Views behind it were traced with those: a transformer's query is a transposed view, for one."""
+    x = torch.randn(2, 3, 4, 5).permute(order)
+    y = torch.ops.infoq_fx.quantize_dequantize(x, 0.5, 100, 8, "x")
+    assert y.stride() == torch.empty_like(x, device="meta").stride()
+    torch.testing.assert_close(y, torch.ops.infoq_fx.quantize_dequantize(x.contiguous(), 0.5, 100, 8, "x"))

@@ -65,6 +65,7 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "limpq": LIMPQ,
     "alps": ALPS,
 }
+"""The criteria by name, each with its default options."""
 
 
 def find_criterion(criterion: AnyCriterion) -> Criterion:

@@ -25,8 +25,8 @@ class FunctionCriterion:
     """Scores by a function of the prepared model, the data, a site and a bit-width.
 
     :func:`infoq_fx.runs.compute_logits` gives the outputs with one site at other bits, and
-    :func:`infoq_fx.interpreter.read_weight` a site's weight. The function is called once a (site, bit-width), 8 bits
-    included, from one thread; for an ``executor`` it must be picklable.
+    :func:`infoq_fx.interpreter.read_weights` the sites' weights. The function is called once a (site, bit-width), 8
+    bits included, from one thread; for an ``executor`` it must be picklable.
 
     Cost: what the function costs.
 
@@ -95,7 +95,7 @@ class FunctionMeasure:
                 if not math.isfinite(value):
                     raise OptionError(
                         f"criterion {self.name!r} returned {returned!r} for {site.name!r} at {bits} bits; "
-                        "it must return a finite number"
+                        "return a finite number"
                     )
                 measured.append(Measurement(site.name, bits, {"value": value}))
                 work.advance(1.0)

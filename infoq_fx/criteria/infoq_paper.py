@@ -38,7 +38,7 @@ def _key(observer: Observer) -> str:
 class InfoQPaper:
     """The paper's criterion: normalised change of sliced mutual information at downstream observers.
 
-    S(i, b) = 1/b * (sum of |change of SMI| over downstream observers) / (sum of their baseline SMI), Eqs. 3 and 4:
+    ``S(i, b) = 1/b * (sum of |change of SMI| over downstream observers) / (sum of their baseline SMI)``, Eqs. 3 and 4:
     SMI(X_E; L_j) by KSG at input observers, SMI(L_j; Y) by Ross at task observers, over the same random unit
     projections for the baseline and every perturbed run. Feature maps are averaged over space (tokens over the
     sequence) before they are projected. The score has no unit (nats over nats, divided by bits).
@@ -112,7 +112,8 @@ class InfoQPaper:
         if data is None or data.samples <= self.neighbours + 1:
             found = "none" if data is None else f"{data.samples} samples"
             raise CalibrationDataError(
-                f"criterion {self.name!r} needs more than {self.neighbours + 1} samples, found {found}"
+                f"criterion {self.name!r} needs more than {self.neighbours + 1} samples, found {found}; "
+                "give more, or lower neighbours"
             )
         observers = self._resolve(prepared)
         if not reads_output:

@@ -91,7 +91,9 @@ class InformationMeasure:
     ) -> list[Measurement]:
         """Per observer: baseline SMI, its absolute change and the change's standard error, in nats."""
         if data is None:
-            raise CalibrationDataError("InfoQ needs calibration data, found none")
+            raise CalibrationDataError(
+                "InfoQ needs calibration data, found none; give some, or take criterion='weight_mse'"
+            )
         with thread_map(work.threads, work.stop) as spread:
             records = self._run(prepared, data, sites, work, spread)
             wanted = [(site.name, bits) for site in sites for bits in site.bits]

@@ -126,7 +126,9 @@ class OutputMeasure:
     ) -> list[Measurement]:
         """All that :meth:`Outputs.summarize` gives, of every (site, bit-width)."""
         if data is None:
-            raise CalibrationDataError("comparing outputs needs calibration data, found none")
+            raise CalibrationDataError(
+                "comparing outputs needs calibration data, found none; give some, or take criterion='weight_mse'"
+            )
         output = first_output(prepared)
         wanted = [(site.name, bits) for site in sites for bits in site.bits]
         records = {run: OutputRecord(self.outputs) for run in wanted}
@@ -192,7 +194,7 @@ def measure_outputs(
         CalibrationDataError: no data, or labels that are no classes of the model; ``criterion`` is who asks.
     """
     if data is None:
-        raise CalibrationDataError(f"criterion {criterion!r} needs calibration data")
+        raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
     logits = compute_logits(prepared, data, batch_size=batch_size, work=work)
     return OutputMeasure(read_outputs(prepared, data, logits, batch_size=batch_size, work=work), batch_size)
 

@@ -84,7 +84,7 @@ def spread_samples(
         CalibrationDataError: no data.
     """
     if data is None:
-        raise CalibrationDataError(f"criterion {criterion!r} needs calibration data")
+        raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
     fixed = prepared.batch_size or 1
     count = max(fixed, min(samples, data.samples) // fixed * fixed)
     rows = torch.arange(count) * data.samples // count

@@ -29,11 +29,11 @@ def export_onnx(
 ) -> Path:
     """Write a quantized module as ONNX with a dynamic batch, its weights as integers and its biases as int32.
 
-    | container | weights | opset, IR |
-    |---|---|---|
-    | ``"int8"`` | int8 with values within the bit-width; 8 bits may be uint8 around zero point 128 | 18, 8 |
-    | ``"packed"`` | int4 for up to 4 bits, else as above | 21, 10 |
-    | ``"int2"`` | int2, int4, else as above; stock runtimes compute it wrongly: there is a warning | 25, 13 |
+    Containers, with opset and IR version:
+
+    - ``"int8"`` (18, 8): int8 with values within the bit-width; 8 bits may be uint8 around zero point 128.
+    - ``"packed"`` (21, 10): int4 for up to 4 bits, else as above.
+    - ``"int2"`` (25, 13): int2, int4, else as above; stock runtimes compute it wrongly: there is a warning.
 
     An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. Initializers and
     layers are named by module paths; the allocation stands as JSON in the metadata under ``METADATA_KEY``, beside

@@ -49,9 +49,11 @@ def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> i
             )
         except Exception as error:
             reason = " ".join(str(error).split())[-400:]
-            raise ExportError(f"torch.onnx.export cannot translate the quantized graph: {reason}") from error
+            raise ExportError(
+                f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part"
+            ) from error
     if exported is None:
-        raise ExportError("torch.onnx.export returned no model")
+        raise ExportError("torch.onnx.export returned no model; install a release of torch from 2.13 on")
     return exported.model
 
 

@@ -62,7 +62,7 @@ def check_file(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
     try:
         onnx.checker.check_model(str(draft), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph fails the ONNX checker: {error}") from error
+        raise ExportError(f"the exported graph fails the ONNX checker: {error}; report it") from error
     _check_run(draft, quantized, provenance)
 
 
@@ -76,17 +76,23 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
         found = session.run(list(provenance.output_names), feeds)
     except Exception as error:
-        raise ExportError(f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}") from error
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer one"
+        ) from error
     with torch.no_grad():
         outputs = quantized(*provenance.example_inputs.values())
     expected = [x.cpu().numpy() for x in _flat_tensors(outputs)]
     for name, ours, theirs in zip(provenance.output_names, expected, found, strict=True):
         if ours.shape != theirs.shape:
-            raise ExportError(f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}")
+            raise ExportError(
+                f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}; report it"
+            )
         # Sums in another order flip single steps, which grow on their way; a wrong graph is off by its whole size.
         distance = float(np.linalg.norm(ours - theirs))
         if not distance <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
-            raise ExportError(f"onnxruntime disagrees with the module at output {name!r} by {distance:g} (L2)")
+            raise ExportError(
+                f"onnxruntime disagrees with the module at output {name!r} by {distance:g} (L2); report it"
+            )
 
 
 def _flat_tensors(value: Any) -> list[Tensor]:

@@ -38,7 +38,9 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[GraphPass]) -> fx.
             raise
         except Exception as error:
             before = ", ".join(done) or "none"
-            raise UnsupportedModelError(f"pass {name} failed (passes done: {before}): {error}") from error
+            raise UnsupportedModelError(
+                f"pass {name} failed (passes done: {before}): {error}; leave that layer in float with ignore=[...]"
+            ) from error
         done.append(name)
     graph_module.delete_all_unused_submodules()
     return graph_module

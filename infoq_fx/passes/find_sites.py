@@ -78,12 +78,16 @@ def find_sites(
     shapes = _record_shapes(graph_module, example_inputs)
     all_layers = _find_layers(graph_module)
     if not all_layers:
-        raise UnsupportedModelError("no layer to quantize: the model has no convolution, linear layer or matmul")
+        raise UnsupportedModelError(
+            "no layer to quantize: the model has no convolution, linear layer or matmul; give one that has"
+        )
     known = _known_paths(all_layers)
     _check_patterns("ignore", ignore, known)
     layers = [layer for layer in all_layers if not any(_matches(layer, pattern) for pattern in ignore)]
     if not any(operand[2] == "weight" for layer in layers for operand in layer.operands):
-        raise UnsupportedModelError("no layer to quantize is left: every layer with weights is ignored")
+        raise UnsupportedModelError(
+            "no layer to quantize is left: every layer with weights is ignored; take some out of ignore"
+        )
     placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
     placements = _apply_pins(placements, layers, pin or {}, known)
     if activation_bits is not None:

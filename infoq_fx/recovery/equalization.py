@@ -67,7 +67,7 @@ class RangeEqualization:
 
     Between the layers of a pair lie only ReLU, leaky ReLU, PReLU, pooling, means over space and quantizers, and nothing
     else reads the values: a clamp such as ReLU6 or a residual addition lets no factors through. A pair is taken only if
-    E |W x - W^ x^|^2, the squared error of the second layer's output with its weight and input quantized at their
+    ``E |W x - W^ x^|^2``, the squared error of the second layer's output with its weight and input quantized at their
     bit-widths, falls by more than 1 % on the float model's x. Pairs follow each other in graph order.
 
     The result has another float model behind it, which later steps build on: this one comes first. Qparams of the

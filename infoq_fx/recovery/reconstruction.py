@@ -38,7 +38,7 @@ class BlockReconstruction:
 
     A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
     attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
-    and learns the float model's output by
+    and learns the float model's output by::
 
         mean (z - z_float)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
 
@@ -85,7 +85,7 @@ class BlockReconstruction:
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
-            raise OptionError(f"{self}: epochs, samples, batch_size, learning_rate and strength must be above 0")
+            raise OptionError(f"{self}: give epochs, samples, batch_size, learning_rate and strength above 0")
         if not 0 <= self.drop < 1:
             raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
 

@@ -45,7 +45,7 @@ class SecondOrderRounding:
     r"""Rounds the weights of a row together, so that their errors cancel in the layer's output.
 
     With x the input of a layer in the float model and x^ the one that arrives behind the layers already quantized, the
-    integers q, the scale s of each output channel and the bias c are sought that make
+    integers q, the scale s of each output channel and the bias c are sought that make::
 
         E | W x + b - s q x^ - c |^2
 

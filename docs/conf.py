@@ -1,0 +1,17 @@
+"""How the reference is built: ``python -m sphinx -W -b html docs build/docs``; everything comes from the docstrings."""
+
+from infoq_fx.version import __version__
+
+project = "infoq_fx"
+author = "the infoq_fx maintainers"
+release = __version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["images"]
+html_theme = "alabaster"
+html_theme_options = {"description": "Bit-widths by information flow", "page_width": "1100px"}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False

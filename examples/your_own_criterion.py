@@ -1,0 +1,60 @@
+"""A criterion of your own, measured against those that are here.
+
+Run it:  python examples/your_own_criterion.py
+
+A criterion says how sensitive a site is to a bit-width. It is a function (prepared, data, site, bits) -> score; smaller
+is less sensitive. The integer program takes the sum over the sites, and only how scores compare matters.
+"""
+
+import infoq_fx
+from infoq_fx.demo import digits, train_digits_net
+from infoq_fx.interpreter import read_weights
+from infoq_fx.runs import compute_logits
+
+(images, labels), (test_images, test_labels) = digits()
+model = train_digits_net(images, labels, epochs=4)
+data = images[:256], labels[:256]
+
+
+# 1. From a run of the model: how far the margin of the winning class shrinks with this one site at these bits.
+def margins(prepared, data, bits):
+    best = compute_logits(prepared, data, bits).topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+baseline = []
+
+
+def shrunken_margin(prepared, data, site, bits):
+    """The mean loss of margin, in logits, against the model at 8 bits."""
+    if not baseline:
+        baseline.append(margins(prepared, data, {}))
+    return float((baseline[0] - margins(prepared, data, {site.name: bits})).clamp(min=0).mean())
+
+
+# 2. From the weights alone: such a criterion needs no data, which the object around the function says. A version names
+#    all that decides its values, and scores can then be kept in a cache_dir.
+def outliers(prepared, data, site, bits):
+    """The largest weight in units of their spread, over the number of levels: what one step is worth."""
+    _, _, weight = next(read_weights(prepared, [site]))
+    return float(weight.abs().max() / weight.std()) / 2**bits
+
+
+from_weights = infoq_fx.FunctionCriterion(outliers, version="1", needs_data=False, kinds=("weight",))
+
+# 3. A criterion is passed where a name would be, and its table is one as any other.
+prepared = infoq_fx.prepare(model, data, bits=(2, 3, 4, 8))
+table = infoq_fx.score(prepared, data, criterion=shrunken_margin, progress=False)
+print(infoq_fx.summarize(infoq_fx.allocate(table, 3.0), table.inventory))
+
+# 4. Whether it is any good: on samples that no criterion saw, behind the same integer program.
+compared = infoq_fx.audit(
+    model,
+    data,
+    ["infoq", shrunken_margin, from_weights],
+    budgets=[3.0],
+    evaluation_data=(test_images, test_labels),
+    bits=(2, 3, 4, 8),
+    progress=False,
+)
+print(compared)

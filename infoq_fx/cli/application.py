@@ -1,0 +1,210 @@
+"""The command line's frame: what every command shares, from its errors and exit codes to what it leaves behind."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from infoq_fx.cli.configuration import write_configuration
+from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
+from infoq_fx.version import __version__
+
+__all__ = ["ExitCode", "Result", "app", "check_output", "command", "main", "say"]
+
+_ORDER = ["demo", "score", "allocate", "quantize", "export", "verify", "audit", "report"]
+_JSON, _DEBUG = "infoq_fx.json", "infoq_fx.debug"
+
+
+class ExitCode(enum.IntEnum):
+    """What the program's exit code says."""
+
+    DONE = 0
+    INPUT = 1
+    USAGE = 2
+    UNSOUND = 3
+    INFEASIBLE = 4
+    FAULT = 5
+    INTERRUPTED = 130
+
+
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 an input cannot be used; 2 the command line cannot be read; 3 a file is unsound (verify, "
+    "quantize, export); 4 no allocation fits the budget; 5 a fault of this program; 130 interrupted."
+)
+_EPILOG = (
+    "First: infoq-fx quantize torchvision.models:resnet18 images/ --weights resnet18.pth --budget 4 -o model.onnx. "
+    "Or in stages: score on a server, allocate on a laptop. Options may come from a TOML file (--config); every "
+    f"result has the one that made it beside it, as model.onnx.toml. {_EXIT_CODES}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command hands over: text for people, a document for machines, and the file that it wrote.
+
+    The document holds plain values; ``exit_code`` is not 0 where a finished command has bad news.
+    """
+
+    text: str
+    document: Mapping[str, Any]
+    output: Path | None = None
+    exit_code: int = ExitCode.DONE
+
+
+class _Commands(TyperGroup):
+    """All commands, with one place that turns errors into a paragraph and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of the work."""
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Note how errors are to be shown before anything can fail."""
+        ctx.meta[_JSON], ctx.meta[_DEBUG] = "--json" in args, "--debug" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            kept = str(interrupt).replace("the same call with cache_dir=", "the same command with --cache-dir ")
+            _fail(ctx, interrupt, ExitCode.INTERRUPTED, f"interrupted: {kept}" if kept else "interrupted")
+        except InfeasibleBudgetError as error:
+            _fail(ctx, error, ExitCode.INFEASIBLE, f"error: {_in_options(error)}")
+        except InfoqError as error:
+            _fail(ctx, error, ExitCode.INPUT, f"error: {_in_options(error)}")
+        except OSError as error:
+            _fail(ctx, error, ExitCode.INPUT, f"error: {error}; check the path, its permissions and the space left")
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith(("click", "typer")):
+                raise
+            reason = " ".join(str(error).split())[:500] or "no message"
+            advice = "run it again with --debug for the traceback, and report that"
+            _fail(ctx, error, ExitCode.FAULT, f"error: a fault of infoq-fx, {type(error).__name__}: {reason}; {advice}")
+
+
+app = typer.Typer(
+    name="infoq-fx",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+    help="Find the bit-width of every layer under a budget and write a QDQ ONNX file that is known to run.",
+)
+
+
+def command(function: Callable[..., Result]) -> Callable[..., None]:
+    """Register a command of :data:`app`: its name is the function's, its help the docstring.
+
+    The result is printed as text or, with ``--json``, as the one document on standard output; the effective
+    configuration is written beside the file.
+    """
+
+    @functools.wraps(function)
+    def run(ctx: typer.Context, **options: Any) -> None:
+        with _messages(options["debug"]):
+            result = function(ctx, **options)
+        document = {"command": ctx.info_name, "version": __version__, **result.document}
+        if result.output is not None:
+            kept = write_configuration(ctx, result.output)
+            document |= {"output": str(result.output), "configuration": str(kept)}
+        typer.echo(json.dumps(document, indent=1, default=float) if options["json_output"] else result.text)
+        if result.exit_code:
+            raise typer.Exit(int(result.exit_code))
+
+    app.command()(run)
+    return run
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    pass
+
+
+def say(message: str, *, progress: bool) -> None:
+    """A line about what comes next, on standard error, where the bars are."""
+    if progress:
+        typer.echo(message, err=True)
+
+
+def check_output(path: Path) -> Path:
+    """The path of a result, known to be writable before the work begins.
+
+    Raises:
+        OptionError: it is a folder, or lies in one that is not there.
+    """
+    if path.is_dir():
+        raise OptionError(f"--output {str(path)!r} is a folder; give the path of a file in it")
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"--output {str(path)!r} lies in a folder that is not there; make {str(path.parent)!r} first")
+    return path
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def _messages(debug: bool) -> Iterator[None]:
+    """Warnings as single lines on standard error, and with ``--debug`` all that the library logs."""
+    handler = logging.StreamHandler(sys.stderr)
+    logger, level = logging.getLogger("infoq_fx"), logging.getLogger("infoq_fx").level
+    with warnings.catch_warnings():
+        if debug:
+            logger.addHandler(handler)
+            logger.setLevel(logging.DEBUG)
+        else:
+            warnings.showwarning = _show_warning
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
+    """Say what went wrong, for people and, where they asked, for machines, and leave with the code."""
+    if ctx.meta[_DEBUG]:
+        typer.echo("".join(traceback.format_exception(error)), err=True)
+    typer.echo(message, err=True)
+    if ctx.meta[_JSON]:
+        said = {"kind": type(error).__name__, "message": str(error), "exit_code": int(code)}
+        typer.echo(json.dumps({"version": __version__, "error": said}, indent=1))
+    raise typer.Exit(int(code)) from None
+
+
+def _in_options(error: BaseException) -> str:
+    """The library's message on one line."""
+    return " ".join(str(error).split())

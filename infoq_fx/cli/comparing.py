@@ -1,0 +1,179 @@
+"""``infoq-fx audit`` and ``infoq-fx report``: which criterion to take, and what a result looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infoq_fx.cli.application import Result, check_output, command
+from infoq_fx.cli.inputs import DEFAULT_ACTIVATION_BITS, DEFAULT_BITS, make_workers, read_samples, require_bits
+from infoq_fx.cli.options import (
+    ActivationBits,
+    Alpha,
+    Bits,
+    CacheDir,
+    Config,
+    Data,
+    Debug,
+    Device,
+    Ignore,
+    ImageSize,
+    Json,
+    Labels,
+    Mean,
+    MemoryLimit,
+    Model,
+    Pin,
+    Progress,
+    Resize,
+    Samples,
+    Std,
+    Weights,
+    Workers,
+    read_bits,
+    read_numbers,
+    read_pins,
+)
+from infoq_fx.files import write_atomically
+
+if TYPE_CHECKING:
+    from infoq_fx.auditing import Audit
+
+
+@command
+def audit(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The comparison to write, JSON.")] = None,
+    criteria: Annotated[
+        str, typer.Option(help="Names with commas between.", rich_help_panel="Search")
+    ] = "infoq,hawq_v2,mpqco,eagl,weight_mse",
+    budgets: Annotated[
+        str, typer.Option(help="Mean weight bit-widths, with commas between.", rich_help_panel="Search")
+    ] = "5,4,3",
+    evaluation_data: Annotated[
+        Path | None,
+        typer.Option(help="What accuracy is measured on; else every second sample of DATA.", rich_help_panel="Data"),
+    ] = None,
+    correlate: Annotated[
+        bool, typer.Option(help="Measure every layer's accuracy drop and correlate with it.", rich_help_panel="Search")
+    ] = True,
+    recovery: Annotated[
+        str, typer.Option(help="What accuracy is measured behind; quantize has fast.", rich_help_panel="Search")
+    ] = "none",
+    weights: Weights = None,
+    samples: Samples = 1024,
+    image_size: ImageSize = 224,
+    resize: Resize = None,
+    mean: Mean = "0.485,0.456,0.406",
+    std: Std = "0.229,0.224,0.225",
+    labels: Labels = True,
+    bits: Bits = DEFAULT_BITS,
+    activation_bits: ActivationBits = DEFAULT_ACTIVATION_BITS,
+    ignore: Ignore = None,
+    pin: Pin = None,
+    device: Device = "cpu",
+    cache_dir: CacheDir = None,
+    memory_limit: MemoryLimit = None,
+    workers: Workers = 0,
+    config: Config = None,
+    progress: Progress = True,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Compare criteria on a model, by what their allocations reach on samples that they did not see."""
+    import infoq_fx.auditing
+    from infoq_fx.model_files import load_model
+
+    if output is not None:
+        check_output(output)
+    limits = read_numbers(budgets, "--budgets")
+    read = read_samples(ctx.params)
+    with make_workers(workers) as executor:
+        found = infoq_fx.auditing.audit(
+            load_model(model, weights=weights),
+            read,
+            criteria.split(","),
+            budgets=limits,
+            evaluation_data=None if evaluation_data is None else read_samples(ctx.params, evaluation_data),
+            correlate=correlate,
+            bits=require_bits(bits or DEFAULT_BITS),
+            activation_bits=read_bits(activation_bits or DEFAULT_ACTIVATION_BITS, "--activation-bits"),
+            ignore=ignore or (),
+            pin=read_pins(pin),
+            recovery=recovery.split(",") if "," in recovery else recovery,
+            device=device,
+            executor=executor,
+            cache_dir=cache_dir,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+    document = _describe_audit(found)
+    text = str(found)
+    if output is not None:
+        write_atomically(output, json.dumps(document, indent=1) + "\n")
+        text += f"\nwrote {output}"
+    return Result(text=text, document=document, output=output)
+
+
+@command
+def report(
+    ctx: typer.Context,
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="The table of scores that score or quantize wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, HTML.")],
+    allocation: Annotated[
+        Path | None, typer.Option(help="What infoq-fx allocate wrote, to show beside the curve.")
+    ] = None,
+    alpha: Alpha = 1.0,
+    pin: Pin = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Bit-widths by information flow",
+    config: Config = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Write one HTML page about a table of scores: layers, bit-widths, and the curve over budgets with a slider."""
+    from infoq_fx.allocation_file import load_allocation
+    from infoq_fx.report import write_report
+    from infoq_fx.table import SensitivityTable
+
+    write_report(
+        SensitivityTable.load(scores),
+        check_output(output),
+        allocation=None if allocation is None else load_allocation(allocation),
+        alpha=alpha,
+        pin=read_pins(pin),
+        title=title,
+    )
+    size = output.stat().st_size
+    return Result(text=f"wrote {output} ({size:,} bytes)", document={"file_bytes": size}, output=output)
+
+
+def _describe_audit(found: Audit) -> dict[str, Any]:
+    """The comparison in plain values."""
+    rows = []
+    for row in found.rows:
+        top1 = {budget: row.top1(budget) for budget in found.budgets}
+        rows.append(
+            {
+                "name": row.name,
+                "top1": {b: None if s is None else s.value for b, s in top1.items()},
+                "standard_error": {b: None if s is None else s.standard_error for b, s in top1.items()},
+                "correlation": row.correlation,
+                "correlation_error": row.correlation_error,
+                "rank_correlation": row.rank_correlation,
+                "cpu_seconds": row.cpu_seconds,
+                "images": row.images,
+                "bits": {budget: dict(allocation.bits) for budget, allocation in row.allocations.items()},
+            }
+        )
+    return {
+        "float_top1": found.float_top1,
+        "evaluation_samples": found.evaluation_samples,
+        "recommended": found.recommended.name,
+        "indistinguishable": found.indistinguishable(),
+        "rows": rows,
+    }

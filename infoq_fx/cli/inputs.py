@@ -1,0 +1,113 @@
+"""What the commands read before they work: models, samples, prepared models."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infoq_fx.cli.application import say
+from infoq_fx.cli.options import read_bits, read_numbers, read_pins
+from infoq_fx.errors import OptionError
+from infoq_fx.spec import Budget, Inventory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from infoq_fx.prepared import PreparedModel
+
+__all__ = [
+    "DEFAULT_ACTIVATION_BITS",
+    "DEFAULT_BITS",
+    "check_same_sites",
+    "make_workers",
+    "prepare_model",
+    "read_samples",
+]
+
+DEFAULT_BITS, DEFAULT_ACTIVATION_BITS = "2,3,4,5,6,7,8", "8"
+
+
+def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[Tensor, Tensor | None]:
+    """The samples of a command's DATA, or of another path, as its options say."""
+    from infoq_fx.model_files import load_samples
+
+    return load_samples(
+        path or options["data"],
+        limit=options["samples"],
+        image_size=options["image_size"],
+        resize=options["resize"],
+        mean=read_numbers(options["mean"], "--mean"),
+        std=read_numbers(options["std"], "--std"),
+        labels=options["labels"],
+    )
+
+
+def prepare_model(
+    options: dict[str, Any], samples: tuple[Tensor, Tensor | None], budget: Budget | None = None
+) -> PreparedModel:
+    """The prepared model of a command's MODEL; candidate bit-widths that were not given are the defaults."""
+    from infoq_fx.api import prepare
+    from infoq_fx.model_files import load_model
+
+    options["bits"] = options["bits"] or DEFAULT_BITS
+    options["activation_bits"] = options["activation_bits"] or DEFAULT_ACTIVATION_BITS
+    say("loading and calibrating the model", progress=options["progress"])
+    return prepare(
+        load_model(options["model"], weights=options["weights"]),
+        samples,
+        bits=require_bits(options["bits"]),
+        activation_bits=read_bits(options["activation_bits"], "--activation-bits"),
+        ignore=options["ignore"] or (),
+        pin=read_pins(options["pin"]),
+        device=options["device"],
+        budget=budget,
+    )
+
+
+def require_bits(text: str) -> tuple[int, ...]:
+    """The bit-widths of weights; there must be some."""
+    bits = read_bits(text, "--bits")
+    if bits is None:
+        raise OptionError("--bits is 'none'; give bit-widths of weights from 2 to 8, or leave layers out by --ignore")
+    return bits
+
+
+def take_bits(options: dict[str, Any], inventory: Inventory) -> None:
+    """Take the candidate bit-widths of an earlier stage where the command line gives none."""
+    for option, kind in (("bits", "weight"), ("activation_bits", "activation")):
+        sites = [site for site in inventory.sites if site.kind == kind and (site.is_searched or kind == "weight")]
+        found = sorted({bits for site in sites for bits in site.bits})
+        options[option] = options[option] or (",".join(map(str, found)) if found else "none")
+
+
+def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path) -> None:
+    """Refuse scores of another model or of other options.
+
+    Raises:
+        OptionError: the first difference.
+    """
+    mine, theirs = ({site.name: site for site in held.sites} for held in (prepared.inventory, inventory))
+    advice = f"give the MODEL and the options that {str(source)!r} was made with; they are in {source.name}.toml"
+    for name in [*mine, *theirs]:
+        if name not in theirs or name not in mine:
+            where = "not in the scores" if name in mine else "not in the model"
+            raise OptionError(f"site {name!r} is {where}; {advice}")
+        if mine[name] != theirs[name]:
+            raise OptionError(
+                f"site {name!r} is {mine[name].kind} {mine[name].shape} with candidates {mine[name].bits} here, and "
+                f"{theirs[name].kind} {theirs[name].shape} with {theirs[name].bits} in the scores; {advice}"
+            )
+
+
+@contextmanager
+def make_workers(count: int) -> Iterator[Executor | None]:
+    """So many processes to score in; none for 0."""
+    if not count:
+        yield None
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor

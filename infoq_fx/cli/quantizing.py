@@ -1,0 +1,286 @@
+"""``infoq-fx quantize``, ``export`` and ``verify``: from a model to a file that is known to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infoq_fx.allocation_file import describe_allocation, load_allocation
+from infoq_fx.cli.application import ExitCode, Result, check_output, command, say
+from infoq_fx.cli.inputs import check_same_sites, make_workers, prepare_model, read_samples, take_bits
+from infoq_fx.cli.options import (
+    ActivationBits,
+    ActivationBytesLimit,
+    Alpha,
+    BitopsLimit,
+    Bits,
+    CacheDir,
+    CompressionLimit,
+    Config,
+    CriterionName,
+    Data,
+    Debug,
+    Device,
+    Ignore,
+    ImageSize,
+    Json,
+    Labels,
+    Mean,
+    MemoryLimit,
+    Model,
+    Pin,
+    Progress,
+    Recovery,
+    Resize,
+    Samples,
+    Seed,
+    SizeBytesLimit,
+    Std,
+    WeightBitsLimit,
+    Weights,
+    Workers,
+    read_limits,
+)
+from infoq_fx.errors import OptionError
+from infoq_fx.spec import Allocation, Budget
+from infoq_fx.table import SensitivityTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from infoq_fx.prepared import PreparedModel
+    from infoq_fx.quantized import QuantizedModule
+
+Container = Annotated[
+    str | None,
+    typer.Option(help="int8 (widest reach, fastest) or packed (int4 for up to 4 bits).", rich_help_panel="File"),
+]
+Target = Annotated[str, typer.Option(help="The runtime that the file is for.", rich_help_panel="File")]
+
+
+@command
+def quantize(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="model.onnx, or model.pt2 to export and finetune later.")
+    ],
+    budget: WeightBitsLimit = None,
+    compression: CompressionLimit = None,
+    size_bytes: SizeBytesLimit = None,
+    bitops: BitopsLimit = None,
+    activation_bytes: ActivationBytesLimit = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="What infoq-fx score wrote, or an earlier run: nothing is scored again.")
+    ] = None,
+    allocation: Annotated[
+        Path | None, typer.Option(help="What infoq-fx allocate wrote: take these bit-widths.")
+    ] = None,
+    weights: Weights = None,
+    samples: Samples = 1024,
+    image_size: ImageSize = 224,
+    resize: Resize = None,
+    mean: Mean = "0.485,0.456,0.406",
+    std: Std = "0.229,0.224,0.225",
+    labels: Labels = True,
+    bits: Bits = None,
+    activation_bits: ActivationBits = None,
+    criterion: CriterionName = "infoq",
+    alpha: Alpha = 1.0,
+    refine: Annotated[
+        bool, typer.Option(help="Choose among a few allocations by running them.", rich_help_panel="Search")
+    ] = True,
+    recovery: Recovery = "fast",
+    ignore: Ignore = None,
+    pin: Pin = None,
+    container: Container = None,
+    target: Target = "onnxruntime",
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with a slider over budgets here as well.", rich_help_panel="File"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    cache_dir: CacheDir = None,
+    memory_limit: MemoryLimit = None,
+    workers: Workers = 0,
+    config: Config = None,
+    progress: Progress = True,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Quantize a trained model under a budget, write it as ONNX, and verify the file. The one command.
+
+    The scores are kept beside the file: another budget is the same command with --scores model.onnx.scores.json.
+    """
+    from infoq_fx import api
+    from infoq_fx.criteria import find_criterion
+    from infoq_fx.recovery import find_steps
+
+    options = ctx.params
+    check_output(output)
+    if report is not None:
+        check_output(report)
+    find_criterion(criterion)
+    steps = find_steps(recovery.split(",") if "," in recovery else recovery)
+    if allocation is not None and scores is not None:
+        raise OptionError("--allocation and --scores are both given; give one: an allocation leaves nothing to score")
+    fixed = None if allocation is None else load_allocation(allocation)
+    limits = None
+    if fixed is None:
+        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
+    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes)):
+        raise OptionError("--allocation settles the bit-widths; leave the budget out, or allocate again with it")
+    if report is not None and allocation is not None:
+        raise OptionError("--report shows scores, and --allocation goes without; leave one of them out")
+    table = None if scores is None else SensitivityTable.load(scores)
+    if table is not None:
+        take_bits(options, table.inventory)
+    read = read_samples(options)
+    prepared = prepare_model(options, read, limits)
+    kept = None
+    if fixed is None and limits is not None:
+        if table is None or scores is None:
+            table, kept = _score(options, prepared, read), output.with_name(output.name + ".scores.json")
+            table.save(kept)
+        else:
+            check_same_sites(prepared, table.inventory, scores)
+        fixed = _choose(options, prepared, table, limits, read)
+    assert fixed is not None
+    better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)
+    quantized = api.convert(better, fixed)
+    text, document, code = _write(options, quantized, read)
+    text = f"{_summarize(fixed, prepared)}\n{text}"
+    if kept is not None:
+        text += f"\nkept the scores in {kept}; another budget: the same command with --scores {kept}"
+    if report is not None and table is not None:
+        from infoq_fx.report import write_report
+
+        write_report(table, report, allocation=fixed)
+        text += f"\nwrote {report}"
+    document |= {"scores": None if kept is None else str(kept), "allocation": describe_allocation(fixed)}
+    return Result(text=text, document=document, output=output, exit_code=code)
+
+
+@command
+def export(
+    ctx: typer.Context,
+    quantized: Annotated[
+        Path, typer.Argument(metavar="QUANTIZED", help="A .pt2 file that infoq-fx quantize or save_quantized wrote.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    container: Container = None,
+    target: Target = "onnxruntime",
+    config: Config = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Write a quantized module as ONNX, for a container and a runtime.
+
+    Then:  infoq-fx verify model.onnx model.pt2 DATA
+    """
+    from infoq_fx.onnx_export import export_onnx
+    from infoq_fx.quantized_files import load_quantized
+
+    check_output(output)
+    export_onnx(load_quantized(quantized), output, container=container, target=target)
+    size = output.stat().st_size
+    text = f"wrote {output} ({size:,} bytes); next: infoq-fx verify {output} {quantized} DATA"
+    return Result(text=text, document={"file_bytes": size}, output=output)
+
+
+@command
+def verify(
+    ctx: typer.Context,
+    onnx_file: Annotated[Path, typer.Argument(metavar="ONNX", help="The file to verify.")],
+    quantized: Annotated[Path, typer.Argument(metavar="QUANTIZED", help="The .pt2 file that it was exported from.")],
+    data: Data,
+    samples: Samples = 1024,
+    image_size: ImageSize = 224,
+    resize: Resize = None,
+    mean: Mean = "0.485,0.456,0.406",
+    std: Std = "0.229,0.224,0.225",
+    labels: Labels = True,
+    target: Target = "onnxruntime",
+    config: Config = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Run an ONNX file on samples, compare it with the quantized module, and say whether it is sound.
+
+    Exit code 3 says that it is not.
+    """
+    from infoq_fx.quantized_files import load_quantized
+    from infoq_fx.verification import verify_onnx
+
+    if not onnx_file.is_file():
+        raise OptionError(f"no file {str(onnx_file)!r}; write one with infoq-fx export or infoq-fx quantize")
+    found = verify_onnx(onnx_file, load_quantized(quantized), read_samples(ctx.params), target=target)
+    code = ExitCode.DONE if found.is_sound else ExitCode.UNSOUND
+    return Result(text=str(found), document=dataclasses.asdict(found), exit_code=code)
+
+
+def _score(options: dict[str, Any], prepared: PreparedModel, read: tuple[Tensor, Tensor | None]) -> SensitivityTable:
+    from infoq_fx import api
+
+    with make_workers(options["workers"]) as executor:
+        return api.score(
+            prepared,
+            read,
+            criterion=options["criterion"],
+            seed=options["seed"],
+            executor=executor,
+            cache_dir=options["cache_dir"],
+            memory_limit=options["memory_limit"],
+            progress=options["progress"],
+        )
+
+
+def _choose(
+    options: dict[str, Any],
+    prepared: PreparedModel,
+    table: SensitivityTable,
+    limits: Budget,
+    read: tuple[Tensor, Tensor | None],
+) -> Allocation:
+    from infoq_fx import api
+    from infoq_fx.allocation import allocate
+
+    if not options["refine"]:
+        return allocate(table, limits, alpha=options["alpha"])
+    say("choosing among allocations by running them", progress=options["progress"])
+    return api.refine(prepared, table, limits, read, alpha=options["alpha"])
+
+
+def _write(
+    options: dict[str, Any], quantized: QuantizedModule, read: tuple[Tensor, Tensor | None]
+) -> tuple[str, dict[str, Any], int]:
+    """Write the module in the format that the path asks for; text, document and exit code."""
+    output: Path = options["output"]
+    if output.suffix == ".pt2":
+        from infoq_fx.quantized_files import save_quantized
+
+        save_quantized(quantized, output)
+        size = output.stat().st_size
+        text = f"wrote {output} ({size:,} bytes); next: infoq-fx export {output} -o {output.with_suffix('.onnx')}"
+        return text, {"file_bytes": size}, ExitCode.DONE
+    from infoq_fx.onnx_export import export_onnx
+    from infoq_fx.verification import verify_onnx
+
+    export_onnx(quantized, output, container=options["container"], target=options["target"])
+    size = output.stat().st_size
+    say("verifying the file", progress=options["progress"])
+    found = verify_onnx(output, quantized, read, target=options["target"])
+    text = f"{found}\nwrote {output} ({size:,} bytes)"
+    code = ExitCode.DONE if found.is_sound else ExitCode.UNSOUND
+    return text, {"file_bytes": size, "verification": dataclasses.asdict(found)}, code
+
+
+def _summarize(allocation: Allocation, prepared: PreparedModel) -> str:
+    from infoq_fx.summary import summarize_allocation
+
+    return str(summarize_allocation(allocation, prepared.inventory))

@@ -1,0 +1,174 @@
+"""The best allocations over a range of budgets, the uniform ones beside them, and what each costs as a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from infoq_fx.allocation import allocate
+from infoq_fx.cost import measure_cost, weight_bytes
+from infoq_fx.errors import OptionError
+from infoq_fx.spec import Allocation, Budget, Cost, Inventory
+from infoq_fx.table import SensitivityTable
+
+__all__ = [
+    "CONTAINERS",
+    "Curve",
+    "choose_unit",
+    "container_bytes",
+    "cost_of",
+    "damage_scale",
+    "describe_allocation",
+    "find_uniforms",
+    "trace_curve",
+]
+
+CONTAINERS = ("packed at the bits", "int8", "packed int4")
+_UNLIMITED = 1e30
+_DECADES = 6
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Allocations of least score along one limit.
+
+    ``limits`` are ascending whole numbers in the unit of ``name``, a field of :class:`~infoq_fx.spec.Budget`;
+    ``allocations`` are what :func:`infoq_fx.allocate` finds for each.
+    """
+
+    name: str
+    limits: tuple[int, ...]
+    allocations: tuple[Allocation, ...]
+
+
+def choose_unit(curve: Curve) -> tuple[float, str]:
+    """The unit that suits a curve, and what its axis says."""
+    if curve.name == "size_bytes":
+        unit, text = (1e6, "MB") if curve.limits[-1] >= 1e6 else (1e3, "kB")
+        return unit, f"size of all parameters [{text}]"
+    unit, text = (1e9, "G") if curve.limits[-1] >= 1e9 else (1e6, "M")
+    return unit, f"BitOps of one sample [{text}]"
+
+
+def trace_curve(
+    table: SensitivityTable,
+    name: str = "size_bytes",
+    *,
+    budgets: int = 60,
+    alpha: float = 1.0,
+    pin: Mapping[str, int] | None = None,
+) -> Curve:
+    """Allocate at evenly spaced limits, from the least that can be reached to where the limit no longer binds.
+
+    Args:
+        table: scores of every site with more than one candidate.
+        name: the limit, ``"size_bytes"`` or ``"bitops"``.
+        budgets: how many limits; fewer where the range holds fewer whole numbers.
+        alpha: see :func:`infoq_fx.allocate`.
+        pin: see :func:`infoq_fx.allocate`.
+
+    Raises:
+        OptionError: an argument cannot be used, or a candidate has no score.
+    """
+    if isinstance(budgets, bool) or not isinstance(budgets, int) or budgets < 2:
+        raise OptionError(f"budgets={budgets!r} is no number of positions; give a whole number, 2 or more")
+    if name not in ("size_bytes", "bitops"):
+        raise OptionError(f"there is no curve over {name!r}; give 'size_bytes' or 'bitops'")
+
+    def find(limit: float) -> Allocation:
+        budget = Budget(size_bytes=limit) if name == "size_bytes" else Budget(bitops=limit)
+        return allocate(table, budget, alpha=alpha, pin=pin)
+
+    fixed = pin or {}
+    fewest = {site.name: fixed.get(site.name, site.bits[0]) for site in table.inventory.sites}
+    least = getattr(measure_cost(table.inventory, fewest), name)
+    most = getattr(cost_of(find(_UNLIMITED), table.inventory), name)
+    # A model without multiply-accumulates has no BitOps, and a limit of 0 is none.
+    limits = tuple(sorted({round(float(x)) for x in np.linspace(max(least, 1), max(most, 1), budgets)}))
+    return Curve(name, limits, tuple(find(limit) for limit in limits))
+
+
+def find_uniforms(
+    table: SensitivityTable, *, alpha: float = 1.0, pin: Mapping[str, int] | None = None
+) -> dict[int, Allocation]:
+    """The allocation of every bit-width that all searched weights share, activations at their largest candidates.
+
+    Pinned sites keep their bits. The scores are the table's, as in :func:`infoq_fx.allocate`.
+    """
+    fixed = pin or {}
+    free = [s for s in table.inventory.sites if s.kind == "weight" and len(s.bits) > 1 and s.name not in fixed]
+    shared = set.intersection(*(set(site.bits) for site in free)) if free else set()
+    largest = {site.name: fixed.get(site.name, site.bits[-1]) for site in table.inventory.sites}
+    found = {}
+    for bits in sorted(shared):
+        chosen = largest | {site.name: bits for site in free}
+        found[bits] = describe_allocation(table, Allocation(bits=chosen), alpha)
+    return found
+
+
+def describe_allocation(table: SensitivityTable, allocation: Allocation, alpha: float = 1.0) -> Allocation:
+    """The allocation with the scores, total and cost that the table gives it.
+
+    Raises:
+        OptionError: it lacks a site of the table, or has bits that the table did not score.
+    """
+    scores, weights = {}, {}
+    for site in table.inventory.sites:
+        bits, known = allocation.bits.get(site.name), table.scores.get(site.name, {})
+        if bits is None or (known and bits not in known):
+            raise OptionError(
+                f"the allocation gives site {site.name!r} {bits} bits; give one of the table's own, of {sorted(known)}"
+            )
+        if known:
+            scores[site.name] = known[bits]
+            weights[site.name] = 1.0 if site.kind == "weight" else alpha
+    return replace(
+        allocation,
+        criterion=table.criterion,
+        score=math.fsum(weights[name] * score.value for name, score in scores.items()),
+        standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in scores.items())),
+        cost=measure_cost(table.inventory, allocation.bits),
+        scores=scores,
+    )
+
+
+def cost_of(allocation: Allocation, inventory: Inventory) -> Cost:
+    """The allocation's cost, measured where it does not carry one."""
+    return allocation.cost or measure_cost(inventory, allocation.bits)
+
+
+def container_bytes(inventory: Inventory, bits: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of all parameters in each container, by its name; a file's graph comes on top.
+
+    ``"packed at the bits"`` is what a budget counts. ``"int8"`` stores one byte a weight. ``"packed int4"`` stores half
+    a byte for a weight of up to 4 bits, else one. Scales (4 bytes a channel) and everything in float are in all three.
+    """
+    held = {8: 0, 4: 0}
+    for site in inventory.sites:
+        if site.kind == "weight":
+            held[8] += weight_bytes(site, 8)
+            held[4] += weight_bytes(site, 4 if bits[site.name] <= 4 else 8)
+    packed = measure_cost(inventory, bits).size_bytes
+    return dict(
+        zip(CONTAINERS, (packed, held[8] + inventory.float_bytes, held[4] + inventory.float_bytes), strict=True)
+    )
+
+
+def damage_scale(values: Iterable[float]) -> tuple[float, list[float]]:
+    """How to draw scores that span decades and may be 0: a symmetric logarithm's linear part, and its ticks.
+
+    Returns:
+        Below the first number the axis is linear; the ticks are 0 and powers of ten on both sides of it.
+    """
+    found = list(values)
+    sizes = [abs(value) for value in found if value]
+    if not sizes:
+        return 1.0, [0.0, 1.0]
+    top = math.ceil(math.log10(max(sizes)))
+    bottom = max(math.floor(math.log10(min(sizes))), top - _DECADES)
+    decades = [10.0**power for power in range(bottom, top + 1)]
+    low = [-tick for tick in reversed(decades) if min(found) <= -tick]
+    return decades[0], [*low, 0.0, *decades]

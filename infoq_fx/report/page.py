@@ -1,0 +1,150 @@
+"""The page: allocations over a range of budgets as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from infoq_fx.auditing import Audit
+from infoq_fx.errors import ExportError, MissingExtraError, OptionError
+from infoq_fx.files import write_atomically
+from infoq_fx.quantized import QuantizedModule, provenance_of
+from infoq_fx.report.document import build_document
+from infoq_fx.spec import Allocation
+from infoq_fx.table import SensitivityTable
+from infoq_fx.tabular import html_table
+from infoq_fx.version import __version__
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    source: SensitivityTable | QuantizedModule,
+    path: str | os.PathLike[str],
+    *,
+    allocation: Allocation | None = None,
+    audit: Audit | None = None,
+    accuracies: Mapping[str, tuple[Allocation, float]] | None = None,
+    budgets: int = 60,
+    alpha: float = 1.0,
+    pin: Mapping[str, int] | None = None,
+    title: str = "Bit-widths under a budget",
+) -> Path:
+    """Write a page on which a slider moves through the budgets: one HTML file, opened by double click, no network.
+
+    It shows the bits of every layer, the predicted damage against size and BitOps beside the uniform allocations, the
+    sensitivity of every layer and bit-width with standard errors, what the file costs in each container, the settings,
+    and, where they are given, measured accuracies and their correlation with the scores. All allocations are found
+    here, by :func:`infoq_fx.allocate`; the page looks them up. The same arguments write the same file.
+
+    The charts are drawn by Vega-Lite, whose JavaScript comes out of ``vl-convert-python`` (``infoq-fx[report]``).
+
+    Args:
+        source: a sensitivity table, or a module that :func:`infoq_fx.quantize` returned, which remembers its table.
+        path: file to write, replaced if it exists.
+        allocation: one to show beside the curve; a module's own is shown in any case.
+        audit: what :func:`infoq_fx.audit` returned for the same model: its accuracies and correlations are shown.
+        accuracies: top-1 in percent that you measured, with the allocation it was measured for, by the name to show.
+        budgets: positions of the slider, for size and for BitOps each.
+        alpha: weight of activation scores against weight scores, see :func:`infoq_fx.allocate`.
+        pin: bit-widths fixed beforehand, see :func:`infoq_fx.allocate`.
+        title: heading of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: an argument cannot be used, the module remembers no table, or an allocation is of another model.
+        MissingExtraError: ``infoq-fx[report]`` is not installed.
+        ExportError: the file cannot be written.
+    """
+    table, own = _find_table(source)
+    library = _load_library()
+    shown = {"this model": own} if own is not None else {}
+    if allocation is not None:
+        shown["the given allocation"] = allocation
+    document = build_document(
+        table,
+        shown=shown,
+        audit=audit,
+        accuracies=accuracies or {},
+        budgets=budgets,
+        alpha=alpha,
+        pin=pin,
+    )
+    target = Path(path)
+    try:
+        write_atomically(target, _fill(table, document, library, title))
+    except OSError as error:
+        raise ExportError(f"cannot write the report {os.fspath(path)!r}: {error}; give a path in a folder") from error
+    return target
+
+
+def _find_table(source: SensitivityTable | QuantizedModule) -> tuple[SensitivityTable, Allocation | None]:
+    if isinstance(source, SensitivityTable):
+        return source, None
+    provenance = provenance_of(source)
+    if provenance is None:
+        raise OptionError(
+            f"{type(source).__name__} is no source of a page; give a sensitivity table or what quantize() returned"
+        )
+    if provenance.table is None:
+        raise OptionError(
+            "the module was made by convert() from an allocation alone and remembers no sensitivity table: give the "
+            "table, write_report(table, path, allocation=infoq_fx.allocation_of(quantized))"
+        )
+    return provenance.table, provenance.allocation
+
+
+@functools.cache
+def _load_library() -> str:
+    """Vega-Embed, Vega-Lite and Vega as one script that needs no network; several seconds the first time."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingExtraError(
+            'the page needs vl-convert-python, which carries its charts: pip install "infoq-fx[report]"'
+        ) from error
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    versions = f"Vega {vl_convert.get_vega_version()}, Vega-Lite {vl_convert.get_vegalite_versions()[-1]}"
+    # The bundle's top-level names stay its own; an end tag inside of a script would end it.
+    wrapped = f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script")
+    return f"/* {versions}, https://vega.github.io, BSD-3-Clause, University of Washington. */\n{wrapped}"
+
+
+def _fill(table: SensitivityTable, document: Mapping[str, object], library: str, title: str) -> str:
+    files = resources.files("infoq_fx.report")
+    rows = [("setting", "value"), *((name, str(value)) for name, value in table.settings.items())]
+    weights = [site.numel for site in table.inventory.sites if site.kind == "weight"]
+    activations = [s for s in table.inventory.sites if s.kind == "activation" and s.is_searched and len(s.bits) > 1]
+    searched = f" and {len(activations)} activations" if activations else ""
+    parts = {
+        "title": html.escape(title),
+        "version": __version__,
+        "lead": html.escape(
+            f"{len(weights)} layers with {sum(weights):,} weights{searched}, scored by {table.criterion!r}. Move the "
+            "slider: every position is the best allocation within that budget."
+        ),
+        "settings": html_table(f"How the scores were measured (infoq_fx {__version__})", rows, left=2),
+        "footer": html.escape(
+            f"Made by infoq_fx {__version__}. Charts: Vega-Lite (BSD-3-Clause). This file loads nothing from anywhere."
+        ),
+        "css": files.joinpath("page.css").read_text(encoding="utf-8"),
+        "script": files.joinpath("page.js").read_text(encoding="utf-8"),
+        "library": library,
+        "data": _embed(json.dumps(document, allow_nan=False, separators=(",", ":"))),
+        "scores": _embed(table.to_json()),
+    }
+    template = files.joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _embed(text: str) -> str:
+    """JSON inside of a script element, where the text of an end tag must not stand."""
+    return text.replace("<", "\\u003c")

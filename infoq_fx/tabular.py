@@ -1,0 +1,49 @@
+"""Rows of cells as aligned text and as an HTML table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+__all__ = ["align_rows", "html_table"]
+
+
+def align_rows(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """One line a row, in columns two spaces apart; the first ``left`` columns start at the left, others end right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def html_table(caption: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = (), left: int = 1) -> str:
+    """A table for a notebook: the first row heads the columns, the first cell of each other row heads the row.
+
+    Args:
+        caption: what the table shows.
+        rows: cells as text, which is escaped.
+        notes: lines below the table.
+        left: columns that start at the left.
+    """
+
+    def cell(tag: str, text: str, column: int, scope: str = "") -> str:
+        side = "left" if column < left else "right"
+        return f'<{tag}{scope} style="text-align:{side}">{escape(text)}</{tag}>'
+
+    head = "".join(cell("th", text, i, ' scope="col"') for i, text in enumerate(rows[0]))
+    body = "".join(
+        "<tr>"
+        + cell("th", row[0], 0, ' scope="row"')
+        + "".join(cell("td", text, i) for i, text in enumerate(row[1:], start=1))
+        + "</tr>"
+        for row in rows[1:]
+    )
+    below = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return (
+        f'<div class="infoq-fx"><table><caption style="text-align:left"><b>{escape(caption)}</b></caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}</div>"
+    )
