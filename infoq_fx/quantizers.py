@@ -97,7 +97,10 @@ _LIBRARY.define(
 def _quantize_dequantize(x: Tensor, scale: float, zero_point: int, bits: int, site: str) -> Tensor:
     spec = QuantSpec(bits=bits, symmetric=False)
     as_tensors = x.new_tensor(scale), x.new_tensor(zero_point, dtype=torch.int32)
-    return numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    result = numerics.fake_quantize(x, QParams(spec, *as_tensors))
+    # Compilers rely on the memory layout that the fake kernel below promises.
+    promised = torch.empty_like(x, device="meta").stride()
+    return result if result.stride() == promised else torch.empty_like(x, dtype=result.dtype).copy_(result)
 
 
 @torch.library.impl(_LIBRARY, "dequantize", "CompositeExplicitAutograd")
