@@ -32,7 +32,7 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
         elif node.op == "call_module":
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, Quantizer) and module.site.kind == "weight":
-                for layer in node.users:
+                for layer in (user for user in node.users if not LAYER_OPS[user.target].is_lookup):
                     names.setdefault(_source(graph_module, layer), []).append(f"{module_path(layer)}.input")
             elif isinstance(module, Quantizer) and module.site.is_searched:
                 names.setdefault(node.all_input_nodes[0], []).append(module.site.name)
