@@ -255,7 +255,8 @@ def _gather_integers(model: ir.Model) -> None:
         for reader in [*gathers, *transposes]:
             integers, scale, zero_point = node.inputs
             assert integers is not None
-            moved = ir.Node("", reader.op_type, [integers, *reader.inputs[1:]], reader.attributes.values(), num_outputs=1)
+            operands = [integers, *reader.inputs[1:]]
+            moved = ir.Node("", reader.op_type, operands, reader.attributes.values(), num_outputs=1)
             moved.outputs[0].type = ir.TensorType(integers.dtype)  # type: ignore[arg-type]
             moved.outputs[0].shape = reader.outputs[0].shape
             if reader in gathers and axis == 0:
