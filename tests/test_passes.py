@@ -353,4 +353,6 @@ def test_embeddings_are_weight_sites_with_scales_by_feature_unless_a_layer_share
     run_passes(graph_module, [lambda gm: insert_quantizers(gm, plan), insert_observers])
     names = [name for observer in modules_of(graph_module, Observe) for name in observer.names]
     assert "words.input" not in names
+    assert "words" in names
+    assert "positions" not in names  # the same for all samples
     assert "head.input" in names
