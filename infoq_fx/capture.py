@@ -22,6 +22,8 @@ from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 __all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+# A view holds only for the memory layout at capture; quantized values and channels-last images have others.
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def capture(
         device: where the captured copy lives.
 
     Returns:
-        The functional graph without dropout; batch norms are still separate nodes.
+        The functional graph without dropout; views are reshapes, and batch norms are still separate nodes.
 
     Raises:
         UnsupportedModelError: torch cannot export the model; the message names the place and torch's reason.
@@ -270,6 +272,8 @@ def _copy_graph(
                 copies[node] = copies[node.args[0]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.target in _VIEWS:
+                copies[node].target = torch.ops.aten.reshape.default
     return graph, output_names
 
 

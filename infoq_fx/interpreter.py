@@ -19,7 +19,6 @@ from infoq_fx.run_plan import RunPlan
 from infoq_fx.spec import BASELINE_BITS, QuantSite
 
 __all__ = [
-    "VIEW_OPS",
     "FloatInterpreter",
     "SiteInterpreter",
     "calibrate",
@@ -28,8 +27,6 @@ __all__ = [
     "read_weight",
     "read_weights",
 ]
-
-VIEW_OPS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 ReadValue = Callable[[fx.Node, Any], None]
 
@@ -168,12 +165,6 @@ class SiteInterpreter(fx.Interpreter):
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The batch's tensor of that name; images with channels last, which CPUs convolve 3 times faster."""
         return _channels_last(self._inputs[target])
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The op itself; views become reshapes, since memory is laid out otherwise than at capture."""
-        if target in VIEW_OPS:
-            return args[0].reshape(args[1])
-        return super().call_function(target, args, kwargs)
 
 
 def class_logits(output: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from infoq_fx.errors import OptionError
 from infoq_fx.histogram import scale_significant_bits
-from infoq_fx.interpreter import VIEW_OPS
 from infoq_fx.numerics import quantize
 from infoq_fx.passes.convert import fit_weight_scale
 from infoq_fx.passes.layers import LAYER_OPS, read_tensor, write_tensor
@@ -104,9 +103,6 @@ def to_trainable(quantized: nn.Module) -> TrainableModule:
                 learn(draft, node, shapes)
         weights = {node.args[0].target for node in origin.quantized.graph.nodes if _is_weight(node)}
         targets = {str(node.target) for node in draft.graph.nodes if node.op == "get_attr"}
-        for node in draft.graph.nodes:
-            if node.target in VIEW_OPS:  # they need the memory layout of the capture
-                node.target = torch.ops.aten.reshape.default
         module = _wrap(draft, origin)
         make_trainable(module, targets & {f"{name}{_FLOAT_TWIN}" for name in weights})
     return module

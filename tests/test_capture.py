@@ -107,6 +107,17 @@ def test_named_inputs_and_outputs_keep_their_names():
     torch.testing.assert_close(found["sum"], expected["sum"])
 
 
+def test_views_take_any_memory_layout():
+    class Flattens(nn.Module):
+        def forward(self, x):
+            return x.view(x.shape[0], -1)
+
+    x = torch.randn(3, 4, 5, 6)
+    captured = capture(Flattens(), (x,))
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(captured.graph_module(channels_last), x.flatten(1))
+
+
 def test_tied_weights_stay_one_tensor():
     class Tied(nn.Module):
         def __init__(self):

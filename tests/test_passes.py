@@ -98,11 +98,34 @@ class SharedConv(nn.Module):
         return self.one(self.conv(x)) + self.two(self.conv(x * 2))
 
 
+class OnTokens(nn.Module):
+    """Five tokens of five features: the batch norm's channels are the tokens, the linear layer's the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 5), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+class NoBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(5, 5)), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.norm(x[:, 0, 0] @ self.weight)
+
+
 def grouped_transposed():
     return nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize(("build", "left"), [(NormFirst, 1), (UsedTwice, 1), (SharedConv, 2), (grouped_transposed, 1)])
+CANNOT_FOLD = [(NormFirst, 1), (UsedTwice, 1), (SharedConv, 2), (grouped_transposed, 1), (OnTokens, 1), (NoBias, 1)]
+
+
+@pytest.mark.parametrize(("build", "left"), CANNOT_FOLD)
 def test_a_batch_norm_that_cannot_fold_stays_one_node(build, left):
     model, x = randomise(build()).eval(), torch.randn(4, 4 if build is grouped_transposed else 3, 5, 5)
     graph_module = run_passes(capture(model, (x,)).graph_module, [fold_batch_norm])
@@ -306,3 +329,30 @@ def test_a_failing_pass_is_named(residual_net, images):
 def test_the_test_model_has_norms_that_matter(images):
     model = randomise_norms(ResidualNet()).eval()
     assert not torch.allclose(model(images[0]), ResidualNet().eval()(images[0]))
+
+
+class Language(nn.Module):
+    def __init__(self, is_tied):
+        super().__init__()
+        self.words, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(3, 4), nn.Linear(4, 9)
+        self.register_buffer("ids", torch.arange(3))
+        if is_tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x):
+        return self.head(self.words(x) + self.positions(self.ids))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_embeddings_are_weight_sites_with_scales_by_feature_unless_a_layer_shares_them(is_tied):
+    graph_module, plan = plan_of(Language(is_tied), torch.randint(0, 9, (4, 3)))
+    axes = [site.channel_axis for site in plan.inventory.sites if site.kind == "weight"]
+    assert sorted(axes) == ([0, 1] if is_tied else [0, 1, 1])
+    assert by_kind(plan, "activation") == ["head.input"]
+    assert [operation.name for operation in plan.inventory.operations] == ["head"]
+    run_passes(graph_module, [lambda gm: insert_quantizers(gm, plan), insert_observers])
+    names = [name for observer in modules_of(graph_module, Observe) for name in observer.names]
+    assert "words.input" not in names
+    assert "words" in names
+    assert "positions" not in names  # the same for all samples
+    assert "head.input" in names

@@ -30,6 +30,15 @@ def test_ops_pass_torchs_own_checks():
     torch.library.opcheck(dequantize_op, (q, scale, 0, 4, "site"), test_utils=["test_schema", "test_faketensor"])
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 5, 3, 4).permute(0, 2, 1, 3), torch.randn(2, 5, 3, 4)[:, :, 1], torch.randn(3, 1).expand(3, 4)],
+    ids=["permuted", "strided", "expanded"],
+)
+def test_the_memory_layout_is_what_compilers_were_promised(x):
+    assert quantize_dequantize_op(x, 0.1, 3, 8, "s").stride() == torch.empty_like(x).stride()
+
+
 def test_ops_compute_onnx_arithmetic():
     x = torch.tensor([-10.0, -0.05, 0.0, 0.05, 0.15, 0.25, 100.0])
     expected = (torch.round(x / 0.1) + 2).clamp(0, 31).sub(2) * 0.1  # halves go to even

@@ -160,7 +160,8 @@ def _read_outputs(
                     break
                 parts[node] = {}
         for node, by_start in parts.items():
-            by_start[start] = values[node].detach().float().reshape(count, -1)
+            value = values[node].detach().float()  # of fixed positions: the same for every sample
+            by_start[start] = value.reshape(count if len(value) == count else 1, -1).expand(count, -1)
 
     run_whole(prepared, data, set(nodes), read, batch_size=batch_size, work=work)
     return {node: torch.cat([rows for _, rows in sorted(by_start.items())]) for node, by_start in parts.items()}

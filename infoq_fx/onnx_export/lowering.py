@@ -28,6 +28,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     """
     _store_transposed(model)
     _lower_dequantize(model, container, target)
+    _gather_integers(model)
     _lower_quantize_dequantize(model)
     if container.weight_widths != (MAX_BITS,):
         _derive_bias_scales(model)
@@ -38,9 +39,13 @@ def _store_transposed(model: ir.Model) -> None:
 
     1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
     2. Dequantize -> Gemm(transB=1): the same, with transB=0.
+
+    Left alone: a weight that an embedding reads too, which stands in the file once.
     """
     for node in find_placeholders(model, "Dequantize"):
         weight = node.outputs[0]
+        if any(reader.op_type == "Gather" for reader, _ in weight.uses()):
+            continue
         moved: ir.Value | None = None
         for reader, index in list(weight.uses()):
             is_transpose = reader.op_type == "Transpose" and tuple(reader.attributes["perm"].as_ints()) == (1, 0)
@@ -103,6 +108,55 @@ def _store_weight(
     return [source, scale, _add_initializer(model, f"zero_point_{channels}", np.zeros(channels, np.int8))]
 
 
+def _gather_integers(model: ir.Model) -> None:
+    """DequantizeLinear -> Gather: rows of 8-bit integers are gathered, and only they are dequantized.
+
+    1. scales of features (axis 1): Gather -> DequantizeLinear along the last axis.
+    2. scales of rows (axis 0, a weight that a linear layer shares): they are gathered too, and multiply. The linear
+       layer's DequantizeLinear -> Transpose becomes Transpose -> DequantizeLinear, so that runtimes transpose integers
+       as they load.
+    """
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        readers = [reader for reader, index in node.outputs[0].uses() if index == 0]
+        gathers = [reader for reader in readers if reader.op_type == "Gather"]
+        transposes = [reader for reader in readers if reader.op_type == "Transpose"] if gathers else []
+        axis, (integers, scale, *rest) = node.attributes.get_int("axis", 1), node.inputs
+        assert integers is not None
+        if integers.dtype in (ir.DataType.INT4, ir.DataType.INT2):
+            continue  # Gather does not take these: the runtime dequantizes the whole table as it loads
+        for reader in [*gathers, *transposes]:
+            operands = [integers, *reader.inputs[1:]]
+            moved = ir.Node("", reader.op_type, operands, reader.attributes.values(), num_outputs=1)
+            moved.outputs[0].type = ir.TensorType(integers.dtype)  # type: ignore[arg-type]
+            moved.outputs[0].shape = reader.outputs[0].shape
+            if reader in gathers and axis == 0:
+                chain = [moved, *_scale_rows(model, moved, node, reader)]
+            else:
+                last = ir.AttrInt64("axis", -1 if reader in gathers else 1 - axis)
+                inputs = [moved.outputs[0], scale, *rest]
+                chain = [moved, ir.Node("", "DequantizeLinear", inputs, [last], num_outputs=1)]
+            _take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
+        if gathers and not node.outputs[0].uses():
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) -> list[ir.Node]:
+    _, scale, zero_point = node.inputs
+    assert zero_point is not None
+    assert zero_point.const_value is not None
+    one = _add_initializer(model, "one", np.float32(1))
+    zero = _add_initializer(model, f"{zero_point.name}_of_rows", zero_point.const_value.numpy()[0])
+    last = _add_initializer(model, "last_axis", np.array([-1], np.int64))
+    plain = ir.Node("", "DequantizeLinear", [rows.outputs[0], one, zero], num_outputs=1)
+    scales = ir.Node("", "Gather", [scale, gather.inputs[1]], num_outputs=1)
+    columns = ir.Node("", "Unsqueeze", [scales.outputs[0], last], num_outputs=1)
+    product = ir.Node("", "Mul", [plain.outputs[0], columns.outputs[0]], num_outputs=1)
+    for step in (scales, columns):
+        step.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    product.outputs[0].type, product.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), gather.outputs[0].shape
+    return [plain, scales, columns, product]
+
+
 def _lower_quantize_dequantize(model: ir.Model) -> None:
     for node in find_placeholders(model, "QuantizeDequantize"):
         site = node.attributes["site"].as_string()
@@ -160,12 +214,14 @@ def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
 def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
     """Put a chain in the place of a placeholder; its last output takes the placeholder's name and readers."""
     old, new = node.outputs[0], chain[-1].outputs[0]
-    for step in chain:
-        step.name = f"{site}/{_SHORT_NAMES.get(step.op_type, step.op_type)}"
-        step.outputs[0].name = f"{old.name}_{step.op_type}"
-        step.outputs[0].shape = old.shape
-        is_integer = step.op_type != "DequantizeLinear"
-        step.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if is_integer else ir.DataType.FLOAT)
+    for index, step in enumerate(chain):
+        is_repeated = step.op_type in [earlier.op_type for earlier in chain[:index]]
+        step.name = f"{site}/{_SHORT_NAMES.get(step.op_type, step.op_type)}{index if is_repeated else ''}"
+        step.outputs[0].name = f"{old.name}_{step.op_type}{index}"
+        if step.outputs[0].type is None:
+            step.outputs[0].shape = old.shape
+            is_integer = step.op_type != "DequantizeLinear"
+            step.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if is_integer else ir.DataType.FLOAT)
     new.name = old.name
     graph = node.graph
     assert graph is not None

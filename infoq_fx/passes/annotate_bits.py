@@ -18,13 +18,15 @@ def annotate_bits(graph_module: fx.GraphModule) -> bool:
 
     1. a quantize or dequantize node: ``{"site": name, "bits": bits}``.
     2. a layer or matrix product: ``{"operand_bits": bits of its operands in the order of its arguments}``, 32 for
-       a float operand.
+       a float operand. An embedding has one operand, its weight.
     """
     for node in graph_module.graph.nodes:
         if node.target in (quantize_dequantize_op, dequantize_op):
             node.meta[_META_KEY] = {"site": node.args[4], "bits": node.args[3]}
         elif node.target in LAYER_OPS or node.target in MATMUL_OPS:
-            operands = [source.meta.get(_META_KEY, {}).get("bits", FLOAT_BITS) for source in node.all_input_nodes]
+            is_lookup = node.target in LAYER_OPS and LAYER_OPS[node.target].is_lookup
+            sources = node.all_input_nodes[:1] if is_lookup else node.all_input_nodes
+            operands = [source.meta.get(_META_KEY, {}).get("bits", FLOAT_BITS) for source in sources]
             node.meta[_META_KEY] = {"operand_bits": tuple(operands)}
     return True
 

@@ -59,9 +59,9 @@ def find_sites(
 ) -> SitePlan:
     """List the sites of a graph in normal form.
 
-    Weight sites are the weights of convolutions (1-3d, transposed) and linear layers; activation sites are the
-    tensors that feed those and the operands of matrix products and attention. Convolution outputs and operands
-    of residual additions between convolutions get a fixed 8-bit site, since integer kernels need them.
+    Weight sites are the weights of convolutions (1-3d, transposed), linear layers and embeddings; activation sites
+    are the tensors that feed the former two and the operands of matrix products and attention. Convolution outputs
+    and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels need them.
 
     Args:
         graph_module: in normal form; not changed.
@@ -141,8 +141,9 @@ def _find_layers(graph_module: fx.GraphModule) -> list[_Layer]:
             if read_tensor(graph_module, weight).ndim < 2:
                 continue
             name = _unique(module_path(node) or target.rpartition(".")[0] or target, names)
+            read = (weight, target, "weight", op.channel_axis)
             source = (node.args[op.source], f"{name}.input", "activation", None)
-            layers.append(_Layer(node, name, ((weight, target, "weight", op.channel_axis), source)))
+            layers.append(_Layer(node, name, (read,) if op.is_lookup else (read, source)))
         elif node.target in MATMUL_OPS or node.target is ATTENTION:
             roles = ("query", "key", "value") if node.target is ATTENTION else ("left", "right")
             base = "attention" if node.target is ATTENTION else "matmul"
@@ -152,6 +153,10 @@ def _find_layers(graph_module: fx.GraphModule) -> list[_Layer]:
             )
             layers.append(_Layer(node, name, operands))
     return layers
+
+
+def _is_lookup(layer: _Layer) -> bool:
+    return layer.node.target in LAYER_OPS and LAYER_OPS[layer.node.target].is_lookup
 
 
 def _is_parameter(operand: Any) -> bool:
@@ -194,9 +199,12 @@ def _place_layers(
     bits: tuple[int, ...],
     activation_bits: tuple[int, ...] | None,
 ) -> list[Placement]:
-    """One placement a tensor: layers that share a weight or an input share its site."""
+    """One placement a tensor: layers that share a weight or an input share its site.
+
+    The scales of a shared weight are those that its multiplying layers take; embeddings take any.
+    """
     found: dict[tuple[str, Any], Placement] = {}
-    for layer in layers:
+    for layer in sorted(layers, key=_is_lookup):
         for node, name, kind, axis in layer.operands:
             is_weight = kind == "weight"
             if _is_parameter(node) and not is_weight:
@@ -314,6 +322,8 @@ def _products(
 ) -> list[tuple[int, str | None, str | None]]:
     node = layer.node
     op: LayerOp | None = LAYER_OPS.get(node.target)
+    if op is not None and op.is_lookup:
+        return []
     first = layer.operands[0][0]
     if node.target is ATTENTION:
         query, key, value = (math.prod(shapes(operand[0])) for operand in layer.operands)

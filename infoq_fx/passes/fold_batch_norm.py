@@ -20,7 +20,8 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> bool:
     1. layer -> batch norm: the layer's weight and bias take the affine map, the batch norm goes.
     2. anything else -> batch norm: stays, as one ``aten.batch_norm`` node.
 
-    Left alone (case 2): a layer whose output or whose weight is used elsewhere too.
+    Left alone (case 2): a layer whose output or whose weight is used elsewhere too, one that takes no bias, and a
+    linear layer on more than two dimensions, whose features are the last while a batch norm's are the second.
     """
     changed = False
     for node in list(graph_module.graph.nodes):
@@ -52,6 +53,8 @@ def _try_fold(graph_module: fx.GraphModule, norm: fx.Node, results: list[fx.Node
     if not isinstance(layer, fx.Node) or layer.target not in LAYER_OPS or len(layer.users) != 1:
         return False
     op = LAYER_OPS[layer.target]
+    if op.bias is None or not (op.is_convolution or layer.meta["val"].ndim == 2):
+        return False
     weight = layer.args[op.weight]
     bias = op.bias_of(layer)
     parameters = [weight, *([bias] if bias is not None else []), *norm.args[1:5]]

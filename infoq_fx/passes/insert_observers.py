@@ -20,19 +20,23 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
        observed in front of the quantizer.
     3. the first output of the model: ``"output"``.
 
-    Left alone: values that are no floating-point tensor. One node has one observe node, whatever its names.
+    Left alone: values that are no floating-point tensor, or the same for all samples (an embedding of positions). One
+    node has one observe node, whatever its names.
     """
     names: dict[fx.Node, list[str]] = {}
     output = next(iter(reversed(graph_module.graph.nodes)))
     last_of: dict[str, fx.Node] = {}
+    varying: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and _is_floating(node):
+        if node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        if node.op == "call_function" and node in varying and _is_floating(node):
             parts = module_path(node).split(".")
             last_of.update(dict.fromkeys((".".join(parts[:end]) for end in range(1, len(parts) + 1)), node))
         elif node.op == "call_module":
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, Quantizer) and module.site.kind == "weight":
-                for layer in node.users:
+                for layer in (user for user in node.users if not LAYER_OPS[user.target].is_lookup):
                     names.setdefault(_source(graph_module, layer), []).append(f"{module_path(layer)}.input")
             elif isinstance(module, Quantizer) and module.site.is_searched:
                 names.setdefault(node.all_input_nodes[0], []).append(module.site.name)

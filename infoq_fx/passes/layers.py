@@ -15,7 +15,10 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class LayerOp:
-    """Positions of the operands of a layer; ``channel_axis`` is the axis of output channels in its weight."""
+    """Positions of the operands of a layer; ``channel_axis`` is the axis of output channels in its weight.
+
+    A lookup takes rows of its weight by integer indices and multiplies nothing: its source is never quantized.
+    """
 
     source: int
     weight: int
@@ -23,6 +26,7 @@ class LayerOp:
     channel_axis: int
     is_transposed: bool = False
     is_convolution: bool = False
+    is_lookup: bool = False
 
     def bias_of(self, node: fx.Node) -> Any:
         """The bias operand, None where there is none."""
@@ -40,6 +44,9 @@ class LayerOp:
 _CONV = LayerOp(source=0, weight=1, bias=2, channel_axis=0, is_convolution=True)
 _TRANSPOSED = LayerOp(source=0, weight=1, bias=2, channel_axis=1, is_transposed=True, is_convolution=True)
 _RIGHT = LayerOp(source=0, weight=1, bias=None, channel_axis=1)
+# One scale a feature: features of unusual size are the same in all rows, and DequantizeLinear applies such scales
+# to the few rows that were gathered.
+_EMBEDDING = LayerOp(source=1, weight=0, bias=None, channel_axis=1, is_lookup=True)
 
 LAYER_OPS: dict[Any, LayerOp] = {
     _ATEN.conv1d.default: _CONV,
@@ -55,8 +62,9 @@ LAYER_OPS: dict[Any, LayerOp] = {
     _ATEN.addmm.default: LayerOp(source=1, weight=2, bias=0, channel_axis=1),
     _ATEN.mm.default: _RIGHT,
     _ATEN.matmul.default: _RIGHT,
+    _ATEN.embedding.default: _EMBEDDING,
 }
-"""Layers with a weight. The last three are layers only where the right operand is a 2-D parameter."""
+"""Layers with a weight; products of two tensors are layers only where the right operand is a 2-D parameter."""
 
 MATMUL_OPS = {_ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default}
 ATTENTION = _ATEN.scaled_dot_product_attention.default

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import OptionError
 from infoq_fx.histogram import Histogram, choose_activation_qparams
-from infoq_fx.interpreter import VIEW_OPS, FloatInterpreter
+from infoq_fx.interpreter import FloatInterpreter
 from infoq_fx.machine import thread_map
 from infoq_fx.numerics import choose_weight_qparams, fake_quantize
 from infoq_fx.passes.layers import read_tensor
@@ -47,7 +47,7 @@ _MOST_OCTAVES, _LEAST_GAIN = 6, 0.01
 _ELEMENTWISE = {getattr(_ATEN, name).default for name in ("relu", "leaky_relu", "prelu", "dropout", "clone")}
 _KINDS = ("max", "avg", "adaptive_avg")
 _POOLS = {getattr(_ATEN, f"{kind}_pool{spatial}d").default: spatial for kind in _KINDS for spatial in (1, 2, 3)}
-_RESHAPES = {*VIEW_OPS, _ATEN.flatten.using_ints, _ATEN.reshape.default}
+_RESHAPES = {_ATEN.flatten.using_ints, _ATEN.reshape.default}
 
 
 @dataclass(frozen=True)

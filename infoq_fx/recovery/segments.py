@@ -72,7 +72,8 @@ def find_segments(prepared: PreparedModel) -> list[Segment]:
 
     Every segment but the last holds at least one layer, and at most eight; the last goes on to the outputs. Within a
     segment whose inner values are all as small as its ends, as in a chain of convolutions of one width, it is cut
-    between any two layers. A weight that several layers read belongs to the first of them.
+    between any two layers. A weight that several layers read belongs to the first of them; one that only embeddings
+    read belongs to none, since rounding it to nearest is all that can be done for it.
     """
     constants, nodes = _split_constants(prepared.graph_module.graph)
     layers = _find_layers(prepared)
@@ -112,8 +113,10 @@ def _find_layers(prepared: PreparedModel) -> list[Layer]:
     found = []
     for node, quantizer in prepared.quantizer_nodes():
         if quantizer.site.kind == "weight":
-            layer = min(node.users)
-            found.append(Layer(layer, LAYER_OPS[layer.target], node, quantizer.site))
+            layers = [user for user in node.users if not LAYER_OPS[user.target].is_lookup]
+            if layers:
+                layer = min(layers)
+                found.append(Layer(layer, LAYER_OPS[layer.target], node, quantizer.site))
     return sorted(found, key=lambda layer: layer.node)
 
 

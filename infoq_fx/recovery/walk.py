@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from infoq_fx.data import CalibrationData
-from infoq_fx.interpreter import VIEW_OPS, class_logits, first_output
+from infoq_fx.interpreter import class_logits, first_output
 from infoq_fx.machine import thread_map
 from infoq_fx.passes.convert import fit_weight_scale
 from infoq_fx.passes.layers import write_tensor
@@ -235,10 +235,6 @@ class SegmentRunner(fx.Interpreter):
 
     def _bits_of(self, quantizer: Quantizer) -> int:
         return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The op itself; views become reshapes, since memory is laid out otherwise than at capture."""
-        return args[0].reshape(args[1]) if target in VIEW_OPS else super().call_function(target, args, kwargs)
 
 
 def _squared_gradients(
