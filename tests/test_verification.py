@@ -57,6 +57,7 @@ def test_the_batch_size_changes_nothing_without_optimisation(made, batch_size):
 
 def test_the_file_of_another_module_is_not(made):
     _, path, images, _ = made
+    torch.manual_seed(1)
     other = quantize_by_hand(randomise_norms(ResidualNet()), images)
     found = infoq_fx.verify_onnx(path, other, images)
     assert not found.is_sound
@@ -75,9 +76,12 @@ def test_errors_say_what_to_do(made, tmp_path):
         infoq_fx.verify_onnx(tmp_path / "broken.onnx", quantized, images)
     with pytest.raises(CalibrationDataError):
         infoq_fx.verify_onnx(path, quantized, (images, torch.full((96,), 99)))
-    narrow = quantize_by_hand(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images)
+    other, narrow = (quantize_by_hand(nn.Sequential(nn.Flatten(), nn.Linear(64, n)), images) for n in (4, 3))
+    path = infoq_fx.export_onnx(narrow, tmp_path / "narrow.onnx")
     with pytest.raises(ExportError, match="made from another module"):
-        infoq_fx.verify_onnx(infoq_fx.export_onnx(narrow, tmp_path / "narrow.onnx"), quantized, images)
+        infoq_fx.verify_onnx(path, other, images)
+    with pytest.raises(ExportError, match="does not take the module's inputs"):
+        infoq_fx.verify_onnx(path, quantized, images)
 
 
 def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
@@ -92,14 +96,18 @@ def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("result", "is_problem"),
     [
-        (LevelResult("off", 0.995, 3.0), False),
-        (LevelResult("off", 0.99, 0.1), True),
-        (LevelResult("default", 0.9, 9.0), False),
-        (LevelResult("default", 0.89, 0.1), True),
-        (LevelResult("default", 0.95, 9.0, 80.0), False),
-        (LevelResult("default", 0.95, 9.0, 79.0), False),  # 10 of 50 changed predictions more wrong than right: chance
-        (LevelResult("default", 0.95, 9.0, 78.5), True),  # 15 more: not chance
-        (LevelResult("default", 1.0, math.inf, 80.0), True),
+        (LevelResult("off", 0.995, 0.1, 3.0), False),
+        (LevelResult("off", 0.99, 0.1, 0.1), True),
+        (LevelResult("off", 1.0, 2.0, 3.0), True),
+        (LevelResult("default", 0.9, 0.1, 9.0), False),
+        (LevelResult("default", 0.89, 0.1, 0.1), True),
+        (LevelResult("default", 0.95, 0.1, 9.0, 80.0), False),
+        (
+            LevelResult("default", 0.95, 0.1, 9.0, 79.0),
+            False,
+        ),  # 10 of 50 changed predictions more wrong than right: chance
+        (LevelResult("default", 0.95, 0.1, 9.0, 78.5), True),  # 15 more: not chance
+        (LevelResult("default", 1.0, 0.1, math.inf, 80.0), True),
     ],
 )
 def test_what_is_sound(result, is_problem):

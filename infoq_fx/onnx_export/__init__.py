@@ -74,10 +74,11 @@ def export_onnx(
 def _choose_container(container: str | None, target: Target, provenance: Provenance) -> Container:
     budget = provenance.allocation.budget
     asked = container or (budget and budget.container) or target.containers[0]
+    found = find_container(asked)
     if asked not in target.containers:
         warnings.warn(
             f"stock runtimes refuse container {asked!r} or compute it wrongly, as onnxruntime does at its default "
             f"optimisation; containers that {target.name!r} runs: {', '.join(target.containers)}",
             stacklevel=3,
         )
-    return find_container(asked)
+    return found
