@@ -93,8 +93,8 @@ def verify_onnx(
     onnxruntime runs twice. With optimisation off the file has to give the module's predictions on 99.5 % of the
     samples, its outputs within one output step on average: anything else is a wrong graph. At the default level integer
     kernels round single values by one step differently, which changes close decisions: with labels, the predictions
-    that turn wrong may outnumber those that turn right by two standard errors of their difference at most; without, 90 %
-    have to agree. OpenVINO has only the latter level.
+    that turn wrong may outnumber those that turn right by two standard errors of their difference at most; without,
+    90 % have to agree. OpenVINO has only the latter level.
 
     Args:
         path: of the file.
