@@ -127,12 +127,8 @@ def test_the_container_is_the_one_that_was_promised(exported):
     for name, b in bits.items():
         if name.endswith("weight"):
             stored = held.get(name, held.get(f"{name}_transposed"))
-            if b == 8:  # shifted, so that no x86 kernel saturates
-                stored = held.get(f"{name}_shifted", held.get(f"{name}_transposed_shifted"))
-                assert stored.dtype == np.uint8
-            else:
-                assert stored.dtype == np.int8
-                assert -(1 << (b - 1)) <= stored.min() <= stored.max() < 1 << (b - 1)
+            assert stored.dtype == np.int8
+            assert -(1 << (b - 1)) <= stored.min() <= stored.max() < 1 << (b - 1)
     biases = [array for name, array in held.items() if name.endswith(".bias")]
     assert len(biases) == 6
     assert all(array.dtype == np.int32 for array in biases)
@@ -252,8 +248,7 @@ def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_pat
     weights = [t for name, t in held.items() if ".weight" in name and "scale" not in name and "norm" not in name]
     assert len(weights) == 4
     kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
-    expected = onnx.TensorProto.UINT8 if bits == 8 else kinds[width]
-    assert {tensor.data_type for tensor in weights} == {expected}
+    assert {tensor.data_type for tensor in weights} == {kinds[width]}
     assert all(len(t.raw_data) == (math.prod(t.dims) * width + 7) // 8 for t in weights)
     found, _ = run(path, {"x": images.numpy()})
     np.testing.assert_allclose(found[0], quantized(images).detach().numpy(), rtol=1e-4, atol=1e-5)
@@ -281,14 +276,45 @@ def test_two_bit_initializers_come_with_a_warning(exported, tmp_path):
         infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int4")
 
 
-def test_openvino_gets_int8_for_weights_of_8_bits(tmp_path):
+def test_processors_that_saturate_get_weights_of_8_bits_around_128(tmp_path):
     images = torch.randn(16, 3, 9)
-    quantized = quantize_by_hand(Mixed(), images, 8)
-    kinds = {}
+    quantized, kinds = quantize_by_hand(Mixed(), images, 8), {}
     for target in infoq_fx.TARGETS:
-        held = held_tensors(infoq_fx.export_onnx(quantized, tmp_path / target, target=target))
+        path = infoq_fx.export_onnx(quantized, tmp_path / target, target=target)
+        held = held_tensors(path)
         kinds[target] = {t.data_type for name, t in held.items() if name.startswith("embed.weight") and t.dims[2:]}
-    assert kinds == {"onnxruntime": {onnx.TensorProto.UINT8}, "openvino": {onnx.TensorProto.INT8}}
+        found, _ = run(path, {"x": images.numpy()})
+        np.testing.assert_allclose(found[0], quantized(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    signed, shifted = {onnx.TensorProto.INT8}, {onnx.TensorProto.UINT8}
+    assert kinds == {"onnxruntime": signed, "onnxruntime-avx2": shifted, "openvino": signed}
+
+
+class Patches(nn.Module):
+    """Patches of an image behind a class token, as in a vision transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token, self.head = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 4)
+        nn.init.normal_(self.patch.bias, std=2.0)
+
+    def forward(self, x):
+        patches = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(len(x), -1, -1), patches], 1).relu())
+
+
+def test_openvino_gets_floats_where_patches_join_a_class_token(tmp_path):
+    pytest.importorskip("openvino", reason="OpenVINO is an extra")
+    torch.manual_seed(0)
+    images = torch.randn(64, 1, 8, 8)
+    quantized = quantize_by_hand(Patches(), images, 8)
+    sites = {}
+    for target in ("onnxruntime", "openvino"):
+        path = infoq_fx.export_onnx(quantized, tmp_path / target, target=target)
+        sites[target] = {node.name for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"}
+    assert sites["onnxruntime"] - sites["openvino"] == {"patch.output/Q"}
+    found = infoq_fx.verify_onnx(tmp_path / "openvino", quantized, images, target="openvino")
+    assert found.is_sound, found
+    assert found.levels[0].mean_error_steps < 1
 
 
 def test_layers_are_named_by_module_paths_and_nothing_inside_carries_shapes(exported):

@@ -16,6 +16,7 @@ from infoq_fx.targets import Container, Target
 __all__ = ["lower"]
 
 _SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
+_VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"}
 _INTEGER_TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
@@ -26,12 +27,34 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     the container; an activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a
     Clip in float in front would keep integer kernels from fusing.
     """
+    if not target.quantizes_before_parameters:
+        _drop_outputs_before_parameters(model)
     _store_transposed(model)
     _lower_dequantize(model, container, target)
     _gather_integers(model)
     _lower_quantize_dequantize(model)
     if container.weight_widths != (MAX_BITS,):
         _derive_bias_scales(model)
+
+
+def _drop_outputs_before_parameters(model: ir.Model) -> None:
+    """QuantizeDequantize of a convolution -> views -> Concat with a parameter: the Concat reads floats."""
+    for node in find_placeholders(model, "QuantizeDequantize"):
+        source, reader = node.inputs[0], node
+        assert source is not None
+        producer = source.producer()
+        while len(uses := reader.outputs[0].uses()) == 1 and (reader is node or reader.op_type in _VIEWS):
+            reader = next(iter(uses)).node
+        is_joined = reader.op_type == "Concat" and any(_is_parameter(value) for value in reader.inputs)
+        if producer is not None and producer.op_type == "Conv" and is_joined:
+            node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _is_parameter(value: ir.Value | None) -> bool:
+    while value is not None and (producer := value.producer()) is not None and producer.op_type in _VIEWS:
+        value = producer.inputs[0]
+    return value is not None and value.const_value is not None
 
 
 def _store_transposed(model: ir.Model) -> None:
