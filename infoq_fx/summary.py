@@ -5,6 +5,7 @@ from __future__ import annotations
 from infoq_fx.cost import measure_cost, weight_bytes
 from infoq_fx.spec import Allocation, Cost, Inventory, QuantSite
 from infoq_fx.tabular import align_rows, html_table
+from infoq_fx.targets import DEFAULT_TARGET, TARGETS
 
 __all__ = ["Summary", "summarize_allocation"]
 
@@ -36,12 +37,13 @@ def summarize_allocation(allocation: Allocation, inventory: Inventory) -> Summar
 
     Returns:
         One line a weight site and one a searched activation site, then two of totals. ``share of size`` is that of the
-        bytes of ``Cost.size_bytes``.
+        bytes of ``Cost.size_bytes``; beside these the totals give what containers take.
     """
-    cost = allocation.cost or measure_cost(inventory, allocation.bits)
+    is_own = allocation.budget is None or allocation.budget.container is None
+    cost = (is_own and allocation.cost) or measure_cost(inventory, allocation.bits)
     shown = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
     rows = [_HEAD, *(_describe_site(site, allocation, cost) for site in shown)]
-    notes = _describe_totals(allocation, cost)
+    notes = _describe_totals(allocation, inventory, cost)
     text = "\n".join([*align_rows(rows, left=_TEXT_COLUMNS), *notes])
     caption = "Bit-widths" if allocation.budget is None else f"Bit-widths within {allocation.budget}"
     return Summary(text, html_table(caption, rows, notes, left=_TEXT_COLUMNS))
@@ -54,10 +56,12 @@ def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple
     return site.name, site.kind, f"{site.numel:,}", str(bits), value, error, share
 
 
-def _describe_totals(allocation: Allocation, cost: Cost) -> list[str]:
+def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost) -> list[str]:
+    containers = TARGETS[DEFAULT_TARGET].containers
+    stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
     lines = [
         f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
-        f"{cost.size_bytes:,} bytes, {cost.bitops / 1e9:.4g} G BitOps, "
+        f"{cost.size_bytes:,} bytes (stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, "
         f"{cost.activation_bytes:,} bytes of activations"
     ]
     if allocation.score is not None:

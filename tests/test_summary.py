@@ -10,6 +10,7 @@ from test_allocation import SMALL
 
 import infoq_fx
 from infoq_fx import Allocation, Budget, allocate, summarize
+from infoq_fx.cost import measure_cost
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,9 @@ def test_a_line_a_site():
     share = 100 * (100 * 6 / 8 + 4) / found.cost.size_bytes
     assert re.split("  +", lines[0]) == ["conv", "weight", "100", "6", "0.00195", "0.0002", f"{share:.1f} %"]
     assert [line.split()[0] for line in lines[:3]] == ["conv", "fc", "relu"]
-    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes, ")
+    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes (stored: ")
+    stored = [measure_cost(SMALL.inventory, found.bits, name).size_bytes for name in ("int8", "packed")]
+    assert f"(stored: {stored[0]} in 'int8', {stored[1]} in 'packed')" in lines[3]
     assert "uniform 3 bits" in lines[4]
     assert "0.4062" in lines[4]
 

@@ -20,6 +20,7 @@ __all__ = [
     "CacheDir",
     "CompressionLimit",
     "Config",
+    "CountAs",
     "CriterionName",
     "Data",
     "Debug",
@@ -81,6 +82,14 @@ BitopsLimit = Annotated[float | None, typer.Option(help="BitOps of one sample, a
 ActivationBytesLimit = Annotated[
     float | None,
     typer.Option(help="Bytes of all activations of one sample, at most.", rich_help_panel=_BUDGET),
+]
+
+CountAs = Annotated[
+    str | None,
+    typer.Option(
+        help="Count weights as this container stores them: in packed, 3 bits take 4, and only 4 and 8 are searched.",
+        rich_help_panel=_BUDGET,
+    ),
 ]
 
 Samples = Annotated[int, typer.Option(help="Samples, at most, evenly spread over DATA.", min=1, rich_help_panel=_DATA)]
@@ -160,11 +169,12 @@ def read_limits(
     size_bytes: float | None,
     bitops: float | None,
     activation_bytes: float | None,
+    count_as: str | None = None,
 ) -> Budget:
     """The budget of the command line.
 
     Raises:
-        OptionError: no limit, or one that is not a positive number.
+        OptionError: no limit, one that is not a positive number, or an unknown container.
     """
     limits: dict[str, Any] = {
         "weight_bits": budget,
@@ -178,7 +188,7 @@ def read_limits(
             "there is no budget; give --budget (mean weight bits, such as 4), --compression, --size-bytes, --bitops "
             "or --activation-bytes, any number of them"
         )
-    return Budget(**limits)
+    return Budget(**limits, container=count_as)
 
 
 def read_bits(text: str, option: str) -> tuple[int, ...] | None:

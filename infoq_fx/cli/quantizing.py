@@ -20,6 +20,7 @@ from infoq_fx.cli.options import (
     CacheDir,
     CompressionLimit,
     Config,
+    CountAs,
     CriterionName,
     Data,
     Debug,
@@ -74,6 +75,7 @@ def quantize(
     size_bytes: SizeBytesLimit = None,
     bitops: BitopsLimit = None,
     activation_bytes: ActivationBytesLimit = None,
+    count_as: CountAs = None,
     scores: Annotated[
         Path | None, typer.Option(help="What infoq-fx score wrote, or an earlier run: nothing is scored again.")
     ] = None,
@@ -132,8 +134,8 @@ def quantize(
     fixed = None if allocation is None else load_allocation(allocation)
     limits = None
     if fixed is None:
-        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
-    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes)):
+        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
+    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes, count_as)):
         raise OptionError("--allocation settles the bit-widths; leave the budget out, or allocate again with it")
     if report is not None and allocation is not None:
         raise OptionError("--report shows scores, and --allocation goes without; leave one of them out")

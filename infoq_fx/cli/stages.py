@@ -18,6 +18,7 @@ from infoq_fx.cli.options import (
     CacheDir,
     CompressionLimit,
     Config,
+    CountAs,
     CriterionName,
     Data,
     Debug,
@@ -112,6 +113,7 @@ def allocate(
     size_bytes: SizeBytesLimit = None,
     bitops: BitopsLimit = None,
     activation_bytes: ActivationBytesLimit = None,
+    count_as: CountAs = None,
     alpha: Alpha = 1.0,
     pin: Pin = None,
     config: Config = None,
@@ -127,7 +129,7 @@ def allocate(
     from infoq_fx.summary import summarize_allocation
     from infoq_fx.table import SensitivityTable
 
-    limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
+    limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
     table = SensitivityTable.load(scores)
     found = infoq_fx.allocation.allocate(table, limits, alpha=alpha, pin=read_pins(pin))
     text = str(summarize_allocation(found, table.inventory))

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from infoq_fx.allocation import allocate
-from infoq_fx.cost import measure_cost, weight_bytes
+from infoq_fx.cost import measure_cost
 from infoq_fx.errors import OptionError
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory
 from infoq_fx.table import SensitivityTable
+from infoq_fx.targets import DEFAULT_TARGET, TARGETS
 
 __all__ = [
     "CONTAINERS",
@@ -26,7 +27,7 @@ __all__ = [
     "trace_curve",
 ]
 
-CONTAINERS = ("packed at the bits", "int8", "packed int4")
+CONTAINERS = ("packed at the bits", "int8", "packed")
 _UNLIMITED = 1e30
 _DECADES = 6
 
@@ -143,18 +144,12 @@ def cost_of(allocation: Allocation, inventory: Inventory) -> Cost:
 def container_bytes(inventory: Inventory, bits: Mapping[str, int]) -> dict[str, int]:
     """Bytes of all parameters in each container, by its name; a file's graph comes on top.
 
-    ``"packed at the bits"`` is what a budget counts. ``"int8"`` stores one byte a weight. ``"packed int4"`` stores half
-    a byte for a weight of up to 4 bits, else one. Scales (4 bytes a channel) and everything in float are in all three.
+    ``"packed at the bits"`` is what a budget counts by itself; the others are those of :data:`infoq_fx.CONTAINERS`.
+    Scales (4 bytes a channel) and everything in float are in all of them.
     """
-    held = {8: 0, 4: 0}
-    for site in inventory.sites:
-        if site.kind == "weight":
-            held[8] += weight_bytes(site, 8)
-            held[4] += weight_bytes(site, 4 if bits[site.name] <= 4 else 8)
-    packed = measure_cost(inventory, bits).size_bytes
-    return dict(
-        zip(CONTAINERS, (packed, held[8] + inventory.float_bytes, held[4] + inventory.float_bytes), strict=True)
-    )
+    stored = (None, *TARGETS[DEFAULT_TARGET].containers)
+    sizes = (measure_cost(inventory, bits, container).size_bytes for container in stored)
+    return dict(zip(CONTAINERS, sizes, strict=True))
 
 
 def damage_scale(values: Iterable[float]) -> tuple[float, list[float]]:

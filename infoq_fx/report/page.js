@@ -264,7 +264,7 @@
     fillLayers(found);
     const [packed, int8, int4] = found.containers, float = data.float_bytes;
     byId("container-table").replaceChildren(table("Bytes of all parameters in each container, for the bits shown now", ["container", "bytes", "", "of float32"],
-      [["int8 (every runtime)", int8], ["packed int4 (opset 21)", int4], ["packed at the bits (what a budget counts)", packed], ["float32", float]]
+      [["int8 (every runtime)", int8], ["packed (opset 21)", int4], ["packed at the bits (what a budget counts)", packed], ["float32", float]]
         .map(([name, size]) => [name, whole(size), bytes(size), `${(100 * size / float).toFixed(1)} %`])));
     byId("again").textContent = [`table = infoq_fx.SensitivityTable.load("scores.json")`,
       onSlider ? `allocation = infoq_fx.allocate(table, infoq_fx.Budget(${axis.name}=${limit})${data.options})` : `allocation = infoq_fx.Allocation(bits=${JSON.stringify(found.all_bits)})`,
