@@ -229,7 +229,7 @@ BAD = {
     "one budget": (dict(budgets=1), infoq_fx.OptionError, "2 or more"),
     "another model": (dict(allocation=Allocation(bits={"x": 2})), infoq_fx.OptionError, "'conv' None bits"),
     "a share": (dict(accuracies={"a": (Allocation(bits={}), 120.0)}), infoq_fx.OptionError, "in percent"),
-    "no module": (dict(source=torch.nn.Linear(2, 2)), infoq_fx.OptionError, "neither a sensitivity table nor"),
+    "no module": (dict(source=torch.nn.Linear(2, 2)), infoq_fx.OptionError, "give a sensitivity table or what"),
     "no folder": (dict(path="/nowhere/at/all.html"), infoq_fx.ExportError, "give a path"),
 }
 

@@ -1,0 +1,56 @@
+"""Files of both containers, written here and run by whatever onnxruntime another environment has.
+
+python tests/benchmarks/containers.py FOLDER             writes <container>.onnx, x.npy and <container>.npy
+other/bin/python tests/benchmarks/containers.py FOLDER --run    runs them; needs onnxruntime and numpy only
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+CONTAINERS = ("int8", "packed")
+
+
+def write(folder):
+    import torch
+    from torch import nn
+
+    import infoq_fx
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(16 * 36, 10),
+    )  # fmt: skip
+    x = torch.randn(64, 1, 8, 8)
+    quantized = infoq_fx.quantize(model.eval(), 4.0, calibration_data=x, progress=False)
+    np.save(folder / "x.npy", x.numpy())
+    np.save(folder / "y.npy", quantized(x).detach().numpy())
+    for container in CONTAINERS:
+        infoq_fx.export_onnx(quantized, folder / f"{container}.onnx", container=container)
+
+
+def run(folder):
+    import onnxruntime
+
+    x, y = np.load(folder / "x.npy"), np.load(folder / "y.npy")
+    step = (y.max() - y.min()) / 255
+    for container in CONTAINERS:
+        session = onnxruntime.InferenceSession(str(folder / f"{container}.onnx"), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x})
+        steps = float(np.abs(found - y).max() / step)
+        print(f"onnxruntime {onnxruntime.__version__}, {container}: largest error {steps:.2f} output steps")
+        assert steps < 3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run", action="store_true")
+    arguments = parser.parse_args()
+    (run if arguments.run else write)(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
