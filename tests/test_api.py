@@ -187,7 +187,7 @@ BAD = {
     "encoder_output": (
         dict(observers=["blocks.0"], encoder=lambda x: x.argmax(-1)),
         OptionError,
-        "must return a float tensor",
+        "return a float tensor",
     ),
     "encoder_alone": (dict(encoder="pca"), OptionError, "name observers too"),
     "encoder_of_eagl": (dict(criterion="eagl", encoder="dinov2"), OptionError, "belong to criterion='infoq' or 'inf"),

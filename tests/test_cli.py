@@ -358,6 +358,7 @@ def test_the_demo_keeps_the_accuracy_in_a_file_a_fraction_of_the_size(tmp_path):
     assert len(digits()[1][1]) == 597
 
 
+@pytest.mark.slow
 def test_the_demo_command_prints_the_table(tmp_path):
     result = done("demo", "-o", tmp_path / "demo.onnx", "--no-progress")
     for text in ("blocks.1.conv1", "float32", "uniform 3 bits", "onnxruntime"):

@@ -50,7 +50,7 @@ def test_several_inputs_by_position_and_by_name():
     for read in (by_position, by_name):
         assert list(read.inputs) == ["a", "b"]
         assert torch.equal(read.inputs["b"], 2 * X)
-    with pytest.raises(CalibrationDataError, match=r"'a', 'b'; the model takes 'x'"):
+    with pytest.raises(CalibrationDataError, match=r"'a', 'b'; give those that the model takes: 'x'"):
         read_data({"a": X, "b": X}).named(("x",))
 
 

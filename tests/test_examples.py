@@ -33,6 +33,10 @@ SLOW = {
     "weights_and_activations.py",
     "your_own_criterion.py",
     "choose_a_budget.py",
+    "finetune_in_your_own_loop.py",
+    "score_on_dask.py",
+    "torch_compile_and_pt2e.py",
+    "your_own_cost.py",
 }
 
 

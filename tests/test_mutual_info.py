@@ -493,13 +493,13 @@ def test_every_class_is_nearest_to_the_mean_of_its_group(count):
 
 X = np.linspace(0, 1, 20)
 REFUSALS = {
-    "k of 0": (lambda: estimate_ksg(X, X, k=0), OptionError, "k=0 must be an integer of at least 1"),
+    "k of 0": (lambda: estimate_ksg(X, X, k=0), OptionError, "k=0; give an integer of at least 1"),
     "k of 1.5": (lambda: estimate_ross(X, np.arange(20), k=1.5), OptionError, "k=1.5"),
     "fewer samples": (lambda: estimate_ksg(X[:4], X[:4]), CalibrationDataError, "found 4; give more, or k=3"),
     "unequal samples": (lambda: estimate_ksg(X, X[:9]), OptionError, r"\(1, 20\) and y \(1, 9\)"),
     "unequal slices": (lambda: estimate_ksg(X.reshape(2, 10), X[:15].reshape(3, 5)), OptionError, "the same"),
-    "cube": (lambda: estimate_ksg(X.reshape(1, 2, 10), X), OptionError, r"got shape \(1, 2, 10\)"),
-    "empty": (lambda: estimate_ksg([], []), OptionError, r"got shape \(0,\)"),
+    "cube": (lambda: estimate_ksg(X.reshape(1, 2, 10), X), OptionError, r"shape \(1, 2, 10\); give"),
+    "empty": (lambda: estimate_ksg([], []), OptionError, r"shape \(0,\); give"),
     "NaN": (
         lambda: estimate_ksg(X, X * np.nan),
         CalibrationDataError,
@@ -510,8 +510,12 @@ REFUSALS = {
         CalibrationDataError,
         "x has 1 NaN or infinite",
     ),
-    "float labels": (lambda: estimate_ross(X, X), OptionError, "labels must be integers .samples., got float64"),
-    "too few labels": (lambda: estimate_ross(X, np.arange(3) % 2), OptionError, r"integers \[20\], got 3 of them"),
+    "float labels": (lambda: estimate_ross(X, X), OptionError, r"labels are float64 \[20\]; give integers"),
+    "too few labels": (
+        lambda: estimate_ross(X, np.arange(3) % 2),
+        OptionError,
+        r"3 labels for 20 samples; give integers \[20\]",
+    ),
     "one a class": (
         lambda: estimate_ross(X, np.arange(20)),
         CalibrationDataError,
@@ -523,10 +527,10 @@ REFUSALS = {
     "negative seed": (
         lambda: unit_projections(1, 1, -1),
         OptionError,
-        "seed=-1 must be an integer of at least 0",
+        "seed=-1; give an integer of at least 0",
     ),
     "no group": (lambda: group_classes(np.eye(3), 0, 0), OptionError, "groups=0"),
-    "flat rows": (lambda: group_classes(X, 2, 0), OptionError, r"got shape \(20,\)"),
+    "flat rows": (lambda: group_classes(X, 2, 0), OptionError, r"shape \(20,\); give"),
     "NaN rows": (lambda: group_classes(np.eye(2) * np.nan, 2, 0), CalibrationDataError, "rows has 4 NaN"),
 }
 
