@@ -514,7 +514,7 @@ REFUSALS = {
     "too few labels": (
         lambda: estimate_ross(X, np.arange(3) % 2),
         OptionError,
-        r"3 labels for 20 samples; give integers \[20\]",
+        "3 labels for 20 samples; give",
     ),
     "one a class": (
         lambda: estimate_ross(X, np.arange(20)),
