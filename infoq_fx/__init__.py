@@ -19,8 +19,9 @@ if TYPE_CHECKING or not _IS_COMMAND:
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name.startswith("__") and name != "__version__":
-            raise AttributeError(name)
-        import importlib
+        import importlib.util
 
+        is_module = importlib.util.find_spec(f"{__name__}.{name}") is not None
+        if is_module or (name.startswith("__") and name != "__version__"):
+            raise AttributeError(name)  # an import of a module goes on behind this
         return getattr(importlib.import_module("infoq_fx.names"), name)

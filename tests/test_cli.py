@@ -360,7 +360,11 @@ def test_the_demo_keeps_the_accuracy_in_a_file_a_fraction_of_the_size(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_command_prints_the_table(tmp_path):
-    result = done("demo", "-o", tmp_path / "demo.onnx", "--no-progress")
+    # As the installed command, where the package loads its names late.
+    code = "import sys; sys.argv[0] = 'infoq-fx'; from infoq_fx.cli import main; main()"
+    command = [sys.executable, "-c", code, "demo", "-o", str(tmp_path / "demo.onnx"), "--no-progress"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
     for text in ("blocks.1.conv1", "float32", "uniform 3 bits", "onnxruntime"):
         assert text in result.stdout
     assert (tmp_path / "demo.onnx").exists()

@@ -76,12 +76,12 @@ def run_case(name, case, arguments, folder):
     prepared = infoq_fx.prepare(model, calibration, bits=BITS)
     table = infoq_fx.score(prepared, calibration, cache_dir=arguments.cache_dir, progress=False)
     quantized = quantize(prepared, table, 4.0, calibration[0])
-    path, float_path = folder / "int8.onnx", folder / "float.onnx"
-    infoq_fx.export_onnx(quantized, path)
+    float_path, path = folder / "float.onnx", infoq_fx.export_onnx(quantized, folder / "int8.onnx")
     export_float(model, images[:2], float_path)
     print(f"\n{name}, 4 bits, int8: {path.stat().st_size:,} bytes, float {float_path.stat().st_size:,}")
     for target in ("onnxruntime", "openvino"):
-        print(infoq_fx.verify_onnx(path, quantized, (images, labels), target=target), flush=True)
+        own = infoq_fx.export_onnx(quantized, folder / f"{target}.onnx", target=target)
+        print(infoq_fx.verify_onnx(own, quantized, (images, labels), target=target), flush=True)
     print("convolutions in integers: {} of {}".format(*count_convolutions(path, folder)))
     for batch in (1, 16):
         print(f"batch {batch}: {measure_speed(float_path, path, images[:batch], arguments.runs):.2f} times the speed")
