@@ -197,4 +197,5 @@ def measure_difference(path: Path, batch: dict[str, torch.Tensor], expected: tor
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     taken = [value.name for value in session.get_inputs()]
     found = session.run(None, {name: batch[name].numpy() for name in taken})[0]
-    return float(np.linalg.norm(found - expected.numpy()) / np.linalg.norm(expected.numpy()))
+    distance, norm = np.linalg.norm(found - expected.numpy()), np.linalg.norm(expected.numpy())
+    return float(distance / norm) if distance else 0.0
