@@ -151,6 +151,7 @@ def test_the_backend_quantizes_what_dynamo_captures(case):
     assert seen[1] is inner
 
 
+@pytest.mark.slow
 def test_recovery_and_a_budget_do_in_the_backend_what_they_do_outside(case):
     model, allocation, _ = case
     prepared = infoq_fx.prepare(model, IMAGES, activation_bits=(6, 8))
@@ -161,6 +162,7 @@ def test_recovery_and_a_budget_do_in_the_backend_what_they_do_outside(case):
     assert torch.equal(found, infoq_fx.quantize(model, 4.0, calibration_data=IMAGES, **options)(IMAGES))
 
 
+@pytest.mark.slow
 def test_changed_weights_are_quantized_anew(case):
     model, allocation, _ = case
     changing, seen = copy.deepcopy(model), []
@@ -210,6 +212,7 @@ def test_names_sizes_and_outputs_survive():
         assert all(torch.equal(found[name], value) for name, value in expected(**few).items())
 
 
+@pytest.mark.slow
 def test_a_function_around_a_model_is_compiled_too(case):
     model, allocation, quantized = case
 

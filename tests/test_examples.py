@@ -26,7 +26,7 @@ MADE = {
 }
 
 
-# What takes longest, though seconds each; the default run keeps one of each kind.
+# What takes longest, though seconds each.
 SLOW = {
     "image_folder.py",
     "transformer.py",
@@ -34,7 +34,9 @@ SLOW = {
     "your_own_criterion.py",
     "choose_a_budget.py",
     "finetune_in_your_own_loop.py",
+    "reproduce_paper.py",
     "score_on_dask.py",
+    "score_with_workers.py",
     "torch_compile_and_pt2e.py",
     "your_own_cost.py",
 }

@@ -84,7 +84,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("bits", [2, 5, 8])
+def slowly(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("bits", [5, *slowly(2, 8)])
 @pytest.mark.parametrize("activation_bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_computes_what_the_module_computes(name, bits, activation_bits, tmp_path):
@@ -232,7 +236,7 @@ def held_tensors(path):
     return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 8, *slowly(3, 4, 5)])
 @pytest.mark.parametrize("container", ["int8", "packed", "int2"])
 def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
     torch.manual_seed(bits)

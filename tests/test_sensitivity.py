@@ -105,6 +105,7 @@ def test_workers_change_no_digit(make, prepared_and_data, table, tmp_path):
     assert score(*prepared_and_data, cache_dir=tmp_path).scores == table.scores
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_loses_a_worker_and_no_score(prepared_and_data, table, tmp_path):
     distributed = pytest.importorskip("distributed")
