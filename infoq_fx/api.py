@@ -167,7 +167,7 @@ def prepare(
     Arguments and errors are those of :func:`quantize`; ``budget``, where given, is only checked for being within
     reach before the calibration.
     """
-    weight_candidates = check_bits(_default_bits(budget) if bits is None else bits, "bits")
+    weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
@@ -326,7 +326,7 @@ def _convert(prepared: PreparedModel, allocation: Allocation, table: Sensitivity
     return wrap_quantized(run_passes(graph_module, passes), provenance)
 
 
-def _default_bits(budget: float | Budget | None) -> tuple[int, ...]:
+def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
     """Bit-widths that make a difference: in a container of 4 and 8 bits, 3 take the place of 4 and are worse."""
     container = budget.container if isinstance(budget, Budget) else None
     return DEFAULT_BITS if container is None else find_container(container).weight_widths

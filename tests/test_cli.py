@@ -132,6 +132,14 @@ def test_quantize_writes_a_verified_file_and_keeps_what_made_it(folder, quantize
     assert kept["quantize"]["bits"] == "4,8"
 
 
+def test_counting_as_a_container_stores_keeps_to_its_bit_widths(folder, tmp_path):
+    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "p.onnx", "--budget", 5]
+    counted = ["--count-as", "packed", "--container", "packed", "--criterion", "weight_mse"]
+    found = json.loads(done(*files, *counted, "--recovery", "none", "--no-refine", "--no-progress", "--json").stdout)
+    assert set(found["allocation"]["bits"].values()) <= {4, 8}
+    assert tomllib.loads((tmp_path / "p.onnx.toml").read_text())["quantize"]["bits"] == "4,8"
+
+
 @pytest.mark.slow
 def test_the_effective_configuration_makes_the_same_file_again(folder, quantized, tmp_path):
     path, _ = quantized

@@ -84,9 +84,9 @@ class _Commands(TyperGroup):
             kept = str(interrupt).replace("the same call with cache_dir=", "the same command with --cache-dir ")
             _fail(ctx, interrupt, ExitCode.INTERRUPTED, f"interrupted: {kept}" if kept else "interrupted")
         except InfeasibleBudgetError as error:
-            _fail(ctx, error, ExitCode.INFEASIBLE, f"error: {_in_options(error)}")
+            _fail(ctx, error, ExitCode.INFEASIBLE, f"error: {_on_one_line(error)}")
         except InfoqError as error:
-            _fail(ctx, error, ExitCode.INPUT, f"error: {_in_options(error)}")
+            _fail(ctx, error, ExitCode.INPUT, f"error: {_on_one_line(error)}")
         except OSError as error:
             _fail(ctx, error, ExitCode.INPUT, f"error: {error}; check the path, its permissions and the space left")
         except (typer.Exit, typer.Abort):
@@ -154,16 +154,16 @@ def say(message: str, *, progress: bool) -> None:
         typer.echo(message, err=True)
 
 
-def check_output(path: Path) -> Path:
+def check_output(path: Path, option: str = "--output") -> Path:
     """The path of a result, known to be writable before the work begins.
 
     Raises:
         OptionError: it is a folder, or lies in one that is not there.
     """
     if path.is_dir():
-        raise OptionError(f"--output {str(path)!r} is a folder; give the path of a file in it")
+        raise OptionError(f"{option} {str(path)!r} is a folder; give the path of a file in it")
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"--output {str(path)!r} lies in a folder that is not there; make {str(path.parent)!r} first")
+        raise OptionError(f"{option} {str(path)!r} lies in a folder that is not there; make {str(path.parent)!r} first")
     return path
 
 
@@ -205,6 +205,6 @@ def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
     raise typer.Exit(int(code)) from None
 
 
-def _in_options(error: BaseException) -> str:
-    """The library's message on one line."""
+def _on_one_line(error: BaseException) -> str:
+    """The library's message, without its line breaks."""
     return " ".join(str(error).split())

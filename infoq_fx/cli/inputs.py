@@ -49,11 +49,14 @@ def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[
 def prepare_model(
     options: dict[str, Any], samples: tuple[Tensor, Tensor | None], budget: Budget | None = None
 ) -> PreparedModel:
-    """The prepared model of a command's MODEL; candidate bit-widths that were not given are the defaults."""
-    from infoq_fx.api import prepare
+    """The prepared model of a command's MODEL; candidate bit-widths that were not given are the defaults.
+
+    Where the budget counts weights as a container stores them, those are what the container stores.
+    """
+    from infoq_fx.api import default_bits, prepare
     from infoq_fx.model_files import load_model
 
-    options["bits"] = options["bits"] or DEFAULT_BITS
+    options["bits"] = options["bits"] or ",".join(map(str, default_bits(budget)))
     options["activation_bits"] = options["activation_bits"] or DEFAULT_ACTIVATION_BITS
     say("loading and calibrating the model", progress=options["progress"])
     return prepare(

@@ -126,7 +126,7 @@ def quantize(
     options = ctx.params
     check_output(output)
     if report is not None:
-        check_output(report)
+        check_output(report, "--report")
     find_criterion(criterion)
     steps = find_steps(recovery.split(",") if "," in recovery else recovery)
     if allocation is not None and scores is not None:
