@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from infoq_fx.errors import OptionError
 from infoq_fx.files import read_json, write_atomically
-from infoq_fx.spec import Allocation, Budget, Cost, Score
+from infoq_fx.spec import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
 
-__all__ = ["describe_allocation", "load_allocation", "save_allocation"]
+__all__ = ["decode_allocation", "describe_allocation", "load_allocation", "save_allocation"]
 
 _FORMAT = "infoq_fx.Allocation"
 _VERSION = 1
@@ -21,6 +22,24 @@ _VERSION = 1
 def describe_allocation(allocation: Allocation) -> dict[str, Any]:
     """An allocation as plain values that JSON holds."""
     return asdict(allocation)
+
+
+def decode_allocation(held: Mapping[str, Any]) -> Allocation:
+    """The allocation that :func:`describe_allocation` made plain.
+
+    Raises:
+        OptionError: a bit-width that is none.
+        KeyError, TypeError, ValueError, AttributeError: the values are not those of an allocation.
+    """
+    values = dict(held)
+    for name, width in values["bits"].items():
+        if type(width) is not int or not MIN_BITS <= width <= MAX_BITS:
+            raise OptionError(f"its allocation gives site {name!r} {width!r} bits")
+    values["budget"] = None if values["budget"] is None else Budget(**values["budget"])
+    values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
+    values["recovered_by"] = tuple(values["recovered_by"])
+    values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
+    return Allocation(**values)
 
 
 def save_allocation(allocation: Allocation, path: str | os.PathLike[str]) -> None:
@@ -50,13 +69,7 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     """
     try:
         held = read_json(Path(path), _FORMAT, _VERSION)
-        values = {key: value for key, value in held.items() if key not in ("format", "version")}
-        values["budget"] = None if values["budget"] is None else Budget(**values["budget"])
-        values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
-        values["recovered_by"] = tuple(values["recovered_by"])
-        values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
-        values["bits"] = {str(name): int(bits) for name, bits in values["bits"].items()}
-        return Allocation(**values)
+        return decode_allocation({key: value for key, value in held.items() if key not in ("format", "version")})
     except OptionError as error:
         reason = str(error)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

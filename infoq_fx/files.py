@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from infoq_fx.errors import OptionError
 
-__all__ = ["read_json", "write_atomically"]
+__all__ = ["check_format", "read_json", "write_atomically"]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -45,6 +45,15 @@ def read_json(path: Path, marker: str, version: int) -> dict[str, Any]:
         raise OptionError(f"not JSON, or cut short ({error})") from error
     except UnicodeDecodeError as error:
         raise OptionError("a binary file, not JSON") from error
+    return check_format(document, marker, version)
+
+
+def check_format(document: Any, marker: str, version: int) -> dict[str, Any]:
+    """A JSON document, known to be an object with this format marker and version.
+
+    Raises:
+        OptionError: it is of another kind or another version.
+    """
     if not isinstance(document, dict) or document.get("format") != marker:
         raise OptionError(f"its format marker is not {marker!r}")
     if document.get("version") != version:

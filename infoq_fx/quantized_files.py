@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from infoq_fx.allocation_file import decode_allocation, describe_allocation
 from infoq_fx.capture import export_quietly, flatten_program
 from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
-from infoq_fx.files import write_atomically
+from infoq_fx.files import check_format, write_atomically
 from infoq_fx.passes.annotate_bits import read_bits
 from infoq_fx.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
-from infoq_fx.spec import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
+from infoq_fx.spec import Allocation
 
 __all__ = ["load_quantized", "save_quantized"]
 
@@ -125,7 +125,7 @@ def _describe(provenance: Provenance) -> str:
     document = {
         "format": _FORMAT,
         "version": _VERSION,
-        "allocation": dataclasses.asdict(provenance.allocation),
+        "allocation": describe_allocation(provenance.allocation),
         "input_names": list(provenance.example_inputs),
         "output_names": list(provenance.output_names),
         "batch_size": provenance.batch_size,
@@ -162,11 +162,7 @@ def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
             raise OptionError("two entries have one name")
         if f"extra/{_EXTRA_FILE}" not in entries:
             raise OptionError("it holds no allocation; a program of torch.export alone is read by torch.export.load")
-        document = json.loads(archive.read(entries[f"extra/{_EXTRA_FILE}"]))
-        if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise OptionError(f"its format marker is not {_FORMAT!r}")
-        if document.get("version") != _VERSION:
-            raise OptionError(f"it has version {document.get('version')!r}; this release reads version {_VERSION}")
+        document = check_format(json.loads(archive.read(entries[f"extra/{_EXTRA_FILE}"])), _FORMAT, _VERSION)
         _refuse_code(archive, entries)
         examples = torch.load(io.BytesIO(archive.read(entries[_SAMPLE_INPUTS])), weights_only=True)
     args, kwargs = examples
@@ -193,16 +189,8 @@ def _refuse_code(archive: zipfile.ZipFile, entries: Mapping[str, str]) -> None:
 
 
 def _read_allocation(held: Mapping[str, Any], graph_bits: Mapping[str, int]) -> Allocation:
-    values = dict(held)
-    bits = values["bits"]
-    for name, width in bits.items():
-        if type(width) is not int or not MIN_BITS <= width <= MAX_BITS:
-            raise OptionError(f"its allocation gives site {name!r} {width!r} bits")
+    allocation = decode_allocation(held)
     for name, width in graph_bits.items():
-        if bits.get(name) != width:
-            raise OptionError(f"its allocation gives site {name!r} {bits.get(name)}, its graph {width} bits")
-    values["budget"] = None if values["budget"] is None else Budget(**values["budget"])
-    values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
-    values["recovered_by"] = tuple(values["recovered_by"])
-    values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
-    return Allocation(**values)
+        if allocation.bits.get(name) != width:
+            raise OptionError(f"its allocation gives site {name!r} {allocation.bits.get(name)}, its graph {width} bits")
+    return allocation

@@ -150,6 +150,12 @@ def pickled_by_torch(value):
     return buffer.getvalue()
 
 
+def without_bits(content):
+    document = json.loads(content)
+    document["allocation"]["bits"] = {}
+    return json.dumps(document).encode()
+
+
 def unpickling_weight(content):
     config = json.loads(content)
     next(iter(config["config"].values()))["use_pickle"] = True
@@ -167,7 +173,7 @@ DAMAGED = {
     "no allocation": ({EXTRA: None}, "holds no allocation"),
     "another format": ({EXTRA: edited(format="other")}, "format marker"),
     "another version": ({EXTRA: edited(version=99)}, "this release reads version 1"),
-    "another allocation": ({EXTRA: edited(allocation={"bits": {}})}, "its graph"),
+    "another allocation": ({EXTRA: without_bits}, "its graph"),
     "fields missing": ({EXTRA: lambda _: b'{"format": "infoq_fx quantized module", "version": 1}'}, "KeyError"),
     "another output": ({EXTRA: edited(output_names=["a", "b"])}, "not those of its graph"),
     "a batch size of words": ({EXTRA: edited(batch_size="two")}, "batch size is 'two'"),
