@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation import allocate, check_budget
+from infoq_fx.calibration import calibrate
 from infoq_fx.capture import CapturedModel, capture
 from infoq_fx.criteria import AnyCriterion, Criterion, InfoQ, InfoQPaper, find_criterion
 from infoq_fx.data import CalibrationData, read_data
 from infoq_fx.encoders import Encoder
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.interpreter import calibrate
 from infoq_fx.passes import run_passes
 from infoq_fx.passes.add_head_dimension import add_head_dimension
 from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers

@@ -15,13 +15,16 @@ __all__ = [
     "MAX_VALUES_PER_SAMPLE",
     "Histogram",
     "choose_activation_qparams",
+    "find_activation_scale",
     "scale_significant_bits",
+    "significant_bits_of",
 ]
 
 MAX_BINS = 8192
 MAX_VALUES_PER_SAMPLE = 16384
 
 _MANY_TERMS = 576  # what the bits of a weight's scale are meant for
+_MOST_DIGITS = 5
 
 # Bin widths from 2**-126 up, and their inverses, are normal float32 numbers.
 _SMALLEST_EXPONENT = -126
@@ -102,7 +105,7 @@ class Histogram:
         self.first_bin, self.exponent = first, exponent
 
 
-def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None) -> int:
+def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None, of_input: int | None = None) -> int:
     """Significant bits of a scale: so few that float32 sums over quantized values are exact.
 
     A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant bits, and
@@ -112,15 +115,35 @@ def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None)
     12 % (weights at 8 bits: 25 %), where the squared error is flat.
 
     A sum of few ``terms``, as of a depthwise convolution, grows less: by half a bit for each doubling. What it leaves
-    is given to the scales of its weights, where the number of terms is known.
+    is given to the scales of its weights, where the number of terms is known; so is what the scale of the layer's
+    input leaves, where its significant bits are (``of_input``), as with a power of two (1).
     """
     if not is_weight:
-        return min(5, 12 - bits)
+        return min(_MOST_DIGITS, 12 - bits)
     spare = 0 if terms is None else max(0, round(0.5 * math.log2(_MANY_TERMS / terms)))
-    return min(5, 10 - bits + spare)
+    spare += 0 if of_input is None else max(0, 4 - of_input)
+    return min(_MOST_DIGITS, 10 - bits + spare)
 
 
-def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
+def significant_bits_of(scale: float) -> int:
+    """Bits between the first and the last 1 of a float32, both counted: 1 for a power of two."""
+    mantissa = int(math.frexp(scale)[0] * (1 << 24))
+    return mantissa.bit_length() - ((mantissa & -mantissa).bit_length() - 1)
+
+
+def find_activation_scale(histogram: Histogram, spec: QuantSpec) -> float:
+    """The scale of least expected squared error, at most that of the full range, of any number of significant bits.
+
+    Arguments and errors are those of :func:`choose_activation_qparams`; 1 for a tensor of zeros.
+    """
+    _check_affine(histogram, spec)
+    if histogram.minimum == histogram.maximum == 0:
+        return 1.0
+    full = (max(histogram.maximum, 0.0) - min(histogram.minimum, 0.0)) / spec.quant_max
+    return min(full, float(_search_affine(histogram, spec)[0]))
+
+
+def choose_activation_qparams(histogram: Histogram, spec: QuantSpec, *, factor: float | None = None) -> QParams:
     """Affine scale and zero point that minimise the expected squared error under a histogram.
 
     The values of a bin count as spread evenly over it. A grid over scale and zero point, the full range
@@ -129,6 +152,9 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
     Args:
         histogram: what was seen of the activation.
         spec: affine, for the whole tensor.
+        factor: the qparams are those of the activation multiplied by this, and its scale is a power of two. Its zero
+            point is even if there are values of both signs: integer additions of onnxruntime round halves to even
+            after they have added it.
 
     Returns:
         Scale and zero point on the CPU, 0 always being a level; scale 1 for a tensor of zeros.
@@ -137,18 +163,22 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec) -> QParams:
         OptionError: ``spec`` is symmetric or per channel.
         CalibrationDataError: the histogram is empty, or saw NaN or infinite values.
     """
+    _check_affine(histogram, spec)
+    scale, zero_point = 1.0, 0
+    if not histogram.minimum == histogram.maximum == 0:
+        scale, zero_point = _round_affine(histogram, spec, _search_affine(histogram, spec), factor)
+    limits = torch.finfo(torch.float32)
+    # A smaller scale would be subnormal, which accelerators flush to zero.
+    scale = min(max(scale, limits.tiny), 2.0**127 if factor else limits.max)
+    return QParams(spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32))
+
+
+def _check_affine(histogram: Histogram, spec: QuantSpec) -> None:
     if spec.symmetric or spec.channel_axis is not None:
         raise OptionError(f"activations cannot take {spec}; give an affine QuantSpec for the whole tensor")
     if histogram.is_empty or not histogram.is_finite:
         found = "no value" if histogram.is_empty else "NaN or infinite values"
         raise CalibrationDataError(f"cannot choose qparams: the histogram saw {found}; check the calibration data")
-    scale, zero_point = 1.0, 0
-    if not histogram.minimum == histogram.maximum == 0:
-        scale, zero_point = _search_affine(histogram, spec)
-    limits = torch.finfo(torch.float32)
-    # A smaller scale would be subnormal, which accelerators flush to zero.
-    scale = min(max(scale, limits.tiny), limits.max)
-    return QParams(spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32))
 
 
 def _coprime_stride(numel: int) -> int:
@@ -163,8 +193,8 @@ def _bin_of(value: float, exponent: int) -> int:
     return math.floor(math.ldexp(value, -exponent))
 
 
-def _search_affine(histogram: Histogram, spec: QuantSpec) -> tuple[float, int]:
-    """Scale and zero point with the least expected squared error."""
+def _search_affine(histogram: Histogram, spec: QuantSpec) -> torch.Tensor:
+    """Scale and zero point ``[2]`` with the least expected squared error."""
     quant_max = spec.quant_max
     low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
     full, zero = (high - low) / quant_max, round(-low / (high - low) * quant_max)
@@ -183,13 +213,23 @@ def _search_affine(histogram: Histogram, spec: QuantSpec) -> tuple[float, int]:
         shifts = best[1] + torch.tensor(sorted({0, -shift, shift}, key=abs), dtype=torch.float64)
         grid = torch.cartesian_prod(best[0] * factors, shifts.clamp(0, quant_max))
         step, shift = step / 2, -(-shift // 2)
-    significant_bits = scale_significant_bits(spec.bits, is_weight=False)
-    grid = _short_grid(best, significant_bits, quant_max)
-    if is_one_sided:  # runtimes fuse a ReLU away where the zero point is the smallest integer
-        grid = grid[grid[:, 1] == zero]
-    errors = _expected_errors(table, histogram, mean_square, grid[:, 0], grid[:, 1], quant_max)
-    best = grid[errors.argmin()]
-    return float(best[0]), int(best[1])
+    return best
+
+
+def _round_affine(histogram: Histogram, spec: QuantSpec, best: torch.Tensor, factor: float | None) -> tuple[float, int]:
+    """Of the scales and zero points that are allowed those of least error, near the best of all."""
+    quant_max, unit = spec.quant_max, 1.0 if factor is None else factor
+    low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
+    significant_bits = 1 if factor is not None else scale_significant_bits(spec.bits, is_weight=False)
+    grid = _short_grid(best * torch.tensor([unit, 1.0], dtype=torch.float64), significant_bits, quant_max)
+    if low == 0 or high == 0:  # runtimes fuse a ReLU away where the zero point is the smallest integer
+        grid = grid[grid[:, 1] == round(-low / (high - low) * quant_max)]
+    elif factor is not None:
+        grid = grid[grid[:, 1] % 2 == 0]
+    table, mean_square = _cumulative_table(histogram)
+    errors = _expected_errors(table, histogram, mean_square, grid[:, 0] / unit, grid[:, 1], quant_max)
+    scale, zero_point = grid[errors.argmin()].tolist()
+    return scale, int(zero_point)
 
 
 def _short_grid(best: torch.Tensor, significant_bits: int, quant_max: int) -> torch.Tensor:

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.data import CalibrationData
-from infoq_fx.errors import CalibrationDataError
-from infoq_fx.histogram import Histogram, choose_activation_qparams
 from infoq_fx.integer_convolution import IntegerWeight, convolve, quantize_activation, quantize_weight
-from infoq_fx.numerics import choose_weight_qparams, fake_quantize
+from infoq_fx.numerics import fake_quantize
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.quantizers import Quantizer, spec_of
+from infoq_fx.quantizers import Quantizer
 from infoq_fx.run_plan import RunPlan
 from infoq_fx.spec import BASELINE_BITS, QuantSite
 
 __all__ = [
     "FloatInterpreter",
     "SiteInterpreter",
-    "calibrate",
     "class_logits",
     "first_output",
     "read_weight",
@@ -29,34 +25,6 @@ __all__ = [
 ]
 
 ReadValue = Callable[[fx.Node, Any], None]
-
-
-def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
-    """Set the qparams of every quantizer for all its candidate bit-widths and for the baseline.
-
-    Weights: the clip of least squared error, per output channel. Activations: one pass of the float model over
-    the data fills a histogram a site, from which the clip of least squared error follows for every bit-width.
-
-    Raises:
-        CalibrationDataError: an activation is NaN or infinite; the message names the site.
-    """
-    histograms: dict[str, Histogram] = {}
-    calibrator = _Calibrator(prepared, histograms)
-    has_activations = any(module.site.kind == "activation" for _, module in prepared.quantizer_nodes())
-    with torch.inference_mode():
-        for batch in data.batches(batch_size) if has_activations else ():
-            calibrator.run(*batch.values())
-        for node, module in prepared.quantizer_nodes():
-            site = module.site
-            wanted = sorted({*site.bits, BASELINE_BITS})
-            if site.kind == "weight":
-                weight = read_weight(prepared, node)
-                chosen = {b: choose_weight_qparams(weight, spec_of(site, b)) for b in wanted}
-            else:
-                found = histograms[site.name]
-                chosen = {b: choose_activation_qparams(found, spec_of(site, b)) for b in wanted}
-            device = next(iter(prepared.example_inputs.values())).device
-            module.set_qparams(chosen, device)
 
 
 class SiteInterpreter(fx.Interpreter):
@@ -199,26 +167,6 @@ class FloatInterpreter(fx.Interpreter):
             return super().call_module(target, args, kwargs)
         self.see(module, args[0])
         return args[0]
-
-
-class _Calibrator(FloatInterpreter):
-    """Fills the histogram of every activation site."""
-
-    def __init__(self, prepared: PreparedModel, histograms: dict[str, Histogram]) -> None:
-        super().__init__(prepared)
-        self._histograms = histograms
-
-    def see(self, quantizer: Quantizer, x: Tensor) -> None:
-        if quantizer.site.kind == "weight":
-            return
-        name = quantizer.site.name
-        histogram = self._histograms.setdefault(name, Histogram())
-        histogram.update(x)
-        if not histogram.is_finite:
-            raise CalibrationDataError(
-                f"the activation at {name!r} is NaN or infinite for a calibration batch: check the inputs' "
-                "normalisation and the checkpoint, or leave the layer before it in float with ignore=[...]"
-            )
 
 
 def _channels_last(x: Tensor) -> Tensor:

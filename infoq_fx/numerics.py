@@ -34,7 +34,7 @@ _SUM_BLOCK = 1024
 _KERNEL_THREADS = 4  # with more of them torch's own operations, several passes but in parallel, are faster
 
 
-def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec) -> QParams:
+def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bits: int | None = None) -> QParams:
     """Symmetric scales that minimise the squared error of a weight, one a channel or one for all.
 
     Every scale that :func:`infoq_fx.histogram.scale_significant_bits` allows is tried, from a clip far inside
@@ -43,6 +43,7 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec) -> QParams:
     Args:
         weight: float, any shape.
         spec: symmetric, with the bit-width and the channel axis.
+        significant_bits: of the scales; as many as go with any input and any number of terms if None.
 
     Returns:
         Scales on the weight's device (1 for a channel of zeros); zero points are 0.
@@ -67,7 +68,8 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec) -> QParams:
     is_zero = largest == 0
     normal = torch.ldexp(rows, -exponent).masked_fill_(is_zero, 1.0)
     count = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    scale = torch.cat([_best_scales(chunk, spec.bits) for chunk in torch.split(normal, count)])
+    digits = scale_significant_bits(spec.bits, is_weight=True) if significant_bits is None else significant_bits
+    scale = torch.cat([_best_scales(chunk, spec.bits, digits) for chunk in torch.split(normal, count)])
     scale = torch.ldexp(scale, exponent).clamp_min_(_SMALLEST_SCALE)
     return _qparams(spec, torch.where(is_zero, 1.0, scale).flatten())
 
@@ -300,14 +302,13 @@ def _row_sums(values: torch.Tensor) -> torch.Tensor:
     return values.view(len(values), -1, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
 
 
-def _best_scales(rows: torch.Tensor, bits: int) -> torch.Tensor:
+def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:
     """Of all scales in reach ``[rows, 1]`` those of least squared error; no row is all zeros."""
     levels = 1 << (bits - 1)
     largest = rows.abs().amax(1, keepdim=True)
     # Up to the scale that uses half of the levels (beyond, half the scale serves as well: this finds weights
     # that lie on a grid already); down to a clip at half the rms, where a quarter of the energy is lost.
     rms = (_row_sums(rows.square()) / rows.shape[1]).sqrt().float()
-    significant_bits = scale_significant_bits(bits, is_weight=True)
     candidates = _short_scales(0.5 * rms / levels, 2 * largest / levels, significant_bits)
     best, least = candidates[:, :1], torch.full_like(largest, math.inf, dtype=torch.float64)
     buffer = torch.empty_like(rows)

@@ -20,7 +20,7 @@ FLOORS = [
     ["prepared", "capture"],
     ["run_plan", "integer_convolution"],
     ["passes", "interpreter"],
-    ["runs", "quantized", "trainable"],
+    ["runs", "quantized", "trainable", "calibration"],
     ["criteria", "retraining", "training_data"],
     ["cache", "workers", "training_loop"],
     ["sensitivity", "refinement", "recovery", "finetuning", "onnx_export", "quantized_files", "verification"],
