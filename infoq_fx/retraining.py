@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from infoq_fx.errors import OptionError
-from infoq_fx.histogram import scale_significant_bits
+from infoq_fx.histogram import scale_significant_bits, significant_bits_of
 from infoq_fx.numerics import quantize
 from infoq_fx.passes.convert import fit_weight_scale
 from infoq_fx.passes.layers import LAYER_OPS, read_tensor, write_tensor
@@ -199,7 +199,9 @@ def _learn_activation(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str
     site, device = QuantSite(name, "activation", shapes[name], (bits,)), _device_of(draft)
     step = torch.tensor(scale, dtype=torch.float32, device=device)
     qparams = QParams(spec_of(site, bits), step, torch.tensor(zero_point, dtype=torch.int32, device=device))
-    learned = LearnedStepQuantizer(site, qparams, scale_significant_bits(bits, is_weight=False))
+    # A power of two stays one: integer kernels are exact behind it.
+    digits = 1 if significant_bits_of(scale) == 1 else scale_significant_bits(bits, is_weight=False)
+    learned = LearnedStepQuantizer(site, qparams, digits)
     _replace(draft, node, name, learned, (source,))
 
 
@@ -213,8 +215,20 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     qparams = QParams(spec_of(site, bits), scale, torch.zeros_like(scale, dtype=torch.int32))
     write_tensor(draft, str(source.target), dequantize_op(integers, scale, axis, bits, name))
     terms = max(1, integers.numel() // integers.shape[axis])
-    learned = LearnedStepQuantizer(site, qparams, scale_significant_bits(bits, is_weight=True, terms=terms))
-    _replace(draft, node, name, learned, (source,))
+    digits = scale_significant_bits(bits, is_weight=True, terms=terms, of_input=_digits_met(draft, node))
+    _replace(draft, node, name, LearnedStepQuantizer(site, qparams, digits), (source,))
+
+
+def _digits_met(draft: QuantizedModule, node: fx.Node) -> int | None:
+    """Significant bits that the scales of a weight's inputs may have; None where one is no quantized activation."""
+    most = 0
+    for layer in node.users:
+        source: Any = layer.args[LAYER_OPS[layer.target].source]
+        module = draft.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if not isinstance(module, LearnedStepQuantizer) or module.significant_bits is None:
+            return None
+        most = max(most, module.significant_bits)
+    return most
 
 
 def _learn_bias(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.calibration import weight_digits
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import OptionError
-from infoq_fx.histogram import Histogram, choose_activation_qparams
+from infoq_fx.histogram import Histogram, choose_activation_qparams, significant_bits_of
 from infoq_fx.interpreter import FloatInterpreter
 from infoq_fx.machine import thread_map
 from infoq_fx.numerics import choose_weight_qparams, fake_quantize
@@ -226,8 +227,11 @@ def _equalize(walk: Walk, segment: Segment, pair: _LayerPair) -> bool:
     if is_better:
         _scale_outputs(changed, pair.first, factors)
         set_parameter(changed, second.weight, rows_to_weight(second, weight / columns))
-        choose = functools.partial(choose_weight_qparams, read_parameter(changed, second.weight))
-        _renew_qparams(weight_quantizer(changed, second), choose)
+        moved = read_parameter(changed, second.weight)
+        digits = functools.partial(weight_digits, changed, second.quantizer)
+        _renew_qparams(
+            weight_quantizer(changed, second), lambda spec: choose_weight_qparams(moved, spec, digits(spec.bits))
+        )
     return is_better
 
 
@@ -302,4 +306,6 @@ def _calibrate_between(
         for _ in spread(run, data.batches(bench.batch_size) if histograms else ()):
             pass
     for quantizer, found in histograms.items():
-        _renew_qparams(quantizer, functools.partial(choose_activation_qparams, found))
+        scales = (float(quantizer.qparams_at(bits).scale) for bits in quantizer.calibrated_bits)
+        factor = 1.0 if all(significant_bits_of(scale) == 1 for scale in scales) else None
+        _renew_qparams(quantizer, functools.partial(choose_activation_qparams, found, factor=factor))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infoq_fx.calibration import weight_digits
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import OptionError
-from infoq_fx.histogram import scale_significant_bits
 from infoq_fx.numerics import shorten_scale
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
@@ -119,7 +119,7 @@ def _round_layer(
     width = bits.get(layer.site.name, BASELINE_BITS)
     qparams = read_qparams(changed, layer, width)
     spec, scale = qparams.spec, qparams.scale
-    short = scale_significant_bits(width, is_weight=True, terms=rows.shape[2])
+    short = weight_digits(changed, layer.quantizer, width)
     candidates = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
     shaped = candidates.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
     moments = average_moments(halves)
