@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from infoq_fx import numerics
 from infoq_fx.errors import MissingExtraError, OptionError, UnsupportedModelError, nearest_names
 from infoq_fx.passes.find_sites import Placement, find_sites
 from infoq_fx.passes.layers import LAYER_OPS, read_tensor
+from infoq_fx.passes.move_scales import CLAMPS, read_bounds, set_bounds
 from infoq_fx.quantized import QuantizedModule, allocation_of
 from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op, spec_of
 from infoq_fx.spec import MAX_BITS, Allocation, check_bits
@@ -81,7 +82,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         if activation_dtype not in (torch.int8, torch.uint8):
             raise OptionError(f"activation_dtype is {activation_dtype}; give torch.int8 or torch.uint8")
         self.allocation = source if isinstance(source, Allocation) else allocation_of(source)
-        self._known = _Known({}, {}) if isinstance(source, Allocation) else _read_quantized(source)
+        self._known = _Known({}, {}, ()) if isinstance(source, Allocation) else _read_quantized(source)
         for name, option in (("output_bits", output_bits), ("convolution_bits", convolution_bits)):
             if option is not None:
                 check_bits(option, name)
@@ -101,6 +102,8 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
                 bias = op.bias_of(node)
                 if layer.bias is not None and isinstance(bias, fx.Node) and bias.op == "get_attr":
                     _put(model, bias, layer.bias)
+        if self._known.layers:
+            _take_bounds(model, self._known.bounds)
         model.recompile()
         return model
 
@@ -208,10 +211,14 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Known:
-    """Layers by weight site, and (scale, zero point) of unsigned activations by site."""
+    """Layers by weight site, (scale, zero point) of unsigned activations by site, bounds of clamps in graph order.
+
+    The weights hold factors of the activations between them, which clamps there have to follow.
+    """
 
     layers: Mapping[str, _Layer]
     activations: Mapping[str, tuple[float, int]]
+    bounds: Sequence[tuple[Any, Any]]
 
 
 def _read_quantized(quantized: QuantizedModule) -> _Known:
@@ -227,7 +234,20 @@ def _read_quantized(quantized: QuantizedModule) -> _Known:
                 read_tensor(quantized, weight.args[1]),
                 _bias(quantized, op.bias_of(node)),
             )
-    return _Known(layers, activations)
+    bounds = [read_bounds(node) for node in quantized.graph.nodes if node.target in CLAMPS]
+    return _Known(layers, activations, bounds)
+
+
+def _take_bounds(model: fx.GraphModule, bounds: Sequence[tuple[Any, Any]]) -> None:
+    clamps = [node for node in model.graph.nodes if node.target in CLAMPS]
+    if len(clamps) != len(bounds):
+        raise OptionError(
+            f"{len(clamps)} clamps are in this model, {len(bounds)} in the quantized module; "
+            "prepare the model that it was made from"
+        )
+    for node, (low, high) in zip(clamps, bounds, strict=True):
+        if (low, high) != read_bounds(node):
+            set_bounds(node, low, high)
 
 
 def _match_ranges(

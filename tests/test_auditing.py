@@ -42,7 +42,7 @@ def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, model, 
         for budget, allocation in row.allocations.items():
             with torch.no_grad():
                 hits = infoq_fx.convert(prepared, allocation)(images[1::2]).argmax(1) == labels[1::2]
-            assert np.mean(row.hits[budget] != hits.numpy()) <= 0.02
+            assert np.mean(row.hits[budget] != hits.numpy()) <= 0.03
             assert row.top1(budget).value == pytest.approx(100 * row.hits[budget].mean())
     assert found.float_top1 == 100.0
     assert found.evaluation_samples == 80
@@ -59,7 +59,7 @@ def test_allocations_can_be_measured_behind_recovery(model, samples, tmp_path):
     recovered = infoq_fx.recover(prepared, allocation, images[::2], progress=False)
     with torch.no_grad():
         hits = infoq_fx.convert(recovered, allocation)(images[1::2]).argmax(1) == labels[1::2]
-    assert np.mean(found.rows[0].hits["2.5 bits"] != hits.numpy()) <= 0.02
+    assert np.mean(found.rows[0].hits["2.5 bits"] != hits.numpy()) <= 0.03
     assert found.rows[0].top1("2.5 bits").value > plain.rows[0].top1("2.5 bits").value
     again = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options)
     assert np.array_equal(again.rows[0].hits["2.5 bits"], found.rows[0].hits["2.5 bits"])

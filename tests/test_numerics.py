@@ -141,6 +141,9 @@ def test_products_have_at_most_21_significant_bits() -> None:
             activation = (2**bits - 1) * (2 ** scale_significant_bits(bits, False) - 1)
             weight = (2 ** (weight_bits - 1) - 1) * (2 ** scale_significant_bits(weight_bits, True) - 1)
             assert (activation * weight).bit_length() <= 21
+        for of_input in range(1, 5):
+            weight = (2 ** (bits - 1) - 1) * (2 ** scale_significant_bits(bits, True, of_input=of_input) - 1)
+            assert (255 * (2**of_input - 1) * weight).bit_length() <= 21
 
 
 @pytest.mark.parametrize("size", [40, 700])

@@ -8,7 +8,9 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx.spec import Allocation
+from infoq_fx import numerics
+from infoq_fx.interpreter import read_weight
+from infoq_fx.spec import Allocation, QuantSpec
 
 pytest.importorskip("torchao", reason="the extra infoq-fx[torchao] is not installed")
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -83,11 +85,15 @@ def test_operands_of_residual_additions_are_quantized(case):
     assert all("dequantize" in str(operand.target) for node in additions for operand in node.args)
 
 
-def test_an_allocation_gives_the_integers_that_convert_gives(case):
+def test_an_allocation_gives_the_integers_of_least_error(case):
     model, allocation, quantized, _ = case
     converted = through_torchao(model, infoq_fx.InfoqQuantizer(allocation))
     held = {tuple(x.flatten().tolist()) for x in converted.buffers() if x.dtype == torch.int8}
-    ours = {tuple(x.flatten().tolist()) for name, x in quantized.named_buffers() if name in allocation.bits}
+    specs = {name: QuantSpec(bits=b, symmetric=True, channel_axis=0) for name, b in allocation.bits.items()}
+    folded = infoq_fx.prepare(model, activation_bits=None, example_inputs=IMAGES[:2])  # nothing moves into its weights
+    weights = {m.site.name: read_weight(folded, node) for node, m in folded.quantizer_nodes()}
+    chosen = {name: numerics.choose_weight_qparams(x, specs[name]) for name, x in weights.items()}
+    ours = {tuple(numerics.quantize(x, chosen[name]).flatten().tolist()) for name, x in weights.items()}
     assert held == ours
     # Activations are observed by torchao: the same bits, other ranges.
     found, expected = converted(IMAGES), quantized(IMAGES)
@@ -103,6 +109,22 @@ def test_a_quantized_module_is_taken_over(recovered, case):
     found, expected = converted(IMAGES), quantized(IMAGES)
     assert sqnr_decibels(found, expected) > 30
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_clamps_are_taken_over_with_the_factors_in_the_weights():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.ReLU6(inplace=True), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(128, 4)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(30)
+    quantized = infoq_fx.quantize(model, 6, calibration_data=IMAGES, progress=False)
+    bounds = [node.args[2] for node in quantized.graph.nodes if node.target is torch.ops.aten.hardtanh.default]
+    assert len(bounds) == 2
+    assert any(abs(bound - 6) > 0.01 for bound in bounds)
+    found = through_torchao(model, infoq_fx.InfoqQuantizer(quantized))(IMAGES)
+    assert sqnr_decibels(found, quantized(IMAGES)) > 30
+    other = nn.Sequential(*(nn.ReLU() if isinstance(m, nn.ReLU6) else m for m in model)).eval()
+    with pytest.raises(infoq_fx.OptionError, match="prepare the model that it was made from"):
+        through_torchao(other, infoq_fx.InfoqQuantizer(quantized))
 
 
 def test_without_residual_additions_only_halves_round_differently():

@@ -8,6 +8,7 @@ from torch.nn import functional
 import infoq_fx
 from infoq_fx.data import read_data
 from infoq_fx.errors import OptionError
+from infoq_fx.histogram import significant_bits_of
 from infoq_fx.interpreter import read_weight
 from infoq_fx.recovery import BiasCorrection, SecondOrderRounding, recover_accuracy
 from infoq_fx.recovery.equalization import RangeEqualization
@@ -141,6 +142,14 @@ def test_factors_are_powers_of_two_and_the_first_integers_stay(images):
             assert torch.equal(new.qparams_at(bits).scale, old.qparams_at(bits).scale * octaves.exp2())
 
 
+@pytest.fixture
+def without_factors(monkeypatch):
+    """Calibration that leaves the weights as they are."""
+    for module in ("calibration", "recovery.equalization"):
+        monkeypatch.setattr(f"infoq_fx.{module}.find_scale_groups", lambda graph_module: {})
+
+
+@pytest.mark.usefixtures("without_factors")
 def test_new_ranges_are_calibrated_as_those_of_a_model_prepared_afresh(images):
     prepared, data = prepare(make_unbalanced(nn.Conv2d(1, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 8, 3)), images[0])
     found = equalize(prepared, data)
@@ -158,6 +167,17 @@ def test_new_ranges_are_calibrated_as_those_of_a_model_prepared_afresh(images):
             assert torch.equal(new.qparams_at(bits).zero_point, old.qparams_at(bits).zero_point)
 
 
+def test_scales_that_are_powers_of_two_stay_so(images):
+    prepared, data = prepare(make_unbalanced(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), images[0])
+    found = equalize(prepared, data)
+    assert find_changed(prepared, found)
+    for model in (prepared, found):
+        quantizers = {module.site.name: module for _, module in model.quantizer_nodes()}
+        between = quantizers["2.input"]
+        assert all(significant_bits_of(float(between.qparams_at(bits).scale)) == 1 for bits in between.calibrated_bits)
+
+
+@pytest.mark.usefixtures("without_factors")
 def test_a_pair_is_refused_where_it_does_not_help(monkeypatch):
     """Ranges differ, but all values and weights lie nearly on their grids as they are."""
     x = torch.randint(0, 256, (64, 2, 4, 4)).float()

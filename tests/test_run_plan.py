@@ -38,7 +38,10 @@ def test_clips_and_additions_go_into_the_quantizer_that_reads_them():
     head = plan.merged[quantizer_node(prepared, "head.input")]
     assert len(head.sources) == 2
     assert head.clip == (0.0, float("inf"))
-    assert plan.merged[quantizer_node(prepared, "second.input")].clip == (0.0, 6.0)
+    (clamp,) = prepared.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.hardtanh.default)
+    assert plan.merged[quantizer_node(prepared, "second.input")].clip == clamp.args[1:]
+    assert clamp.args[1] == 0
+    assert 4 < clamp.args[2] < 9  # 6, times the factor of the tensor
 
 
 def test_what_is_observed_is_still_computed():

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from infoq_fx.passes.layers import LAYER_OPS, read_tensor, write_tensor
+from infoq_fx.passes.layers import LAYER_OPS
 
-__all__ = ["find_scale_groups", "move_scales"]
+__all__ = ["CLAMPS", "find_scale_groups", "move_scales", "read_bounds", "set_bounds"]
 
 _ATEN = torch.ops.aten
-_CLAMPS: dict[Any, tuple[float | None, float | None]] = {
+CLAMPS: dict[Any, tuple[float | None, float | None]] = {
     _ATEN.hardtanh.default: (-1.0, 1.0),
     _ATEN.clamp.default: (None, None),
     _ATEN.relu6.default: (0.0, 6.0),
@@ -77,18 +77,40 @@ def move_scales(graph_module: fx.GraphModule, factors: Mapping[fx.Node, float]) 
         if node.op != "call_function":
             continue
         factor = factors.get(node, 1.0)
-        if node.target in _CLAMPS and factor != 1.0:
-            low, high = (None if bound is None else bound * factor for bound in _bounds(node))
-            node.target = _ATEN.clamp.default if node.target is _ATEN.clamp.default else _ATEN.hardtanh.default
-            node.args, node.kwargs = (node.args[0], low, high), {}
+        if node.target in CLAMPS and factor != 1.0:
+            low, high = (None if bound is None else bound * factor for bound in read_bounds(node))
+            set_bounds(node, low, high)
         elif node.target in LAYER_OPS and (parameters := _parameters(node)) is not None:
             source: Any = node.args[LAYER_OPS[node.target].source]
             gains = factor / factors.get(source, 1.0), factor
             for parameter, gain in zip(parameters, gains, strict=False):
                 if gain != 1.0:
-                    scaled = read_tensor(graph_module, parameter).double() * gain
-                    write_tensor(graph_module, str(parameter.target), scaled.float())
+                    _multiply(graph_module, str(parameter.target), gain)
     return bool(factors)
+
+
+def read_bounds(node: fx.Node) -> tuple[Any, Any]:
+    """Lower and upper bound of a clamp, None where there is none."""
+    low, high = CLAMPS[node.target]
+    found: list[Any] = [*node.args[1:3], *(None,) * (3 - len(node.args))]
+    names = ("min", "max") if node.target is _ATEN.clamp.default else ("min_val", "max_val")
+    given = [node.kwargs.get(name, value) for name, value in zip(names, found, strict=True)]
+    return (low if given[0] is None else given[0], high if given[1] is None else given[1])
+
+
+def set_bounds(node: fx.Node, low: float | None, high: float | None) -> None:
+    """Give a clamp other bounds."""
+    node.target = _ATEN.clamp.default if node.target is _ATEN.clamp.default else _ATEN.hardtanh.default
+    node.args, node.kwargs = (node.args[0], low, high), {}
+
+
+def _multiply(graph_module: fx.GraphModule, target: str, gain: float) -> None:
+    owner, _, name = target.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    old = getattr(module, name)
+    scaled = (old.detach().double() * gain).to(old.dtype)
+    # Another tensor: this one may be the user's.
+    setattr(module, name, nn.Parameter(scaled, old.requires_grad) if isinstance(old, nn.Parameter) else scaled)
 
 
 def _join_operands(node: fx.Node, groups: _Groups) -> None:
@@ -99,8 +121,8 @@ def _join_operands(node: fx.Node, groups: _Groups) -> None:
         shared = list(node.args[:2])
     elif node.target in _OF_LIST:
         shared = list(node.args[0])  # type: ignore[arg-type]
-    elif node.target in _CLAMPS:
-        is_constant = all(bound is None or isinstance(bound, int | float) for bound in _bounds(node))
+    elif node.target in CLAMPS:
+        is_constant = all(bound is None or isinstance(bound, int | float) for bound in read_bounds(node))
         shared = [node.args[0]] if is_constant else []
     else:
         shared = []
@@ -119,14 +141,6 @@ def _pads_zeros(node: fx.Node) -> bool:
 def _is_tensor(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return node.op == "call_module" or isinstance(value, Tensor | tuple | list) or value is None
-
-
-def _bounds(node: fx.Node) -> tuple[Any, Any]:
-    low, high = _CLAMPS[node.target]
-    found: list[Any] = [*node.args[1:3], *(None,) * (3 - len(node.args))]
-    names = ("min", "max") if node.target is _ATEN.clamp.default else ("min_val", "max_val")
-    given = [node.kwargs.get(name, value) for name, value in zip(names, found, strict=True)]
-    return (low if given[0] is None else given[0], high if given[1] is None else given[1])
 
 
 def _parameters(node: fx.Node) -> tuple[fx.Node, ...] | None:

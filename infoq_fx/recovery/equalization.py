@@ -17,11 +17,12 @@ from torch import Tensor, fx
 from infoq_fx.calibration import weight_digits
 from infoq_fx.data import CalibrationData
 from infoq_fx.errors import OptionError
-from infoq_fx.histogram import Histogram, choose_activation_qparams, significant_bits_of
+from infoq_fx.histogram import Histogram, choose_activation_qparams
 from infoq_fx.interpreter import FloatInterpreter
 from infoq_fx.machine import thread_map
 from infoq_fx.numerics import choose_weight_qparams, fake_quantize
 from infoq_fx.passes.layers import read_tensor
+from infoq_fx.passes.move_scales import find_scale_groups
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Observe, Quantizer, spec_of
 from infoq_fx.recovery.operands import can_unfold, input_rows, rows_to_weight, weight_to_rows
@@ -305,7 +306,8 @@ def _calibrate_between(
     with thread_map(bench.work.threads, bench.work.stop) as spread:
         for _ in spread(run, data.batches(bench.batch_size) if histograms else ()):
             pass
+    groups = find_scale_groups(changed.graph_module)
+    free = {module for node, module in changed.quantizer_nodes() if node in groups}
     for quantizer, found in histograms.items():
-        scales = (float(quantizer.qparams_at(bits).scale) for bits in quantizer.calibrated_bits)
-        factor = 1.0 if all(significant_bits_of(scale) == 1 for scale in scales) else None
+        factor = 1.0 if quantizer in free else None  # a power of two, as calibration has it
         _renew_qparams(quantizer, functools.partial(choose_activation_qparams, found, factor=factor))
