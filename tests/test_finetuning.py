@@ -595,7 +595,7 @@ def test_other_kinds_of_models_learn_too(build, data, is_fixed, caplog):
     program = torch.export.export(model.eval(), (x[:4],)) if is_fixed else model
     quantized = convert(infoq_fx.prepare(program, x, bits=(2, 8)))
     caplog.set_level(logging.INFO)
-    tuned = quick(quantized, data(x), epochs=6)
+    tuned = quick(quantized, data(x), epochs=20 if build is Regression else 6)
     first, after = (float(v) for v in re.search(r"best: (\S+) nats .* (\S+) before", caplog.text).groups()[::-1])
     assert after < first
     # By formulas of its own on all samples: for a single number the squared error, for pixels their mean divergence.
