@@ -32,8 +32,9 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     _store_transposed(model)
     _lower_dequantize(model, container, target)
     _gather_integers(model)
-    _lower_quantize_dequantize(model)
-    if container.weight_widths != (MAX_BITS,):
+    is_smallest = container.weight_widths != (MAX_BITS,)
+    _lower_quantize_dequantize(model, shares_scales=is_smallest)
+    if is_smallest:
         _derive_bias_scales(model)
 
 
@@ -180,11 +181,13 @@ def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) 
     return [plain, scales, columns, product]
 
 
-def _lower_quantize_dequantize(model: ir.Model) -> None:
+def _lower_quantize_dequantize(model: ir.Model, *, shares_scales: bool) -> None:
     for node in find_placeholders(model, "QuantizeDequantize"):
         site = node.attributes["site"].as_string()
         bits = node.attributes["bits"].as_int()
-        scale = _add_initializer(model, f"{site}_scale", np.float32(node.attributes["scale"].as_float()))
+        step = np.float32(node.attributes["scale"].as_float())
+        name = f"scale_{float(step):g}" if shares_scales and float(f"{float(step):g}") == step else f"{site}_scale"
+        scale = _add_initializer(model, name, step)
         zero = _add_scalar(model, "zero_point", node.attributes["zero_point"].as_int())
         chain = [ir.Node("", "QuantizeLinear", [node.inputs[0], scale, zero], num_outputs=1)]
         if bits < MAX_BITS:
