@@ -45,8 +45,8 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
     Raises:
         CalibrationDataError: an activation is NaN or infinite; the message names the site.
     """
-    quantizers = list(prepared.quantizer_nodes())
-    activations = [(node, module) for node, module in quantizers if module.site.kind == "activation"]
+    quantizers = dict(prepared.quantizer_nodes())
+    activations = [(node, module) for node, module in quantizers.items() if module.site.kind == "activation"]
     histograms: dict[str, Histogram] = {}
     calibrator = _Calibrator(prepared, histograms)
     with torch.inference_mode():
@@ -59,30 +59,26 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
     for node, module in activations:
         choose = functools.partial(choose_activation_qparams, histograms[module.site.name], factor=factors.get(node))
         module.set_qparams({bits: choose(spec_of(module.site, bits)) for bits in _widths(module)}, device)
-    for node, module in quantizers:
+    for node, module in quantizers.items():
         if module.site.kind == "weight":
-            weight, digits = read_weight(prepared, node), {b: weight_digits(prepared, node, b) for b in _widths(module)}
-            chosen = {b: choose_weight_qparams(weight, spec_of(module.site, b), digits[b]) for b in digits}
+            weight, digits = read_weight(prepared, node), functools.partial(weight_digits, quantizers, node)
+            chosen = {b: choose_weight_qparams(weight, spec_of(module.site, b), digits(b)) for b in _widths(module)}
             module.set_qparams(chosen, device)
 
 
-def weight_digits(prepared: PreparedModel, node: fx.Node, bits: int) -> int:
+def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:
     """Significant bits that the scales of a weight may have, by the scales of the inputs that it meets.
 
     Args:
-        prepared: calibrated, as far as activations go.
+        quantizers: of a prepared model, by their nodes; those of activations have their qparams.
         node: the weight's quantize node.
         bits: its bit-width.
     """
-    quantizers = dict(prepared.quantizer_nodes())
-    site, of_input = quantizers[node].site, None
-    for layer in node.users:
-        source: Any = layer.args[LAYER_OPS[layer.target].source]
-        met = quantizers.get(source)
-        scales = [float(met.qparams_at(width).scale) for width in met.calibrated_bits] if met else []
-        of_input = max(map(significant_bits_of, scales), default=None)
-        if of_input is None:
-            break
+    sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
+    met = [quantizers.get(source) for source in sources]
+    scales = [float(q.qparams_at(width).scale) for q in met if q is not None for width in q.calibrated_bits]
+    of_input = None if None in met else max(map(significant_bits_of, scales), default=None)
+    site = quantizers[node].site
     terms = max(1, site.numel // site.shape[site.channel_axis or 0])
     return scale_significant_bits(bits, is_weight=True, terms=terms, of_input=of_input)
 

@@ -229,7 +229,7 @@ def _equalize(walk: Walk, segment: Segment, pair: _LayerPair) -> bool:
         _scale_outputs(changed, pair.first, factors)
         set_parameter(changed, second.weight, rows_to_weight(second, weight / columns))
         moved = read_parameter(changed, second.weight)
-        digits = functools.partial(weight_digits, changed, second.quantizer)
+        digits = functools.partial(weight_digits, dict(changed.quantizer_nodes()), second.quantizer)
         _renew_qparams(
             weight_quantizer(changed, second), lambda spec: choose_weight_qparams(moved, spec, digits(spec.bits))
         )

@@ -119,7 +119,7 @@ def _round_layer(
     width = bits.get(layer.site.name, BASELINE_BITS)
     qparams = read_qparams(changed, layer, width)
     spec, scale = qparams.spec, qparams.scale
-    short = weight_digits(changed, layer.quantizer, width)
+    short = weight_digits(dict(changed.quantizer_nodes()), layer.quantizer, width)
     candidates = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
     shaped = candidates.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
     moments = average_moments(halves)
