@@ -23,7 +23,7 @@ from infoq_fx.histogram import (
 from infoq_fx.interpreter import FloatInterpreter, read_weight
 from infoq_fx.numerics import choose_weight_qparams
 from infoq_fx.passes.layers import LAYER_OPS
-from infoq_fx.passes.move_scales import find_scale_groups, move_scales
+from infoq_fx.passes.move_scales import CLAMPS, find_scale_groups, move_scales
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer, spec_of
 from infoq_fx.spec import BASELINE_BITS
@@ -92,20 +92,24 @@ def _choose_factors(
 ) -> dict[fx.Node, float]:
     """By node, from 2^-0.5 to 2^0.5: a tensor's best scale times its factor is a power of two.
 
-    Tensors that share a factor take the mean of what each asks for, on the circle of the fractions of an octave.
+    Tensors that share a factor take the mean of what each asks for, on the circle of the fractions of an octave. Where
+    one of them is what a clamp gives, it alone decides: the clamp is then no tighter than the range of the integers,
+    and fuses into integer kernels.
     """
     groups = find_scale_groups(prepared.graph_module)
-    asked: dict[fx.Node, list[float]] = {}
+    asked: dict[tuple[fx.Node, bool], list[float]] = {}
     for node, module in activations:
         histogram = histograms[module.site.name]
         if node in groups and not histogram.minimum == histogram.maximum == 0:
             scale = find_activation_scale(histogram, spec_of(module.site, max(module.site.bits)))
-            asked.setdefault(groups[node], []).append(math.log2(scale))
+            is_clamp = node.all_input_nodes[0].target in CLAMPS
+            asked.setdefault((groups[node], is_clamp), []).append(math.log2(scale))
+    decisive = {first: asked.get((first, True)) or found for (first, _), found in asked.items()}
     octaves = {
         first: cmath.phase(sum(cmath.exp(2j * math.pi * octave) for octave in found)) / (2 * math.pi)
-        for first, found in asked.items()
+        for first, found in decisive.items()
     }
-    # A hair above: a clamp at the end of the range then never ends within it, and fuses into integer kernels.
+    # A hair above, for what rounding takes away.
     return {node: (1 + 2**-18) * 2.0 ** -octaves[first] for node, first in groups.items() if first in octaves}
 
 

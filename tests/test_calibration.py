@@ -172,6 +172,30 @@ def test_weights_have_the_digits_that_their_inputs_leave():
     assert max(significant_bits_of(float(s)) for s in quantizers["second.weight"].qparams_at(8).scale) > 2
 
 
+@pytest.mark.parametrize("gain", [0.5, 0.8, 1.2, 2.0])
+def test_a_clamp_is_no_tighter_than_the_integers(inputs, gain):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+            with torch.no_grad():
+                self.stem.weight.mul_(9)
+                self.last.weight.mul_(gain)
+
+        def forward(self, x):
+            return self.head(functional.relu6(self.last(functional.relu6(self.stem(x)))).mean((2, 3)))
+
+    torch.manual_seed(7)
+    quantized = infoq_fx.quantize(Pooled().eval(), 6, calibration_data=inputs, recovery="none", progress=False)
+    clamps = [node for node in quantized.graph.nodes if node.target is torch.ops.aten.hardtanh.default]
+    assert len(clamps) == 2
+    for clamp in clamps:
+        (quantizer,) = clamp.users
+        _, scale, zero_point, *_ = quantizer.args
+        assert zero_point == 0
+        assert 255 * scale <= clamp.args[2]
+
+
 @pytest.mark.parametrize("budget", [4.0, 8.0])
 def test_integer_kernels_give_the_bits_of_torch(inputs, budget, tmp_path):
     torch.manual_seed(4)
