@@ -102,8 +102,7 @@ def _choose_factors(
         histogram = histograms[module.site.name]
         if node in groups and not histogram.minimum == histogram.maximum == 0:
             scale = find_activation_scale(histogram, spec_of(module.site, max(module.site.bits)))
-            is_clamp = node.all_input_nodes[0].target in CLAMPS
-            asked.setdefault((groups[node], is_clamp), []).append(math.log2(scale))
+            asked.setdefault((groups[node], _is_clamped(node)), []).append(math.log2(scale))
     decisive = {first: asked.get((first, True)) or found for (first, _), found in asked.items()}
     octaves = {
         first: cmath.phase(sum(cmath.exp(2j * math.pi * octave) for octave in found)) / (2 * math.pi)
@@ -111,6 +110,13 @@ def _choose_factors(
     }
     # A hair above, for what rounding takes away.
     return {node: (1 + 2**-18) * 2.0 ** -octaves[first] for node, first in groups.items() if first in octaves}
+
+
+def _is_clamped(node: fx.Node) -> bool:
+    """Whether a quantizer reads what a clamp gives, perhaps through an observer."""
+    while node.op == "call_module":
+        (node,) = node.all_input_nodes
+    return node.target in CLAMPS
 
 
 class _Calibrator(FloatInterpreter):

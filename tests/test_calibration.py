@@ -178,12 +178,13 @@ def test_a_clamp_is_no_tighter_than_the_integers(inputs, gain):
         def __init__(self):
             super().__init__()
             self.stem, self.last, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+            self.clamp = nn.ReLU6()  # a module is observed, between the clamp and its quantizer
             with torch.no_grad():
                 self.stem.weight.mul_(9)
                 self.last.weight.mul_(gain)
 
         def forward(self, x):
-            return self.head(functional.relu6(self.last(functional.relu6(self.stem(x)))).mean((2, 3)))
+            return self.head(self.clamp(self.last(functional.relu6(self.stem(x)))).mean((2, 3)))
 
     torch.manual_seed(7)
     quantized = infoq_fx.quantize(Pooled().eval(), 6, calibration_data=inputs, recovery="none", progress=False)
