@@ -377,7 +377,7 @@ def test_an_interrupt_ends_soon_and_says_how_to_go_on(tmp_path):
     took = time.monotonic() - start
     if process.returncode != 0:  # it may have been done before
         assert f"the same call with cache_dir={str(tmp_path)!r} goes on from there" in errors
-    assert took < 10  # with the end of the interpreter, on a machine that others load
+    assert took < 45  # with the end of the interpreter, which took 15 s beside three other jobs on two cores
 
 
 @pytest.mark.parametrize("threads", [1, 2])
