@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -178,10 +178,7 @@ class _Groups:
 
     def free(self) -> dict[fx.Node, fx.Node]:
         fixed = {self._first(node) for node in self._fixed}
-        return {node: first for node, first in self._walk() if first not in fixed}
-
-    def _walk(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        return ((node, self._first(node)) for node in list(self._parents))
+        return {node: first for node in list(self._parents) if (first := self._first(node)) not in fixed}
 
     def _first(self, node: fx.Node) -> fx.Node:
         self._parents.setdefault(node, node)
