@@ -27,6 +27,11 @@ class Container:
     opset_version: int
     ir_version: int
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights take less than a byte, so that the file is to be small."""
+        return self.weight_widths[0] < 8
+
     def stored_bits(self, bits: int) -> int:
         """Bits that each weight of a bit-width takes in the file."""
         return next(width for width in self.weight_widths if width >= bits)

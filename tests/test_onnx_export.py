@@ -147,7 +147,7 @@ def test_the_allocation_reads_back_from_a_session(exported):
     _, session = run(path, {"x": images.numpy()})
     stored = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
     allocation = infoq_fx.allocation_of(quantized)
-    assert stored["bits"] == dict(allocation.bits)
+    assert {site: stored["bits"].get(site, stored["others"]) for site in allocation.bits} == dict(allocation.bits)
     assert stored["criterion"] == "infoq"
     assert stored["budget"]["weight_bits"] == 3.5
 
@@ -329,6 +329,32 @@ def test_layers_are_named_by_module_paths_and_nothing_inside_carries_shapes(expo
     convolutions = {node.name for node in graph.node if node.op_type == "Conv"}
     assert convolutions == {n.removesuffix(".weight") for n in held_tensors(path) if n.endswith(".weight")} - {"head"}
     assert not graph.value_info
+    assert not any(value.metadata_props for value in [*graph.input, *graph.output, *graph.initializer])
+
+
+def test_a_packed_file_leaves_out_what_runtimes_know(exported, tmp_path):
+    quantized, path, images = exported
+    packed = infoq_fx.export_onnx(quantized, tmp_path / "packed.onnx", container="packed")
+    graph, held = onnx.load(packed).graph, held_tensors(packed)
+    kinds = [node.op_type for node in graph.node]
+    assert "Relu" in {node.op_type for node in onnx.load(path).graph.node}
+    assert "Relu" not in kinds  # every one stands in front of a quantizer with zero point 0
+    layers = {name.removesuffix(".weight") for name in held if name.endswith(".weight")}
+    assert {node.name for node in graph.node} == {"", *layers}
+    assert {t.data_type for name, t in held.items() if name.endswith(".bias")} == {onnx.TensorProto.INT32}
+    assert all(name == f"{onnx.numpy_helper.to_array(held[name])}" for name in held if name.isdigit())
+    assert sum(map(len, held)) < 0.8 * sum(map(len, held_tensors(path)))
+    found, expected = (run(file, {"x": images.numpy()})[0][0] for file in (packed, path))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_relu_that_something_else_reads_stays_in_a_packed_file(tmp_path):
+    data = torch.randn(64, 6)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    in_float = infoq_fx.quantize(model, 4, calibration_data=data, activation_bits=None, progress=False)
+    path = infoq_fx.export_onnx(in_float, tmp_path / "packed.onnx", container="packed")
+    assert "Relu" in {node.op_type for node in onnx.load(path).graph.node}
+    np.testing.assert_allclose(run(path, {"input": data.numpy()})[0][0], in_float(data).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("container", ["int8", "packed"])

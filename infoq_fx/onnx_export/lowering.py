@@ -32,9 +32,8 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     _store_transposed(model)
     _lower_dequantize(model, container, target)
     _gather_integers(model)
-    is_smallest = container.weight_widths != (MAX_BITS,)
-    _lower_quantize_dequantize(model, shares_scales=is_smallest)
-    if is_smallest:
+    _lower_quantize_dequantize(model, shares_scales=container.is_packed)
+    if container.is_packed:
         _derive_bias_scales(model)
 
 
@@ -128,8 +127,8 @@ def _store_weight(
     channels = math.prod(scale.shape or ())
     if bits == MAX_BITS and target.shifts_full_weights:
         shifted = _add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
-        return [shifted, scale, _add_initializer(model, f"zero_point_128_{channels}", np.full(channels, 128, np.uint8))]
-    return [source, scale, _add_initializer(model, f"zero_point_{channels}", np.zeros(channels, np.int8))]
+        return [shifted, scale, _add_initializer(model, f"zeros_at_128_{channels}", np.full(channels, 128, np.uint8))]
+    return [source, scale, _add_initializer(model, f"zeros_{channels}", np.zeros(channels, np.int8))]
 
 
 def _gather_integers(model: ir.Model) -> None:
@@ -188,7 +187,7 @@ def _lower_quantize_dequantize(model: ir.Model, *, shares_scales: bool) -> None:
         step = np.float32(node.attributes["scale"].as_float())
         name = f"scale_{float(step):g}" if shares_scales and float(f"{float(step):g}") == step else f"{site}_scale"
         scale = _add_initializer(model, name, step)
-        zero = _add_scalar(model, "zero_point", node.attributes["zero_point"].as_int())
+        zero = _add_scalar(model, "zero", node.attributes["zero_point"].as_int())
         chain = [ir.Node("", "QuantizeLinear", [node.inputs[0], scale, zero], num_outputs=1)]
         if bits < MAX_BITS:
             low, high = _add_scalar(model, "quant_min", 0), _add_scalar(model, "quant_max", (1 << bits) - 1)
@@ -258,7 +257,7 @@ def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
 
 def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
     """A uint8 that all sites share which have the same."""
-    return _add_initializer(model, f"{name}_{value}_uint8", np.uint8(value))
+    return _add_initializer(model, f"{name}_{value}", np.uint8(value))
 
 
 def _add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
