@@ -33,7 +33,7 @@ from infoq_fx.passes.insert_observers import insert_observers
 from infoq_fx.passes.insert_quantizers import insert_quantizers
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantized import Provenance, QuantizedModule, wrap_quantized
-from infoq_fx.recovery import AnyRecovery, find_steps, recover_accuracy
+from infoq_fx.recovery import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.refinement import choose_allocation
 from infoq_fx.runs import choose_batch_size
 from infoq_fx.sensitivity import Resources, measure_sensitivity
@@ -129,20 +129,14 @@ def quantize(
         device=device,
         budget=budget,
     )
-    table = score(
-        prepared,
-        data,
-        criterion=chosen,
-        executor=executor,
-        cache_dir=cache_dir,
-        memory_limit=memory_limit,
-        progress=progress,
-    )
-    if data is None:
+    fitting = None if data is None else fit_data(prepared, data)
+    candidates = None if fitting is None else find_candidates(prepared, fitting, steps)
+    resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
+    table, _ = measure_sensitivity(prepared, fitting, chosen, resources, candidates)
+    if fitting is None:
         return _convert(prepared, allocate(table, budget, alpha=alpha), table)
-    fitting = fit_data(prepared, data)
     if refine:
-        allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha)
+        allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
     folder = None if cache_dir is None else Path(cache_dir)
@@ -208,6 +202,7 @@ def score(
     observers: Sequence[Observer | str] | Literal["auto"] | None = None,
     encoder: Encoder | str | None = None,
     seed: int = 0,
+    recovery: AnyRecovery = "fast",
     executor: Executor | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
@@ -215,13 +210,19 @@ def score(
 ) -> SensitivityTable:
     """Score every searched site at every bit-width; see :func:`quantize` for arguments and errors.
 
+    ``recovery`` is what will be done at the bit-widths chosen, see :func:`recover`: where that rounds weights to second
+    order, criteria that run weights (``"infoq"``, ``"output_kl"``, ``"output_sqnr"``, ``"loss"``, ``"accuracy"``) are
+    given weights rounded so, as :class:`infoq_fx.recovery.candidates.Candidates` does it, since what is lost to nearest
+    rounding is no measure of what recovery leaves. With ``"none"`` weights are rounded to nearest.
+
     The same scores to the last digit, whatever the executor, the threads, the cache and (from 1 GiB on) the memory.
     Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
     """
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
-    chosen = _make_criterion(criterion, observers, encoder, seed)
+    chosen, steps = _make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
-    return measure_sensitivity(prepared, data, chosen, resources)[0]
+    return measure_sensitivity(prepared, data, chosen, resources, candidates)[0]
 
 
 def refine(
@@ -232,6 +233,7 @@ def refine(
     *,
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
+    recovery: AnyRecovery = "fast",
 ) -> Allocation:
     """The best of a few allocations within the budget, by running them on calibration data.
 
@@ -240,7 +242,9 @@ def refine(
     uniform one; the best is that whose outputs diverge least from the float model's, in nats a sample: ``lost_nats`` of
     the result.
 
-    Cost: at most seven forward passes over at most 512 samples, no labels.
+    Weights are rounded as :func:`score` has them for the same ``recovery``.
+
+    Cost: at most seven forward passes over at most 512 samples, no labels; and that of the rounding.
 
     Args:
         prepared: what the table was scored on.
@@ -249,6 +253,7 @@ def refine(
         calibration_data: see :func:`quantize`.
         alpha: weight of activation scores against weight scores (Eq. 5).
         pin: bit-widths fixed beforehand, by site name.
+        recovery: what will be done at these bit-widths.
 
     Raises:
         OptionError: an argument cannot be used, or a candidate has no score.
@@ -256,7 +261,8 @@ def refine(
         InfeasibleBudgetError: a limit is out of reach.
     """
     data = fit_data(prepared, read_data(calibration_data))
-    return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin)
+    candidates = find_candidates(prepared, data, find_steps(recovery))
+    return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin, candidates=candidates)
 
 
 def recover(

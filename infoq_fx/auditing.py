@@ -33,10 +33,17 @@ from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.files import read_json, write_atomically
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.prepared import PreparedModel
-from infoq_fx.recovery import AnyRecovery, RecoveryStep, find_steps, recover_accuracy
+from infoq_fx.recovery import (
+    AnyRecovery,
+    Candidates,
+    RecoveryStep,
+    find_candidates,
+    find_steps,
+    recover_accuracy,
+)
 from infoq_fx.refinement import choose_allocation
 from infoq_fx.runs import Work, choose_batch_size, compute_float_logits, compute_logits
-from infoq_fx.sensitivity import Resources, describe_measurements, measure_sensitivity
+from infoq_fx.sensitivity import Resources, describe_measurements, measure_sensitivity, runs_weights
 from infoq_fx.spec import Allocation, Budget, Score
 from infoq_fx.table import SensitivityTable
 
@@ -201,8 +208,9 @@ def audit(
         activation_bits: candidates of activations; criteria that score weights alone need a single one.
         ignore: layers left in float.
         pin: bit-widths fixed beforehand.
-        recovery: what each allocation is measured behind, see :func:`infoq_fx.recover`; ``"fast"`` is what
-            :func:`infoq_fx.quantize` does, and costs its time for every row and budget.
+        recovery: what each allocation is measured behind, see :func:`infoq_fx.recover`, and scored for, see
+            :func:`infoq_fx.score`; ``"fast"`` is what :func:`infoq_fx.quantize` does, and costs its time for every row
+            and budget.
         device: where the work is done.
         executor: workers for the scoring.
         cache_dir: folder that keeps everything finished.
@@ -228,9 +236,10 @@ def audit(
         resources = Resources(executor=executor, cache_dir=folder, memory_limit=memory_limit, progress=progress)
         drops = _measure_drops(prepared, evaluation, resources) if correlate else {}
         judge = _Judge(prepared, evaluation, calibration, steps, folder, progress)
+        candidates = find_candidates(prepared, calibration, steps)
         tables, rows = {}, []
         for criterion in chosen:
-            table, seconds = _score(prepared, calibration, criterion, resources, folder)
+            table, seconds = _score(prepared, calibration, criterion, resources, folder, candidates)
             tables[criterion.name] = table
             allocations = {name: allocate(table, limit) for name, limit in limits.items()}
             r, error, rank = _correlate(table, drops)
@@ -250,7 +259,10 @@ def audit(
         fitting = {name: Allocation(bits=bits) for name, bits in uniform.items() if bits is not None}
         rows.append(AuditRow(name="uniform", hits=judge("uniform", fitting), allocations=fitting))
         if "infoq" in tables:
-            refined = {n: choose_allocation(prepared, tables["infoq"], b, calibration) for n, b in limits.items()}
+            refined = {
+                name: choose_allocation(prepared, tables["infoq"], limit, calibration, candidates=candidates)
+                for name, limit in limits.items()
+            }
             rows.append(AuditRow(name="infoq, refined", hits=judge("infoq, refined", refined), allocations=refined))
     return Audit(
         rows=tuple(rows),
@@ -315,15 +327,20 @@ class _Judge:
 
 
 def _score(
-    prepared: PreparedModel, data: CalibrationData, criterion: Criterion, resources: Resources, folder: Path
+    prepared: PreparedModel,
+    data: CalibrationData,
+    criterion: Criterion,
+    resources: Resources,
+    folder: Path,
+    candidates: Candidates | None,
 ) -> tuple[SensitivityTable, float]:
     """The table and the CPU seconds of all runs that went into it, those of earlier audits included."""
-    settings = describe_measurements(criterion, prepared, data)
+    settings = describe_measurements(criterion, prepared, data, candidates)
     key = digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared))
     path = _path(folder, f"seconds {key}")
-    before, timed = float(_load(path).get("seconds", 0.0)), _Timed(criterion)
+    before, timed = float(_load(path).get("seconds", 0.0)), _Timed(criterion, candidates)
     try:
-        table, _ = measure_sensitivity(prepared, data, timed, resources)
+        table, _ = measure_sensitivity(prepared, data, timed, resources, candidates)
     finally:
         seconds = before + timed.seconds()
         _store(path, {"seconds": seconds})
@@ -331,11 +348,15 @@ def _score(
 
 
 class _Timed:
-    """A criterion that tells the CPU seconds since it began to measure: none where all was in the cache."""
+    """A criterion that tells the CPU seconds since it began to measure: none where all was in the cache.
 
-    def __init__(self, criterion: Criterion) -> None:
-        self._criterion, self._start = criterion, math.nan
+    Rounding the weights counts in full for every criterion that is given them, though it is done once.
+    """
+
+    def __init__(self, criterion: Criterion, candidates: Candidates | None) -> None:
+        self._criterion, self._candidates, self._start = criterion, candidates, math.nan
         self.name, self.needs_data, self.kinds = criterion.name, criterion.needs_data, criterion.kinds
+        self.runs_weights = runs_weights(criterion)
         self.describe, self.score = criterion.describe, criterion.score
 
     def begin(self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, work: Work) -> Measure:
@@ -343,7 +364,10 @@ class _Timed:
         return self._criterion.begin(prepared, data, batch_size=batch_size, work=work)
 
     def seconds(self) -> float:
-        return 0.0 if math.isnan(self._start) else time.process_time() - self._start
+        if math.isnan(self._start):
+            return 0.0
+        rounding = self._candidates.cpu_seconds if self._candidates is not None and self.runs_weights else 0.0
+        return time.process_time() - self._start + rounding
 
 
 def _measure_drops(

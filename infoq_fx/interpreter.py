@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.integer_convolution import IntegerWeight, convolve, quantize_activation, quantize_weight
-from infoq_fx.numerics import fake_quantize
+from infoq_fx.numerics import dequantize, fake_quantize
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer
 from infoq_fx.run_plan import RunPlan
@@ -120,10 +120,16 @@ class SiteInterpreter(fx.Interpreter):
     def _quantize_weight(self, node: fx.Node, module: Quantizer, bits: int) -> Tensor | IntegerWeight:
         key = module.site.name, bits
         if key not in self._weights:
-            weight = read_weight(self._prepared, node)
-            is_integer = node in self._integers
-            quantized = quantize_weight if is_integer else fake_quantize
-            found = quantized(weight, module.qparams_at(bits))
+            weight, rounded = read_weight(self._prepared, node), self._prepared.rounded.get(key)
+            found: Tensor | IntegerWeight
+            if rounded is not None and node in self._integers:
+                found = IntegerWeight(rounded.q, rounded.qparams.scale)
+            elif rounded is not None:
+                found = dequantize(rounded.q, rounded.qparams)
+            elif node in self._integers:
+                found = quantize_weight(weight, module.qparams_at(bits))
+            else:
+                found = fake_quantize(weight, module.qparams_at(bits))
             self._weights[key] = found if isinstance(found, IntegerWeight) else _channels_last(found)
         return self._weights[key]
 

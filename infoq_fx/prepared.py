@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from infoq_fx.quantizers import Observe, Quantizer
-from infoq_fx.spec import Inventory
+from infoq_fx.spec import Inventory, RoundedWeight
 
 __all__ = ["PreparedModel"]
 
@@ -19,7 +19,8 @@ class PreparedModel:
 
     ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that makes
     the logits, None where there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
-    float model behind a model that was changed to be quantized better, by the steps ``recovered_by``.
+    float model behind a model that was changed to be quantized better, by the steps ``recovered_by``. ``rounded`` are
+    weights by site and bit-width that measurements take in place of those rounded to nearest; conversion does not.
     """
 
     graph_module: fx.GraphModule
@@ -31,6 +32,7 @@ class PreparedModel:
     classifier: str | None = None
     origin: PreparedModel | None = None
     recovered_by: tuple[str, ...] = ()
+    rounded: Mapping[tuple[str, int], RoundedWeight] = field(default_factory=dict)
 
     def quantizer_nodes(self) -> Iterator[tuple[fx.Node, Quantizer]]:
         """Every quantize node with its module, in graph order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from infoq_fx.allocation import propose
@@ -12,8 +12,9 @@ from infoq_fx.criteria.outputs import diverge, measure_spread
 from infoq_fx.data import CalibrationData
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.prepared import PreparedModel
+from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runs import Work, choose_batch_size, compute_float_logits, compute_logits
-from infoq_fx.spec import Allocation, Budget
+from infoq_fx.spec import Allocation, Budget, QuantSite
 from infoq_fx.table import SensitivityTable
 
 __all__ = ["choose_allocation"]
@@ -29,6 +30,7 @@ def choose_allocation(
     *,
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
+    candidates: Candidates | None = None,
 ) -> Allocation:
     """The proposal that loses the least information at the output with all sites at their bits together.
 
@@ -46,17 +48,20 @@ def choose_allocation(
         data: by the model's input names, on the model's device.
         alpha: weight of the activations' scores against those of the weights.
         pin: bit-widths fixed beforehand, by site name.
+        candidates: weights to run with; None for rounding to nearest.
 
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
     """
-    proposals = propose(table, budget, alpha=alpha, pin=pin, second=_weight_errors(prepared))
+    proposals = list(propose(table, budget, alpha=alpha, pin=pin, second=_weight_errors(prepared)))
     samples = data.spread(_SAMPLES)
     if prepared.batch_size is not None:
         samples = samples.take(samples.samples - samples.samples % prepared.batch_size)
     batch_size = choose_batch_size(prepared)
     with one_torch_thread() as threads:
         work = Work(threads=threads if next(iter(prepared.example_inputs.values())).device.type == "cpu" else 1)
+        if candidates is not None:
+            prepared = candidates.round(_sites_at(prepared, proposals), work)
         reference = compute_float_logits(prepared, samples, batch_size=batch_size, work=work)
         spread = measure_spread(reference)
         measured = []
@@ -68,6 +73,14 @@ def choose_allocation(
         "%d proposals lose %s nats a sample", len(measured), ", ".join(f"{m.lost_nats:.4g}" for m in measured)
     )
     return best
+
+
+def _sites_at(prepared: PreparedModel, proposals: Sequence[Allocation]) -> list[QuantSite]:
+    """The sites with the bit-widths that the proposals give them."""
+    return [
+        replace(site, bits=tuple(sorted({proposal.bits[site.name] for proposal in proposals})))
+        for site in prepared.inventory.sites
+    ]
 
 
 def _weight_errors(prepared: PreparedModel) -> dict[str, dict[int, float]] | None:

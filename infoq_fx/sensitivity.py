@@ -20,12 +20,13 @@ from infoq_fx.data import CalibrationData
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.machine import available_memory_bytes, one_torch_thread
 from infoq_fx.prepared import PreparedModel
+from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runs import bytes_per_sample, choose_batch_size
 from infoq_fx.spec import BASELINE_BITS, Measurement, QuantSite
 from infoq_fx.table import SensitivityTable
 from infoq_fx.workers import count_workers, map_blocks, pack_job
 
-__all__ = ["Resources", "describe_measurements", "measure_sensitivity"]
+__all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 
 _BLOCK_RUNS = 32  # what an interrupted run may lose; each block runs a part of the baseline again
 _WORKER_BLOCK_RUNS = 16
@@ -70,6 +71,7 @@ def measure_sensitivity(
     data: CalibrationData | None,
     criterion: AnyCriterion,
     resources: Resources | None = None,
+    candidates: Candidates | None = None,
 ) -> tuple[SensitivityTable, list[Measurement]]:
     """Score every searched site at every candidate bit-width.
 
@@ -81,6 +83,7 @@ def measure_sensitivity(
         data: by the model's input names, on the model's device; None for a criterion that needs none.
         criterion: a registered name, an object or a function.
         resources: workers, cache, memory and progress.
+        candidates: weights to measure with, where the criterion runs them; None for rounding to nearest.
 
     Returns:
         The table, and the criterion's own measurements behind it.
@@ -105,7 +108,8 @@ def measure_sensitivity(
         data = _take_samples(prepared, data, most, found.name)
     limit = _choose_memory_limit(given)
     batch_size = choose_batch_size(prepared, limit)
-    described = describe_measurements(found, prepared, data)
+    candidates = candidates if runs_weights(found) else None
+    described = describe_measurements(found, prepared, data, candidates)
     settings = {"criterion": found.name, **described}
     key = digest_run(prepared, data, described, batch_size=batch_size)
     folder = None if given.cache_dir is None else Path(given.cache_dir)
@@ -114,18 +118,22 @@ def measure_sensitivity(
     measured = {(m.site, m.bits): m for m in cache.load(sites)}
     missing = _without(sites, measured)
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    total = sum(len(site.bits) for site in sites)
+    total, title = sum(len(site.bits) for site in sites), f"scoring ({found.name})"
     with tqdm(
         total=total,
         initial=len(measured),
         disable=not given.progress,
-        desc=f"scoring ({found.name})",
+        desc=title,
         unit="bit-width",
         bar_format=form,
     ) as bar:
         finished = _Finished(measured, cache, bar)
         with finished.kept(total):
             if missing:
+                if candidates is not None:
+                    bar.set_description("rounding weights")
+                    prepared = _round(candidates, missing, prepared)
+                    bar.set_description(title)
                 _measure(prepared, data, found, missing, given, limit, batch_size, finished)
     ordered = [measured[site.name, bits] for site in sites for bits in site.bits if (site.name, bits) in measured]
     table = SensitivityTable(
@@ -138,12 +146,28 @@ def measure_sensitivity(
 
 
 def describe_measurements(
-    criterion: Criterion, prepared: PreparedModel, data: CalibrationData | None
+    criterion: Criterion,
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    candidates: Candidates | None = None,
 ) -> dict[str, Plain]:
     """What decides a criterion's measurements; criteria that name what they measure share it under any name."""
     with one_torch_thread():
         described = dict(criterion.describe(prepared, data))
+    if candidates is not None and runs_weights(criterion):
+        described |= candidates.describe()
     return described if "measure" in described else {"criterion": criterion.name, **described}
+
+
+def runs_weights(criterion: Criterion) -> bool:
+    """Whether a criterion runs the model with weights at candidate bit-widths: it matters how they are rounded."""
+    return bool(getattr(criterion, "runs_weights", False))
+
+
+def _round(candidates: Candidates, sites: Sequence[QuantSite], prepared: PreparedModel) -> PreparedModel:
+    is_on_cpu = next(iter(prepared.example_inputs.values())).device.type == "cpu"
+    with one_torch_thread() as threads:
+        return candidates.round(sites, Work(threads=threads if is_on_cpu else 1))
 
 
 def _take_samples(prepared: PreparedModel, data: CalibrationData, most: int, name: str) -> CalibrationData:

@@ -29,6 +29,7 @@ __all__ = [
     "QParams",
     "QuantSite",
     "QuantSpec",
+    "RoundedWeight",
     "Score",
     "check_bits",
 ]
@@ -74,6 +75,14 @@ class QParams:
     spec: QuantSpec
     scale: torch.Tensor
     zero_point: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight as integers: ``q`` int8 of the weight's shape, its values those of ``qparams``."""
+
+    q: torch.Tensor
+    qparams: QParams
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,7 @@ class Allocation:
     ``bits`` maps every site to its bit-width. ``score`` is the objective of Eq. 5 with its standard error.
     ``uniform_*`` describe the best uniform weight bit-width that fits the same budget (None: none fits), scored
     by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, where it was
-    measured (with weights rounded to nearest). ``recovered_by`` are the steps of recovery behind the numbers of the
+    measured (with weights as they were scored). ``recovered_by`` are the steps of recovery behind the numbers of the
     model that it was read from. Fields other than ``bits`` are None when the allocation was read back from a graph
     alone.
     """

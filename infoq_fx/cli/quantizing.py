@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
     from infoq_fx.prepared import PreparedModel
     from infoq_fx.quantized import QuantizedModule
+    from infoq_fx.recovery import RecoveryStep
 
 Container = Annotated[
     str | None,
@@ -147,11 +149,11 @@ def quantize(
     kept = None
     if fixed is None and limits is not None:
         if table is None or scores is None:
-            table, kept = _score(options, prepared, read), output.with_name(output.name + ".scores.json")
+            table, kept = _score(options, prepared, read, steps), output.with_name(output.name + ".scores.json")
             table.save(kept)
         else:
             check_same_sites(prepared, table.inventory, scores)
-        fixed = _choose(options, prepared, table, limits, read)
+        fixed = _choose(options, prepared, table, limits, read, steps)
     assert fixed is not None
     better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)
     quantized = api.convert(better, fixed)
@@ -226,7 +228,12 @@ def verify(
     return Result(text=str(found), document=dataclasses.asdict(found), exit_code=code)
 
 
-def _score(options: dict[str, Any], prepared: PreparedModel, read: tuple[Tensor, Tensor | None]) -> SensitivityTable:
+def _score(
+    options: dict[str, Any],
+    prepared: PreparedModel,
+    read: tuple[Tensor, Tensor | None],
+    steps: Sequence[RecoveryStep],
+) -> SensitivityTable:
     from infoq_fx import api
 
     with make_workers(options["workers"]) as executor:
@@ -235,6 +242,7 @@ def _score(options: dict[str, Any], prepared: PreparedModel, read: tuple[Tensor,
             read,
             criterion=options["criterion"],
             seed=options["seed"],
+            recovery=steps,
             executor=executor,
             cache_dir=options["cache_dir"],
             memory_limit=options["memory_limit"],
@@ -248,6 +256,7 @@ def _choose(
     table: SensitivityTable,
     limits: Budget,
     read: tuple[Tensor, Tensor | None],
+    steps: Sequence[RecoveryStep],
 ) -> Allocation:
     from infoq_fx import api
     from infoq_fx.allocation import allocate
@@ -255,7 +264,7 @@ def _choose(
     if not options["refine"]:
         return allocate(table, limits, alpha=options["alpha"])
     say("choosing among allocations by running them", progress=options["progress"])
-    return api.refine(prepared, table, limits, read, alpha=options["alpha"])
+    return api.refine(prepared, table, limits, read, alpha=options["alpha"], recovery=steps)
 
 
 def _write(

@@ -32,6 +32,7 @@ from infoq_fx.cli.options import (
     Model,
     Pin,
     Progress,
+    Recovery,
     Resize,
     Samples,
     Seed,
@@ -61,6 +62,7 @@ def score(
     bits: Bits = None,
     activation_bits: ActivationBits = None,
     criterion: CriterionName = "infoq",
+    recovery: Recovery = "fast",
     ignore: Ignore = None,
     pin: Pin = None,
     seed: Seed = 0,
@@ -79,9 +81,11 @@ def score(
     """
     from infoq_fx import api
     from infoq_fx.criteria import find_criterion
+    from infoq_fx.recovery import find_steps
 
     check_output(output)
     find_criterion(criterion)
+    steps = find_steps(recovery.split(",") if "," in recovery else recovery)
     read = read_samples(ctx.params)
     prepared = prepare_model(ctx.params, read)
     with make_workers(workers) as executor:
@@ -89,6 +93,7 @@ def score(
             prepared,
             read,
             criterion=criterion,
+            recovery=steps,
             seed=seed,
             executor=executor,
             cache_dir=cache_dir,

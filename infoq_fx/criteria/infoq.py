@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from infoq_fx.criteria.infoq_paper import InfoQPaper
 from infoq_fx.criteria.outputs import DESCRIPTION, INFORMATION_LOSS, measure_outputs
@@ -75,6 +75,7 @@ class InfoQ:
     name: str = "infoq"
     needs_data: bool = True
     kinds: tuple[Kind, ...] = ("weight", "activation")
+    runs_weights: ClassVar[bool] = True
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Nothing of its own decides the outputs; observers bring their settings."""

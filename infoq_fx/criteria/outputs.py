@@ -167,6 +167,7 @@ class OutputCriterion:
     needs_data: bool = True
     kinds: tuple[Kind, ...] = ("weight", "activation")
     measured: ClassVar[str]
+    runs_weights: ClassVar[bool] = True
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Nothing of its own decides: all criteria of this kind share their measurements."""

@@ -36,7 +36,9 @@ class Criterion(Protocol):
     ``begin`` does what is common to all sites, once, and returns what measures them; ``score`` turns what all
     blocks measured into scores, smaller is better, and must be cheap. None may change the prepared model.
 
-    A criterion may have an attribute ``samples``: the most samples that it is given, evenly spread over the data.
+    A criterion may have an attribute ``samples``: the most samples that it is given, evenly spread over the data; and
+    ``runs_weights``: True where it runs the model with weights at candidate bit-widths, so that it can be given those
+    that recovery would leave.
     """
 
     @property

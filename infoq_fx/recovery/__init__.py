@@ -16,6 +16,7 @@ from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.machine import one_torch_thread
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.bias_correction import BiasCorrection
+from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.equalization import RangeEqualization
 from infoq_fx.recovery.protocol import Bench, RecoveryStep
 from infoq_fx.recovery.reconstruction import BlockReconstruction
@@ -29,9 +30,11 @@ __all__ = [
     "Bench",
     "BiasCorrection",
     "BlockReconstruction",
+    "Candidates",
     "RangeEqualization",
     "RecoveryStep",
     "SecondOrderRounding",
+    "find_candidates",
     "find_steps",
     "recover_accuracy",
 ]
@@ -77,6 +80,11 @@ def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
     raise OptionError(
         f"recovery={recovery!r} is no step; give one of {known}, an object with name and recover(), or a list of these"
     )
+
+
+def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
+    """Weights to score with when these steps follow; None for rounding to nearest."""
+    return Candidates(prepared, data) if any(step.name == SecondOrderRounding().name for step in steps) else None
 
 
 def recover_accuracy(

@@ -31,9 +31,9 @@ from infoq_fx.recovery.walk import (
 )
 from infoq_fx.spec import BASELINE_BITS, QParams
 
-__all__ = ["SecondOrderRounding"]
+__all__ = ["MOST_COLUMNS", "SecondOrderRounding", "add_ridge", "scale_choices"]
 
-_MOST_COLUMNS = 8192  # the moments of more would take gigabytes
+MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _MOMENT_NOISE = 1e-5  # of sums of float32 products
@@ -98,13 +98,26 @@ class SecondOrderRounding:
         walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
         for segment, layer in walk.visit():
             columns = columns_of(layer)
-            if can_unfold(layer) and columns <= _MOST_COLUMNS:
+            if can_unfold(layer) and columns <= MOST_COLUMNS:
                 halves = measure_moments(walk, segment, layer, max(self.rows, 32 * columns))
                 _round_layer(changed, layer, halves, bits, self)
             else:
                 log = logging.getLogger(__name__)
                 log.info("%s is left rounded to nearest: %d columns, or transposed", layer.site.name, columns)
         return changed
+
+
+def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor) -> Tensor:
+    """Scales around the calibrated ones of a weight's rows ``[groups, rows, columns]``: ``[groups, rows, choices]``."""
+    scale = read_qparams(prepared, layer, bits).scale
+    short = weight_digits(dict(prepared.quantizer_nodes()), layer.quantizer, bits)
+    choices = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
+    return choices.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
+
+
+def add_ridge(moments: Moments, damping: float) -> Tensor:
+    """Second moments with ``damping`` times their mean added to the diagonal."""
+    return moments.second + _ridge(moments, damping)
 
 
 def _round_layer(
@@ -119,9 +132,7 @@ def _round_layer(
     width = bits.get(layer.site.name, BASELINE_BITS)
     qparams = read_qparams(changed, layer, width)
     spec, scale = qparams.spec, qparams.scale
-    short = weight_digits(dict(changed.quantizer_nodes()), layer.quantizer, width)
-    candidates = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
-    shaped = candidates.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
+    shaped = scale_choices(changed, layer, width, rows)
     moments = average_moments(halves)
     used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))
     problem = _Problem(rows, spec.quant_min, spec.quant_max)
@@ -153,8 +164,7 @@ class _Problem:
     ) -> tuple[Tensor, Tensor]:
         """Integers ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
         ideal = ideal_rows(self.rows, moments, _ridge(moments, shrinkage))
-        second = moments.second + _ridge(moments, damping)
-        return round_rows(ideal, second, scales, self.quant_min, self.quant_max, sweeps)
+        return round_rows(ideal, add_ridge(moments, damping), scales, self.quant_min, self.quant_max, sweeps)
 
     def validate_ideal(self, halves: Sequence[Moments], shrinkage: float) -> float:
         """Error on each half of the real-valued rows that fit the other."""

@@ -148,7 +148,7 @@ def fork(prepared: PreparedModel) -> PreparedModel:
     """A copy to be changed, which remembers the float model that it came from."""
     with torch.inference_mode(False), torch.no_grad():
         copied = copy.deepcopy(prepared.graph_module)
-    return replace(prepared, graph_module=copied, origin=prepared.origin or prepared)
+    return replace(prepared, graph_module=copied, origin=prepared.origin or prepared, rounded={})
 
 
 def read_parameter(prepared: PreparedModel, target: str) -> Tensor:
