@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 from torch.export import ExportedProgram
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 
 from infoq_fx.allocation import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, fit_data, prepare
+from infoq_fx.audit_result import Audit, AuditRow, Hits
 from infoq_fx.cache import digest_run
 from infoq_fx.criteria import AnyCriterion, Criterion, Measure, Plain, find_criterion
 from infoq_fx.criteria.outputs import ACCURACY_DROP
@@ -63,106 +63,6 @@ DEFAULT_CRITERIA = (
 _LOW_BITS = 4
 _FORMAT = "infoq_fx.audit"
 _VERSION = 1
-
-Hits = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditRow:
-    """What one way to allocate reaches.
-
-    ``hits`` are right predictions of the evaluation samples, by budget. ``correlation`` is Pearson's r between score
-    and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is Spearman's.
-    ``cpu_seconds`` is what scoring took, whichever run did it (killed ones and workers apart); ``images`` is how
-    many it looked at. The last five are None for rows without a criterion of their own.
-    """
-
-    name: str
-    hits: Mapping[str, Hits]
-    allocations: Mapping[str, Allocation]
-    correlation: float | None = None
-    correlation_error: float | None = None
-    rank_correlation: float | None = None
-    cpu_seconds: float | None = None
-    images: int | None = None
-
-    def top1(self, budget: str) -> Score | None:
-        """Percent of right predictions and its standard error; None where nothing fits the budget."""
-        if budget not in self.hits:
-            return None
-        share, samples = float(self.hits[budget].mean()), len(self.hits[budget])
-        return Score(100 * share, 100 * math.sqrt(share * (1 - share) / samples))
-
-    @property
-    def mean_top1(self) -> float:
-        """Mean over the budgets."""
-        return float(np.mean([100 * hits.mean() for hits in self.hits.values()]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audit:
-    """The rows, one a criterion, then ``"uniform"`` and, where InfoQ took part, ``"infoq, refined"``.
-
-    ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
-    ``float_top1`` is the float model's.
-    """
-
-    rows: tuple[AuditRow, ...]
-    budgets: tuple[str, ...]
-    tables: Mapping[str, SensitivityTable]
-    accuracy_drops: Mapping[str, Mapping[int, Score]]
-    float_top1: float
-    evaluation_samples: int
-
-    @property
-    def recommended(self) -> AuditRow:
-        """The row of the criterion with the best mean top-1; of equals the one that costs less."""
-        return max(self._candidates(), key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
-
-    def lead_over(self, name: str) -> Score:
-        """How far the recommended row is ahead of another: points of mean top-1, and the paired standard error."""
-        best, other = self.recommended, next(row for row in self.rows if row.name == name)
-        shared = [budget for budget in self.budgets if budget in best.hits and budget in other.hits]
-        if not shared:
-            return Score(0.0)
-        difference = np.mean([100.0 * best.hits[b] - 100.0 * other.hits[b] for b in shared], axis=0)
-        return Score(float(difference.mean()), float(difference.std() / math.sqrt(len(difference))))
-
-    def indistinguishable(self) -> list[str]:
-        """Names of the criteria within two standard errors of the recommended one."""
-        best = self.recommended
-        others = [row.name for row in self._candidates() if row is not best]
-        return [name for name in others if (lead := self.lead_over(name)).value <= 2 * lead.standard_error]
-
-    def __str__(self) -> str:
-        cells = [["criterion", "r", "rank r", *(f"top-1, {b}" for b in self.budgets), "lead lost", "CPU s", "images"]]
-        for row in self.rows:
-            lead = self.lead_over(row.name)
-            r = "-" if row.correlation is None else f"{row.correlation:.2f} ± {row.correlation_error:.2f}"
-            found = [row.top1(b) for b in self.budgets]
-            cells.append(
-                [
-                    row.name,
-                    r,
-                    "-" if row.rank_correlation is None else f"{row.rank_correlation:.2f}",
-                    *("-" if t is None else f"{t.value:.1f} ± {t.standard_error:.1f}" for t in found),
-                    "-" if row is self.recommended else f"{lead.value:.1f} ± {lead.standard_error:.1f}",
-                    "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f}",
-                    "-" if row.images is None else str(row.images),
-                ]
-            )
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in cells
-        ]
-        same = self.indistinguishable()
-        told = f"; not told apart from it (2 standard errors): {', '.join(same)}" if same else ""
-        head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
-        return "\n".join([head, *lines, f"take {self.recommended.name!r}{told}"])
-
-    def _candidates(self) -> list[AuditRow]:
-        return [row for row in self.rows if row.name != "uniform" and len(row.hits) == len(self.budgets)]
 
 
 def audit(

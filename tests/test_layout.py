@@ -25,7 +25,7 @@ FLOORS = [
     ["cache", "workers", "training_loop"],
     ["recovery"],
     ["sensitivity", "refinement", "finetuning", "onnx_export", "quantized_files", "verification"],
-    ["api", "model_files"],
+    ["api", "model_files", "audit_result"],
     ["demo", "auditing", "compile_flows", "pt2e"],
     ["report"],
     ["cli", "names"],

@@ -43,7 +43,7 @@ def test_the_best_proposal_is_taken_and_the_uniform_one_is_among_them(seed, prep
     uniform = {s.name: 3 if s.kind == "weight" else 8 for s in prepared.inventory.sites}
     assert any(proposal.bits == uniform for proposal in proposals)
     losses = [lost_nats(prepared, proposal, model, images) for proposal in proposals]
-    chosen = infoq_fx.refine(prepared, table, 3.0, images)
+    chosen = infoq_fx.refine(prepared, table, 3.0, images, recovery="none")
     assert chosen.bits == proposals[int(np.argmin(losses))].bits
     assert chosen.lost_nats == pytest.approx(min(losses), rel=0.1)  # biases of the converted model are int32
     assert f"{chosen.lost_nats:.4g} nats" in infoq_fx.summarize(chosen, prepared.inventory)
