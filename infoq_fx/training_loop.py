@@ -77,7 +77,7 @@ class Training:
     :func:`infoq_fx.criteria.outputs.diverge`. Batches are run in parts of ``run_size`` samples, by several threads.
     """
 
-    student: TrainableModule
+    student: fx.GraphModule
     learned: Sequence[Learned]
     source: Source
     settings: Settings
@@ -108,7 +108,7 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
     return learned
 
 
-def choose_run_size(student: TrainableModule, examples: Mapping[str, Tensor]) -> int:
+def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor]) -> int:
     """Samples a run so that the values in it take about 32 MiB: the same on every machine."""
     samples = next(iter(examples.values())).shape[0]
     recorder = _SizeRecorder(student, samples)

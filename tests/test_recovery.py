@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from infoq_fx.recovery import (
     Bench,
     BiasCorrection,
     BlockReconstruction,
+    OutputTuning,
     SecondOrderRounding,
     find_steps,
     recover_accuracy,
@@ -286,7 +288,15 @@ def test_the_ideal_is_the_ridge_regression():
 # Steps
 
 
-@pytest.mark.parametrize("step", [BiasCorrection(), SecondOrderRounding(), BlockReconstruction(epochs=30)], ids=str)
+EVERY_STEP = [
+    BiasCorrection(),
+    SecondOrderRounding(),
+    BlockReconstruction(epochs=30),
+    OutputTuning(epochs=30, learning_rate=0.01, batch_size=16),
+]
+
+
+@pytest.mark.parametrize("step", EVERY_STEP, ids=str)
 def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     prepared, data, bits = residual
     before = state_of(prepared)
@@ -303,7 +313,7 @@ def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     assert nats(recovered, data, bits) < 0.9 * nats(prepared, data, bits)
 
 
-@pytest.mark.parametrize("step", [BiasCorrection(), SecondOrderRounding(), BlockReconstruction(epochs=1)], ids=str)
+@pytest.mark.parametrize("step", [replace(s, epochs=1) if hasattr(s, "epochs") else s for s in EVERY_STEP], ids=str)
 def test_threads_change_nothing(residual, step):
     prepared, data, bits = residual
     one, three = (
@@ -366,7 +376,13 @@ def test_bias_correction_leaves_no_mean_error(residual):
 
 
 @pytest.mark.parametrize(
-    "step", [BiasCorrection(samples=16), SecondOrderRounding(samples=16), BlockReconstruction(samples=16, epochs=1)]
+    "step",
+    [
+        BiasCorrection(samples=16),
+        SecondOrderRounding(samples=16),
+        BlockReconstruction(samples=16, epochs=1),
+        OutputTuning(samples=16, epochs=1),
+    ],
 )
 def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step):
     torch.manual_seed(1)
@@ -472,6 +488,8 @@ def test_find_steps():
         lambda: BlockReconstruction(epochs=0),
         lambda: BlockReconstruction(drop=1.0),
         lambda: BlockReconstruction(learning_rate=0.0),
+        lambda: OutputTuning(epochs=0),
+        lambda: OutputTuning(scale_rate=-1.0),
     ],
 )
 def test_options_out_of_range(build):

@@ -21,6 +21,7 @@ from infoq_fx.recovery.equalization import RangeEqualization
 from infoq_fx.recovery.protocol import Bench, RecoveryStep
 from infoq_fx.recovery.reconstruction import BlockReconstruction
 from infoq_fx.recovery.rounding import SecondOrderRounding
+from infoq_fx.recovery.tuning import OutputTuning
 from infoq_fx.runs import Work, choose_batch_size, compute_float_logits, compute_logits
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "BiasCorrection",
     "BlockReconstruction",
     "Candidates",
+    "OutputTuning",
     "RangeEqualization",
     "RecoveryStep",
     "SecondOrderRounding",
@@ -44,6 +46,7 @@ RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
     "bias_correction": BiasCorrection,
     "second_order_rounding": SecondOrderRounding,
     "block_reconstruction": BlockReconstruction,
+    "output_tuning": OutputTuning,
 }
 """The steps by name, each with its default options."""
 
