@@ -48,6 +48,7 @@ from infoq_fx.training_loop import (
 __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
+_BACK_OFF = 0.3
 _FORMAT, _VERSION = "infoq_fx.finetune", 1
 
 
@@ -73,7 +74,8 @@ def finetune(
     is better than that; the log tells.
 
     Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
-    falls to 0. The same seed gives the same numbers with any number of threads.
+    falls to 0. An epoch that ends worse than the model was at first is taken back, and the rate falls to 0.3 of what it
+    was: few samples bear smaller updates than many. The same seed gives the same numbers with any number of threads.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned. It stays as it is; the work is
@@ -136,7 +138,10 @@ def finetune(
 
 @dataclass(frozen=True)
 class _State:
-    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers."""
+    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers.
+
+    An epoch that ends worse than all began is taken back, and the others go on at a third of the rate.
+    """
 
     losses: tuple[float, ...]
     moments: Moments
@@ -145,6 +150,11 @@ class _State:
     @property
     def epoch(self) -> int:
         return len(self.losses) - 1
+
+    @property
+    def rate(self) -> float:
+        """Of the next updates, in units of the learning rate."""
+        return _BACK_OFF ** sum(not loss < self.losses[0] for loss in self.losses[1:])
 
 
 @dataclass(frozen=True)
@@ -251,14 +261,13 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
     with bar:
         bar.update(state.epoch * steps)
         try:
-            while state.epoch < settings.epochs and math.isfinite(state.losses[-1]):
+            while state.epoch < settings.epochs:
                 for step, batch in enumerate(training.source.batches(state.epoch)):
                     gradients = compute_gradients(training, batch, spread)
-                    update(training, state.moments, gradients, state.epoch * steps + step)
+                    update(training, state.moments, gradients, state.epoch * steps + step, rate=state.rate)
                     bar.update()
-                loss = measure_loss(training, spread)
-                best = _numbers(training) if loss < min(state.losses) else state.best
-                state = replace(state, losses=(*state.losses, loss), best=best)
+                state = _judge(training, state, measure_loss(training, spread))
+                loss = state.losses[-1]
                 bar.set_postfix_str(f"loss {state.losses[0]:.3g} -> {min(state.losses):.3g}")
                 log.info("epoch %d of %d: %.4g nats a held-back sample", state.epoch, settings.epochs, loss)
                 if file is not None:
@@ -269,6 +278,16 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
                 how = f"the same call with checkpoint={str(file.path)!r} goes on from there"
             raise KeyboardInterrupt(f"stopped after {state.epoch} of {settings.epochs} epochs; {how}") from None
     return state
+
+
+def _judge(training: Training, state: _State, loss: float) -> _State:
+    """The state behind an epoch with this loss; one that is worse than the first is taken back."""
+    best = _numbers(training) if loss < min(state.losses) else state.best
+    if loss < state.losses[0]:
+        return replace(state, losses=(*state.losses, loss), best=best)
+    training.student.load_state_dict(best, strict=False)
+    first, second = ([torch.zeros_like(learned.parameter) for learned in training.learned] for _ in range(2))
+    return _State((*state.losses, loss), Moments(first, second), best)
 
 
 def _begin(training: Training, spread: ThreadMap) -> _State:

@@ -141,8 +141,8 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
     return total
 
 
-def update(training: Training, moments: Moments, gradients: Sequence[Tensor], done: int) -> None:
-    """The update after so many.
+def update(training: Training, moments: Moments, gradients: Sequence[Tensor], done: int, *, rate: float = 1.0) -> None:
+    """The update after so many, at ``rate`` times the learning rate.
 
     Steps and the other parameters have a norm each that their gradients are clipped by: those of the steps are so much
     smaller that one norm for all would hold them still. With batch norms folded nothing else bounds an update.
@@ -151,7 +151,7 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
         Adam, arXiv 1412.6980, Algorithm 1.
     """
     total = training.settings.epochs * training.source.steps
-    rate = min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
+    rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
     share, square_share = (1 - momentum ** (done + 1) for momentum in (_MOMENTUM, _SQUARE_MOMENTUM))
     for is_step in (False, True):
         chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]

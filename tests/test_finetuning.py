@@ -440,6 +440,20 @@ def test_the_best_epoch_is_kept_and_nothing_is_made_worse(caplog):
     assert "the model stays as it was" in caplog.text
 
 
+def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
+    quantized, x = small()
+    caplog.set_level(logging.INFO)
+    tuned = quick(quantized, x, learning_rate=3.0, epochs=12)
+    losses = [float(v) for v in re.findall(r"epoch \d+ of 12: (\S+) nats", caplog.text)]
+    best, first = (float(v) for v in re.search(r"best: (\S+) nats .* (\S+) before", caplog.text).groups())
+    worse = [loss > first for loss in losses]
+    assert len(losses) == 12
+    assert worse[0]
+    assert best == min(losses) < first
+    assert sum(worse[6:]) < sum(worse[:6])
+    assert infoq_fx.allocation_of(tuned).recovered_by[-1] == "finetune"
+
+
 class Stop:
     """Interrupts a run in a later epoch."""
 
@@ -591,7 +605,7 @@ class Regression(nn.Module):
     ids=["fixed batch", "fixed batch, loader", "pixels", "a single number"],
 )
 def test_other_kinds_of_models_learn_too(build, data, is_fixed, caplog):
-    model, x = build(), torch.randn(100, 1, 8, 8)
+    model, x = build(), torch.randn(400 if build is Regression else 100, 1, 8, 8)
     program = torch.export.export(model.eval(), (x[:4],)) if is_fixed else model
     quantized = convert(infoq_fx.prepare(program, x, bits=(2, 8)))
     caplog.set_level(logging.INFO)
