@@ -71,7 +71,7 @@ def test_it_is_what_the_definition_says(name, site, case):
         in_float = model(*data.inputs.values()).double().numpy()
     base, found = (logits_at(prepared, data, bits) for bits in ({}, {site: 2}))
     mean, error = by_definition(name, base, found, in_float, data.labels.numpy())
-    score = infoq_fx.score(prepared, data, criterion=name, progress=False).scores[site]
+    score = infoq_fx.score(prepared, data, criterion=name, recovery="none", progress=False).scores[site]
     # At the fewest bits nothing is below that InfoQ could be drawn towards.
     assert score[2].value == pytest.approx(max(0.0, mean), rel=1e-4, abs=1e-6)
     assert score[2].standard_error == pytest.approx(error, rel=1e-3)
@@ -115,8 +115,8 @@ def test_no_more_samples_than_asked_for_are_looked_at(case):
     few, spread = infoq_fx.InfoQ(samples=32), data.select(torch.arange(32) * 3)
     assert infoq_fx.score(prepared, data, criterion=few, progress=False).settings["samples"] == 32
     assert (
-        infoq_fx.score(prepared, data, criterion=few, progress=False).scores
-        == infoq_fx.score(prepared, spread, progress=False).scores
+        infoq_fx.score(prepared, data, criterion=few, recovery="none", progress=False).scores
+        == infoq_fx.score(prepared, spread, recovery="none", progress=False).scores
     )
     with pytest.raises(infoq_fx.OptionError, match="at least 1"):
         infoq_fx.score(prepared, data, criterion=infoq_fx.InfoQ(samples=0), progress=False)
@@ -149,7 +149,7 @@ def test_infoq_with_observers_measures_both(case):
     _, prepared, data = case
     criterion = infoq_fx.InfoQ(observers=["blocks.0"], slices=8, smi_weight=0.0)
     table, measured = measure_sensitivity(prepared, data, criterion, Resources(progress=False))
-    plain = infoq_fx.score(prepared, data, progress=False)
+    plain = infoq_fx.score(prepared, data, recovery="none", progress=False)
     upstream = next(m for m in measured if (m.site, m.bits) == ("stem.0.weight", 2))
     assert {"input:blocks.0:change", "task:blocks.0:change", INFORMATION_LOSS} <= set(upstream.values)
     for site in ("stem.0.weight", "head.weight"):

@@ -508,7 +508,11 @@ def test_recover_in_stages_is_what_quantize_does(residual_net, images):
     assert all(torch.equal(value, staged.state_dict()[name]) for name, value in whole.state_dict().items())
     plain = infoq_fx.quantize(residual_net, 3.0, calibration_data=images, recovery="none", **options)
     assert infoq_fx.allocation_of(plain).recovered_by == ()
-    assert infoq_fx.allocation_of(plain).bits == allocation.bits
+    nearest = infoq_fx.score(prepared, images, recovery="none", progress=False)
+    expected = infoq_fx.refine(prepared, nearest, 3.0, images, recovery="none")
+    assert infoq_fx.allocation_of(plain).bits == expected.bits
+    table = infoq_fx.score(prepared, images, progress=False)
+    assert allocation.bits == infoq_fx.refine(prepared, table, 3.0, images).bits
     with pytest.raises(OptionError, match="the allocation gives site"):
         infoq_fx.recover(prepared, infoq_fx.Allocation(bits={}), images)
     again = copy.deepcopy(recovered.graph_module)

@@ -69,14 +69,14 @@ def run_case(name, case, bits, cache_dir):
     model, calibration, evaluation = case
     prepared = infoq_fx.prepare(model, calibration, bits=bits)
     start = time.process_time()
-    table = infoq_fx.score(prepared, calibration, cache_dir=cache_dir, progress=False)
+    table = infoq_fx.score(prepared, calibration, recovery="none", cache_dir=cache_dir, progress=False)
     print(f"\n{name}: score {time.process_time() - start:.0f} s CPU")
     images, labels = evaluation
     print(f"  float top-1 {top1(predict(model, images), labels):.1f} on {len(labels)} images")
     print("  mean bits | InfoQ | uniform | onnxruntime, off | agrees | onnxruntime, default | agrees | file bytes")
     with tempfile.TemporaryDirectory() as folder:
         for budget in BUDGETS:
-            allocation = infoq_fx.refine(prepared, table, budget, calibration)
+            allocation = infoq_fx.refine(prepared, table, budget, calibration, recovery="none")
             run_budget(prepared, allocation, budget, evaluation, Path(folder) / "model.onnx")
 
 

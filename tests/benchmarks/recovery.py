@@ -4,7 +4,7 @@
         [--recovery none fast best finetuned] [--bits 2 3 4 5 6 8] [--epochs 20] [--cache-dir FOLDER]
 
 Needs the models and images beside the project (``../shared/data/real_models.py``). The allocation is that of
-``quantize()``, activations are at 8 bits; evaluation images are never seen in calibration. ``finetuned`` goes on from
+``quantize()`` with this recovery, activations are at 8 bits; evaluation images are never seen in calibration. ``finetuned`` goes on from
 ``fast`` without labels. --bitops adds weights and activations of 2 to 8 bits searched together, under the BitOps of
 uniform 3 bits. With --cache-dir scores and learned blocks are kept, of this benchmark and of ``audit.py``.
 """
@@ -44,13 +44,16 @@ def run_case(name, seed, arguments, case):
         jobs.append(("BitOps of 3 bits", dict(bits=arguments.bits, activation_bits=arguments.bits), None))
     for label, options, budget in jobs:
         prepared = infoq_fx.prepare(model, calibration, **options)
-        table = infoq_fx.score(prepared, calibration, cache_dir=arguments.cache_dir, progress=False)
-        limit = budget or uniform_bitops(prepared, 3)
-        allocation = infoq_fx.refine(prepared, table, limit, calibration)
+        limit, allocations = budget or uniform_bitops(prepared, 3), {}
+        for scored_for in {"none" if rung == "none" else "fast" for rung in arguments.recovery}:
+            kept = dict(cache_dir=arguments.cache_dir, progress=False)
+            table = infoq_fx.score(prepared, calibration, recovery=scored_for, **kept)
+            allocations[scored_for] = infoq_fx.refine(prepared, table, limit, calibration, recovery=scored_for)
         folder = arguments.cache_dir and Path(arguments.cache_dir)
         checkpoint = folder and folder / f"{name}-{seed}-{label.replace(' ', '-')}-{arguments.epochs}-epochs.pt"
         cells = []
         for rung in arguments.recovery:
+            allocation = allocations["none" if rung == "none" else "fast"]
             begin = time.process_time()
             quantized = quantize_rung(
                 rung, prepared, allocation, calibration, checkpoint, arguments.cache_dir, arguments.epochs
