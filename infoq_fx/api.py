@@ -277,7 +277,7 @@ def recover(
     """Win back accuracy at the bit-widths of an allocation: the same graph with better weights, biases and scales.
 
     The ladder: ``"none"``; ``"fast"``, second-order rounding with the mean error taken by the biases (the default of
-    :func:`quantize`); ``"best"``, block reconstruction on top of it. Or the name of a step in
+    :func:`quantize`); ``"best"``, block reconstruction and output tuning on top of it. Or the name of a step in
     :data:`infoq_fx.RECOVERY_STEPS`, a step with options of your own, or a list of these, taken in order.
 
     Nothing is made worse: a step that lowers the agreement with the float model, measured as the mean KL divergence of

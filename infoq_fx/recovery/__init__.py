@@ -53,7 +53,7 @@ RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
 LADDER: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "fast": ("second_order_rounding",),
-    "best": ("second_order_rounding", "block_reconstruction"),
+    "best": ("second_order_rounding", "block_reconstruction", "output_tuning"),
 }
 """What to spend: names of steps, in order."""
 

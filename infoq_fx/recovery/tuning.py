@@ -56,8 +56,8 @@ class OutputTuning:
     Steps before look at a layer or a block; what is left of their errors adds up on the way to the output. Here the
     integers of all weights stay as they are, and the scale of every output channel and every bias learn by gradient
     descent on E KL(p || q), p of the float model and q of the quantized one: some numbers a channel, so few that a
-    few hundred samples settle them. On MobileNetV2 at a mean of 3 bits, behind second-order rounding, 3 passes over
-    400 images took a third off the divergence on images not seen.
+    few hundred samples settle them. On MobileNetV2 at a mean of 3 bits, behind second-order rounding, 4 passes over
+    400 images took 29 % off the divergence on images not seen.
 
     Adam as in :func:`infoq_fx.finetune`. Scales are used with the few significant bits that kernels are exact with,
     and their gradient passes that straight through. Activations keep their scales.
@@ -86,7 +86,7 @@ class OutputTuning:
     samples: int = 1024
     batch_size: int = 32
     learning_rate: float = 0.001
-    scale_rate: float = 1.0
+    scale_rate: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
