@@ -60,7 +60,8 @@ class OutputTuning:
     400 images took 29 % off the divergence on images not seen.
 
     Adam as in :func:`infoq_fx.finetune`. Scales are used with the few significant bits that kernels are exact with,
-    and their gradient passes that straight through. Activations keep their scales.
+    and their gradient passes that straight through; at the default rate that leaves most of them as they are, and what
+    learns are the biases. Activations keep their scales.
 
     Cost: ``epochs`` forward and backward passes over ``samples`` of the quantized model, one forward of the float
     model; no labels.
