@@ -212,8 +212,8 @@ def score(
 
     ``recovery`` is what will be done at the bit-widths chosen, see :func:`recover`: where that rounds weights to second
     order, criteria that run weights (``"infoq"``, ``"output_kl"``, ``"output_sqnr"``, ``"loss"``, ``"accuracy"``) are
-    given weights rounded so (see ``infoq_fx.recovery.candidates``), since what is lost to nearest
-    rounding is no measure of what recovery leaves. With ``"none"`` weights are rounded to nearest.
+    given weights rounded so (see ``infoq_fx.recovery.candidates``), since what is lost to nearest rounding is no
+    measure of what recovery leaves. With ``"none"`` weights are rounded to nearest.
 
     The same scores to the last digit, whatever the executor, the threads, the cache and (from 1 GiB on) the memory.
     Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.

@@ -35,6 +35,7 @@ from infoq_fx.training_loop import (
     Moments,
     Settings,
     Training,
+    begin_moments,
     choose_run_size,
     compute_gradients,
     first_tensor,
@@ -286,13 +287,11 @@ def _judge(training: Training, state: _State, loss: float) -> _State:
     if loss < state.losses[0]:
         return replace(state, losses=(*state.losses, loss), best=best)
     training.student.load_state_dict(best, strict=False)
-    first, second = ([torch.zeros_like(learned.parameter) for learned in training.learned] for _ in range(2))
-    return _State((*state.losses, loss), Moments(first, second), best)
+    return _State((*state.losses, loss), begin_moments(training.learned), best)
 
 
 def _begin(training: Training, spread: ThreadMap) -> _State:
-    first, second = ([torch.zeros_like(learned.parameter) for learned in training.learned] for _ in range(2))
-    return _State((measure_loss(training, spread),), Moments(first, second), _numbers(training))
+    return _State((measure_loss(training, spread),), begin_moments(training.learned), _numbers(training))
 
 
 def _numbers(training: Training) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ __all__ = [
     "Moments",
     "Settings",
     "Training",
+    "begin_moments",
     "choose_run_size",
     "compute_gradients",
     "first_tensor",
@@ -84,6 +85,11 @@ class Training:
     ask: Callable[[Samples], Tensor] | None
     variance: Tensor
     run_size: int
+
+
+def begin_moments(learned: Sequence[Learned]) -> Moments:
+    """Those before the first update."""
+    return Moments(*([torch.zeros_like(one.parameter) for one in learned] for _ in range(2)))
 
 
 def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned]:

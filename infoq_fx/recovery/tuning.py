@@ -33,9 +33,9 @@ from infoq_fx.trainable import LearnedStepQuantizer, copy_with, float_copy
 from infoq_fx.training_data import Form, Samples, Source
 from infoq_fx.training_loop import (
     Learned,
-    Moments,
     Settings,
     Training,
+    begin_moments,
     choose_run_size,
     compute_gradients,
     first_tensor,
@@ -214,8 +214,7 @@ def _list_learned(student: fx.GraphModule, layers: list[Layer], options: OutputT
 
 
 def _descend(training: Training, bench: Bench, spread: ThreadMap) -> None:
-    first, second = ([torch.zeros_like(learned.parameter) for learned in training.learned] for _ in range(2))
-    moments, total = Moments(first, second), training.settings.epochs * training.source.steps
+    moments, total = begin_moments(training.learned), training.settings.epochs * training.source.steps
     for epoch in range(training.settings.epochs):
         for step, batch in enumerate(training.source.batches(epoch)):
             gradients = compute_gradients(training, batch, spread)
