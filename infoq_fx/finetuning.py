@@ -210,7 +210,7 @@ def _prepare(
     examples = place(provenance.example_inputs, device)
     size = provenance.batch_size or settings.batch_size
     if provenance.batch_size is None and device.type == "cpu":
-        size = choose_run_size(student, examples)
+        size = choose_run_size(student, examples, settings.batch_size)
     ask, variance = None, torch.zeros(1, device=device)
     if float_model is not None:
         ask = functools.partial(_ask, float_model.to(device).eval(), device)

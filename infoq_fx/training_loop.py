@@ -39,7 +39,8 @@ _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
 _RATE_OF_STEPS = 0.5
 _SMALLEST_UNIT = 0.01
-_RUN_BYTES = 32 << 20
+_RUN_BYTES = 128 << 20
+_FEWEST_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,17 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
     return learned
 
 
-def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor]) -> int:
-    """Samples a run so that the values in it take about 32 MiB: the same on every machine."""
+def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], batch_size: int) -> int:
+    """Samples a run, the same on every machine.
+
+    The values in it take about 128 MiB, so that quantizing the weights anew in each run costs little beside it; a batch
+    makes two runs at least, for two threads.
+    """
     samples = next(iter(examples.values())).shape[0]
     recorder = _SizeRecorder(student, samples)
     recorder.run(*examples.values())
-    return max(1, _RUN_BYTES * samples // max(1, recorder.bytes))
+    largest = min(_RUN_BYTES * samples // max(1, recorder.bytes), math.ceil(batch_size / _FEWEST_RUNS))
+    return max(1, largest)
 
 
 def measure_loss(training: Training, spread: ThreadMap) -> float:

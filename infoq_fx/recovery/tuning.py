@@ -173,7 +173,9 @@ def _prepare(
     spread: ThreadMap,
 ) -> Training:
     fixed, device = changed.batch_size, next(iter(data.inputs.values())).device
-    size = fixed or (choose_run_size(student, changed.example_inputs) if device.type == "cpu" else options.batch_size)
+    size = fixed or options.batch_size
+    if fixed is None and device.type == "cpu":
+        size = choose_run_size(student, changed.example_inputs, options.batch_size)
     float_model = float_copy(changed.origin or changed)
 
     def ask(samples: Samples) -> Tensor:
