@@ -15,6 +15,7 @@ import infoq_fx
 from infoq_fx.criteria.outputs import diverge, measure_spread
 from infoq_fx.data import read_data
 from infoq_fx.errors import OptionError
+from infoq_fx.quantizers import Quantizer
 from infoq_fx.recovery import (
     LADDER,
     RECOVERY_STEPS,
@@ -151,10 +152,36 @@ def test_a_walk_ends_where_whole_runs_end(name, request):
     node = next(n for n in last.nodes if n.name == output)
     pairs = walk.collect(last, node, lambda _, pair: pair)
     in_float = compute_float_logits(prepared, data, batch_size=16)
-    assert torch.allclose(torch.cat([pair.in_float for pair in pairs]), in_float, atol=1e-5)
+    assert torch.allclose(torch.cat([pair.reference for pair in pairs]), in_float, atol=1e-5)
     assert torch.allclose(
         torch.cat([pair.quantized for pair in pairs]), compute_logits(prepared, data, bits), atol=1e-5
     )
+
+
+class ActivationsOnly(fx.Interpreter):
+    def call_module(self, target, args, kwargs):
+        module = self.module.get_submodule(target)
+        is_activation = isinstance(module, Quantizer) and module.site.kind == "activation"
+        return module.quantize_at(args[0], 8) if is_activation else args[0]
+
+
+def test_a_reference_with_float_weights_has_quantized_activations(residual):
+    prepared, data, bits = residual
+    changed = fork(prepared)
+    walk = Walk(changed, bits, data, BENCH, quantizes_reference=True)
+    for segment in walk.segments:  # what is rounded on the way is not the reference's
+        for layer in segment.layers:
+            set_parameter(changed, layer.weight, 2 * read_parameter(changed, layer.weight))
+    *most, last = walk.segments
+    for segment in most:
+        walk.advance(segment)
+    output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
+    node = next(n for n in last.nodes if n.name == output)
+    found = torch.cat([pair.reference for pair in walk.collect(last, node, lambda _, pair: pair)])
+    with torch.inference_mode():
+        expected = ActivationsOnly(prepared.graph_module).run(*data.inputs.values())
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, compute_float_logits(prepared, data, batch_size=16), atol=1e-4)
 
 
 # Layers as matrices
@@ -197,7 +224,7 @@ def test_moments_are_those_of_numpy(residual):
     rows = walk.collect(
         segment,
         layer.source,
-        lambda _, p: (input_rows(layer, p.in_float, 10**6), input_rows(layer, p.quantized, 10**6)),
+        lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6)),
     )
     x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
     joint = np.cov(x, y, rowvar=False, bias=True)
@@ -342,6 +369,28 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
     assert any(not torch.equal(plain[name], stored[name]) for name in stored)
 
 
+def test_what_activations_cost_is_answered_only_for_the_float_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    data = torch.randn(64, 2, 8, 8)
+    prepared, data = prepare(model, data, bits=(8,), activation_bits=(2, 8))
+    with torch.no_grad():  # weights that 8 bits hold exactly
+        for node, quantizer in prepared.quantizer_nodes():
+            if quantizer.site.kind == "weight":
+                path = str(node.all_input_nodes[0].target)
+                set_parameter(prepared, path, quantizer.quantize_at(read_parameter(prepared, path), 8))
+    bits = {site.name: site.bits[0] for site in prepared.inventory.sites}
+    moved = {}
+    for reference in ("float_weights", "float_model"):
+        recovered = SecondOrderRounding(reference=reference).recover(prepared, bits, data, BENCH)
+        moved[reference] = max(
+            float((read_parameter(recovered, path) - read_parameter(prepared, path)).abs().max())
+            for path in ("0.bias", "2.bias", "4.bias")
+        )
+    assert moved["float_weights"] < 0.1 * moved["float_model"]
+    assert moved["float_model"] > 0.02
+
+
 def test_second_order_rounding_takes_every_kind_of_layer(branches):
     prepared, data = branches
     bits = {site.name: 4 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
@@ -470,7 +519,7 @@ def test_held_back_samples_are_not_fitted(residual):
 
 def test_find_steps():
     assert find_steps("none") == []
-    assert [step.name for step in find_steps("best")] == list(LADDER["best"])
+    assert find_steps("best") == find_steps(LADDER["best"]) == [find_steps(step)[0] for step in LADDER["best"]]
     chosen = SecondOrderRounding(sweeps=0)
     assert find_steps([chosen, "bias_correction"]) == [chosen, BiasCorrection()]
     assert all(build().name == name for name, build in RECOVERY_STEPS.items())
@@ -485,6 +534,7 @@ def test_find_steps():
     [
         lambda: SecondOrderRounding(samples=0),
         lambda: SecondOrderRounding(sweeps=-1),
+        lambda: SecondOrderRounding(reference="float"),
         lambda: BlockReconstruction(epochs=0),
         lambda: BlockReconstruction(drop=1.0),
         lambda: BlockReconstruction(learning_rate=0.0),

@@ -50,12 +50,17 @@ RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
 }
 """The steps by name, each with its default options."""
 
-LADDER: Mapping[str, tuple[str, ...]] = {
+LADDER: Mapping[str, tuple[str | RecoveryStep, ...]] = {
     "none": (),
     "fast": ("second_order_rounding",),
-    "best": ("second_order_rounding", "block_reconstruction", "output_tuning"),
+    "best": (
+        "second_order_rounding",
+        SecondOrderRounding(reference="float_model"),
+        "block_reconstruction",
+        "output_tuning",
+    ),
 }
-"""What to spend: names of steps, in order."""
+"""What to spend: steps, in order."""
 
 AnyRecovery = str | RecoveryStep | Sequence[str | RecoveryStep]
 
@@ -70,7 +75,7 @@ def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
         OptionError: an unknown name, or something that is no step.
     """
     if isinstance(recovery, str) and recovery in LADDER:
-        return [RECOVERY_STEPS[name]() for name in LADDER[recovery]]
+        return find_steps(LADDER[recovery])
     if isinstance(recovery, str):
         if recovery not in RECOVERY_STEPS:
             raise unknown_name_error("recovery", recovery, [*LADDER, *RECOVERY_STEPS])

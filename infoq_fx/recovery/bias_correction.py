@@ -66,7 +66,7 @@ def _mean_error(walk: Walk, segment: Segment, layer: Layer) -> Tensor:
     """E of the float output less that of the quantized one, float32 ``[channels]``."""
 
     def read(_: int, pair: Pair) -> tuple[Tensor, int]:
-        difference = (pair.in_float - pair.quantized).double()
+        difference = (pair.reference - pair.quantized).double()
         axis = 1 if layer.op.is_convolution else difference.ndim - 1
         others = [i for i in range(difference.ndim) if i != axis]
         return difference.sum(others), difference.numel() // difference.shape[axis]

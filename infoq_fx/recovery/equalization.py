@@ -210,7 +210,7 @@ def _equalize(walk: Walk, segment: Segment, pair: _LayerPair) -> bool:
     changed, second, most = walk.prepared, pair.second, math.ceil(_ROWS / walk.samples)
 
     def read(_: int, values: Pair) -> tuple[Tensor, Tensor]:
-        x = values.in_float
+        x = values.reference
         axis = _channel_axis(second, x.shape)
         return input_rows(second, x, most), x.abs().amax([i for i in range(x.ndim) if i != axis])
 

@@ -1,4 +1,4 @@
-"""First and second moments of a layer's input, in the float model and in the quantized one."""
+"""First and second moments of a layer's input, in the reference and in the quantized model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Moments", "average_moments", "measure_moments"]
 
 @dataclass(frozen=True)
 class Moments:
-    """Of ``count`` of a layer's input rows, float64, x in the float model and x^ in the quantized one.
+    """Of ``count`` of a layer's input rows, float64, x in the reference of the walk and x^ in the quantized model.
 
     ``mean`` E x and ``mean_quantized`` E x^ are ``[groups, columns]``; ``second`` E x^ x^T and ``cross`` E x x^T
     are ``[groups, columns, columns]``, less the products of the means where they are centred.
@@ -49,7 +49,7 @@ def measure_moments(walk: Walk, segment: Segment, layer: Layer, rows: int) -> tu
     most = max(1, math.ceil(rows / walk.samples))
 
     def read(_: int, pair: Pair) -> Moments:
-        x, found = input_rows(layer, pair.in_float, most), input_rows(layer, pair.quantized, most)
+        x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
         products = x.mean(1), found.mean(1), found.mT @ found / x.shape[1], x.mT @ found / x.shape[1]
         return Moments(x.shape[1], *(product.double() for product in products))
 

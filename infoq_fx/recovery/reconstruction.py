@@ -131,7 +131,7 @@ class _Block:
     @staticmethod
     def begin(walk: Walk, segment: Segment, weighing: Mapping[fx.Node, Sequence[Tensor]]) -> _Block:
         outputs = segment.outputs
-        wanted = walk.run_float(segment, outputs)
+        wanted = walk.run_reference(segment, outputs)
         one = torch.ones(())
         weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
         return _Block(walk, segment, outputs, walk.entering(segment), wanted, weights)

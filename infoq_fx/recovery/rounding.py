@@ -1,10 +1,11 @@
-"""Second-order rounding, layer after layer: against the inputs that really arrive, for the float model's outputs."""
+"""Second-order rounding, layer after layer: against the inputs that really arrive, for the outputs of float weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,13 +39,14 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _MOMENT_NOISE = 1e-5  # of sums of float32 products
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
+_Reference = Literal["float_weights", "float_model"]
 
 
 @dataclass(frozen=True)
 class SecondOrderRounding:
     r"""Rounds the weights of a row together, so that their errors cancel in the layer's output.
 
-    With x the input of a layer in the float model and x^ the one that arrives behind the layers already quantized, the
+    With x the input of a layer in the reference and x^ the one that arrives behind the layers already quantized, the
     integers q, the scale s of each output channel and the bias c are sought that make::
 
         E | W x + b - s q x^ - c |^2
@@ -55,11 +57,17 @@ class SecondOrderRounding:
     that are still to come (GPTQ's form of Optimal Brain Surgeon), at each of six scales; the best of them is taken for
     every channel, and then every integer is set to its best given all others until none changes or ``sweeps`` are done.
 
+    The reference has float weights, and its activations are quantized as they will be; or it is the float model. With
+    the first the weights make up for what their own bits cost and leave what activations cost as it is. That is little
+    at 8 bits, and much of it the clipping of rare values: answering it moves all others. On MobileNetV2 at a mean of 3
+    bits the outputs end 0.19 nats from the float model with the first, 0.27 with the second, and 0.04 or 0.07 where all
+    weights have 8 bits. On small networks that learned CIFAR-10 the second is better by up to 0.01 nats.
+
     Dead inputs and rare directions are held by a ridge of ``damping`` times the mean second moment, which draws V
     towards W. A depthwise layer has one small problem a channel. Layers without a bias use second moments that are not
     centred. Left as they are: transposed convolutions, and layers of more than 8,192 columns.
 
-    Cost: two to three forward passes of the float and the quantized model over ``samples``, and for every layer a
+    Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
     covariance and the cube of its columns; no labels. Values between blocks are held in memory for both models.
 
     Reference:
@@ -72,6 +80,7 @@ class SecondOrderRounding:
         rows: input rows for the moments of a layer, at least; at least 16 a column.
         damping: ridge, in units of the mean second moment.
         sweeps: rounds of coordinate descent at most.
+        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought.
 
     Raises:
         OptionError: an option out of range.
@@ -80,10 +89,13 @@ class SecondOrderRounding:
     samples: int = 1024
     rows: int = 16384
     sweeps: int = 8
+    reference: _Reference = "float_weights"
 
     def __post_init__(self) -> None:
         if min(self.samples, self.rows) < 1 or self.sweeps < 0:
-            raise OptionError(f"{self}: give samples and rows of at least 1, sweeps of at least 0 and damping above 0")
+            raise OptionError(f"{self}: give samples and rows of at least 1 and sweeps of at least 0")
+        if self.reference not in get_args(_Reference):
+            raise OptionError(f"reference={self.reference!r}; give one of {', '.join(map(repr, get_args(_Reference)))}")
 
     @property
     def name(self) -> str:
@@ -95,7 +107,8 @@ class SecondOrderRounding:
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
-        walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench)
+        chosen, quantizes = choose_samples(prepared, data, self.samples), self.reference == "float_weights"
+        walk = Walk(changed, bits, chosen, bench, quantizes_reference=quantizes)
         for segment, layer in walk.visit():
             columns = columns_of(layer)
             if can_unfold(layer) and columns <= MOST_COLUMNS:

@@ -1,4 +1,4 @@
-"""The float and the quantized model side by side, from segment to segment over all samples."""
+"""The quantized model beside its reference, from segment to segment over all samples."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ Values = dict[fx.Node, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """The value of one node for one batch, in the float model and in the quantized one."""
+    """The value of one node for one batch, in the reference and in the quantized model."""
 
-    in_float: Tensor
+    reference: Tensor
     quantized: Tensor
 
 
@@ -53,18 +53,28 @@ class Walk:
     """Both models over all samples, as far as the walk has come.
 
     ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
-    At every place only the values are held that are read behind it.
+    At every place only the values are held that are read behind it. The reference is the float model; with
+    ``quantizes_reference`` its activations are quantized as they will be, and only its weights are in float.
     """
 
-    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, bench: Bench) -> None:
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        bits: Mapping[str, int],
+        data: CalibrationData,
+        bench: Bench,
+        *,
+        quantizes_reference: bool = False,
+    ) -> None:
         self.prepared, self.bits, self.work, self.samples = prepared, bits, bench.work, data.samples
         self.segments = find_segments(prepared)
-        self._runners = SegmentRunner(prepared, None), SegmentRunner(prepared, bits)
+        reference = SegmentRunner(prepared, bits if quantizes_reference else None, has_float_weights=True)
+        self._runners = reference, SegmentRunner(prepared, bits)
         self.layers = sum(len(segment.layers) for segment in self.segments)
         batches = [_laid_out(batch) for batch in data.batches(bench.batch_size)]
         inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-        self._float = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
-        self._quantized = [dict(values) for values in self._float]
+        self._reference = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
+        self._quantized = [dict(values) for values in self._reference]
 
     def visit(self) -> Iterator[tuple[Segment, Layer]]:
         """Every layer with its segment, in graph order; the walk stands in front of the segment meanwhile."""
@@ -78,9 +88,9 @@ class Walk:
         """What enters the segment that the walk stands in front of in the quantized model, by batch."""
         return [{node: values[node] for node in segment.entering} for values in self._quantized]
 
-    def run_float(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
-        """Values of some nodes in the float model, for every batch; the walk stands in front of the segment."""
-        return self._map(segment, segment.nodes, lambda _, in_float, __: [in_float[node] for node in nodes])
+    def run_reference(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
+        """Values of some nodes in the reference, for every batch; the walk stands in front of the segment."""
+        return self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes])
 
     def squared_gradients(
         self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
@@ -90,16 +100,16 @@ class Walk:
         The class is drawn from the model's own outputs, so that their mean is the Fisher information of each value.
         The walk stands at the beginning.
         """
-        seeds = torch.randint(1 << 62, (len(self._float),), generator=torch.Generator().manual_seed(seed)).tolist()
+        seeds = torch.randint(1 << 62, (len(self._reference),), generator=torch.Generator().manual_seed(seed)).tolist()
         found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
 
         def run(index: int) -> list[Tensor]:
             generator = torch.Generator().manual_seed(seeds[index])
-            squares = _squared_gradients(self.prepared, self.segments, self._float[index], nodes, generator)
+            squares = _squared_gradients(self.prepared, self.segments, self._reference[index], nodes, generator)
             return [read(node, square) for node, square in zip(nodes, squares, strict=True)]
 
         with thread_map(self.work.threads, self.work.stop) as spread:
-            for squares in spread(run, range(len(self._float))):
+            for squares in spread(run, range(len(self._reference))):
                 for node, square in zip(nodes, squares, strict=True):
                     found[node].append(square)
         return found
@@ -107,34 +117,34 @@ class Walk:
     def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> list[_Result]:
         """What ``read`` makes of a batch's index and a node's value; the walk stands in front of the segment."""
         nodes = _up_to(segment, node)
-        return self._map(segment, nodes, lambda i, in_float, quantized: read(i, Pair(in_float[node], quantized[node])))
+        return self._map(segment, nodes, lambda i, sought, found: read(i, Pair(sought[node], found[node])))
 
     def advance(self, segment: Segment) -> None:
         """Walk through a segment."""
         kept = segment.leaving
 
-        def keep(_: int, in_float: Values, quantized: Values) -> tuple[Values, Values]:
-            return {n: in_float[n] for n in kept}, {n: quantized[n] for n in kept}
+        def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
+            return {n: reference[n] for n in kept}, {n: quantized[n] for n in kept}
 
         pairs = self._map(segment, segment.nodes, keep)
-        self._float, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
+        self._reference, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
 
     def _map(
         self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
     ) -> list[_Result]:
         with torch.inference_mode():
-            floating, rounding = self._runners
-            in_float = floating.fork().compute(segment.constants, {})
+            sought, rounding = self._runners
+            reference = sought.fork().compute(segment.constants, {})
             quantized = rounding.fork().compute(segment.constants, {})
 
             def run(index: int) -> _Result:
                 with torch.inference_mode():
-                    first = floating.fork().compute(nodes, in_float | self._float[index])
+                    first = sought.fork().compute(nodes, reference | self._reference[index])
                     second = rounding.fork().compute(nodes, quantized | self._quantized[index])
                     return read(index, first, second)
 
             with thread_map(self.work.threads, self.work.stop) as spread:
-                return list(spread(run, range(len(self._float))))
+                return list(spread(run, range(len(self._reference))))
 
 
 def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:
@@ -200,13 +210,19 @@ def weight_quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
 
 
 class SegmentRunner(fx.Interpreter):
-    """Runs some nodes of a graph: with the float model's parameters, or quantized at given bit-widths."""
+    """Runs some nodes of a graph, quantized at given bit-widths or in float where there are none.
 
-    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int] | None) -> None:
+    In float, or ``has_float_weights``, it has the parameters of the float model that ``prepared`` came from, and that
+    model's quantizers of activations.
+    """
+
+    def __init__(
+        self, prepared: PreparedModel, bits: Mapping[str, int] | None, *, has_float_weights: bool = False
+    ) -> None:
         super().__init__(prepared.graph_module, garbage_collect_values=False)
-        self._bits = bits
-        origin = prepared.origin or prepared
-        self._parameters = (origin if bits is None else prepared).graph_module
+        self._bits, self._has_float_weights = bits, has_float_weights
+        is_origin = bits is None or has_float_weights
+        self._parameters = ((prepared.origin or prepared) if is_origin else prepared).graph_module
 
     def fork(self) -> Self:
         """Another one that may run at the same time."""
@@ -226,12 +242,13 @@ class SegmentRunner(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A quantizer at its bit-width, or its input itself in float."""
-        module = self.module.get_submodule(str(target))
+        module = self._parameters.get_submodule(str(target))
         return self.quantize(module, args[0]) if isinstance(module, Quantizer) else args[0]
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         """What a quantizer makes of a value."""
-        return x if self._bits is None else quantizer.quantize_at(x, self._bits_of(quantizer))
+        is_float = self._bits is None or (self._has_float_weights and quantizer.site.kind == "weight")
+        return x if is_float else quantizer.quantize_at(x, self._bits_of(quantizer))
 
     def _bits_of(self, quantizer: Quantizer) -> int:
         return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
