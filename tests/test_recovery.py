@@ -196,8 +196,8 @@ def test_rows_give_the_layers_outputs(branches):
             if not layer.op.is_transposed:
                 rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
                 pairs = zip(
-                    walk.collect(segment, layer.source, lambda _, pair: pair.in_float),
-                    walk.collect(segment, layer.node, lambda _, pair: pair.in_float),
+                    walk.collect(segment, layer.source, lambda _, pair: pair.reference),
+                    walk.collect(segment, layer.node, lambda _, pair: pair.reference),
                     strict=True,
                 )
                 for x, y in pairs:

@@ -13,9 +13,9 @@ _BLOCK = 128
 
 
 def ideal_rows(rows: Tensor, moments: Moments, ridge: Tensor) -> Tensor:
-    """The real-valued rows that come closest to the float layer's output, given what really arrives.
+    """The real-valued rows that come closest to the reference's output, given what really arrives.
 
-    They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the float input and x^ the quantized one.
+    They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the reference's input and x^ the quantized one.
     """
     target = rows.double() @ (moments.cross + ridge)
     found: Tensor = torch.linalg.solve(moments.second + ridge, target.mT).mT
