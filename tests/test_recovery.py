@@ -17,7 +17,6 @@ from infoq_fx.data import read_data
 from infoq_fx.errors import OptionError
 from infoq_fx.quantizers import Quantizer
 from infoq_fx.recovery import (
-    LADDER,
     RECOVERY_STEPS,
     Bench,
     BiasCorrection,
@@ -519,7 +518,9 @@ def test_held_back_samples_are_not_fitted(residual):
 
 def test_find_steps():
     assert find_steps("none") == []
-    assert find_steps("best") == find_steps(LADDER["best"]) == [find_steps(step)[0] for step in LADDER["best"]]
+    rounding = [SecondOrderRounding(), SecondOrderRounding(reference="float_model")]
+    assert find_steps("fast") == rounding[:1]
+    assert find_steps("best") == [*rounding, BlockReconstruction(), OutputTuning()]
     chosen = SecondOrderRounding(sweeps=0)
     assert find_steps([chosen, "bias_correction"]) == [chosen, BiasCorrection()]
     assert all(build().name == name for name, build in RECOVERY_STEPS.items())

@@ -58,14 +58,15 @@ class SecondOrderRounding:
     every channel, and then every integer is set to its best given all others until none changes or ``sweeps`` are done.
 
     The reference has float weights, and its activations are quantized as they will be; or it is the float model. With
-    the first the weights make up for what their own bits cost and leave what activations cost as it is. That is little
-    at 8 bits, and much of it the clipping of rare values: answering it moves all others. On MobileNetV2 at a mean of 3
-    bits the outputs end 0.20 nats from the float model with the first, 0.27 with the second, and 0.04 or 0.07 where all
-    weights have 8 bits. On small networks that learned CIFAR-10 the second is better by up to 0.01 nats.
+    the first the weights make up for what their own bits cost and leave what activations cost as it is. Answering that
+    too, layer by layer, may take the outputs further away: on MobileNetV2 at a mean of 3 bits they end 0.20 nats from
+    the float model with the first and 0.27 with the second; with all weights at 8 bits 0.04 become 0.07 with the
+    second. On small networks that learned CIFAR-10 the second is better by up to 0.01 nats. Measured with activations
+    at 8 bits; with fewer, compare the two.
 
-    Dead inputs and rare directions are held by a ridge of ``damping`` times the mean second moment, which draws V
-    towards W. A depthwise layer has one small problem a channel. Layers without a bias use second moments that are not
-    centred. Left as they are: transposed convolutions, and layers of more than 8,192 columns.
+    Dead inputs and rare directions are held by a ridge in units of the mean second moment, which draws V towards W. A
+    depthwise layer has one small problem a channel. Layers without a bias use second moments that are not centred. Left
+    as they are: transposed convolutions, and layers of more than 8,192 columns.
 
     Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
     covariance and the cube of its columns; no labels. Values between blocks are held in memory for both models.
@@ -78,7 +79,6 @@ class SecondOrderRounding:
     Args:
         samples: at most so many, spread over the data.
         rows: input rows for the moments of a layer, at least; at least 16 a column.
-        damping: ridge, in units of the mean second moment.
         sweeps: rounds of coordinate descent at most.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought.
 
