@@ -290,6 +290,37 @@ def test_rounding_properties(seed, rows, columns, bits):
         assert bool((found <= error * (1 + 1e-4) + 1e-6).all())
 
 
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_rounding_follows_its_definition(rows):
+    """Optimal Brain Surgeon literally: round a column, spread its error over the rest, take the column out."""
+    ideal, second = random_problem(7, 2, rows, 9)
+    scales = torch.rand(2, rows, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    found, _ = round_rows(ideal, second, scales, -4, 3, sweeps=0)
+    step = scales[..., 0].double()
+    for group in range(2):
+        left, values = second[group].diagonal().argsort(descending=True, stable=True).tolist(), ideal[group].clone()
+        while left:
+            column, inverse = left[0], torch.linalg.inv(second[group][left][:, left])
+            q = torch.round(values[:, column] / step[group]).clamp(-4, 3)
+            assert torch.equal(found[group, :, column].double(), q)
+            error = (values[:, column] - q * step[group]) / inverse[0, 0]
+            values[:, left] -= error[:, None] * inverse[0]
+            left = left[1:]
+
+
+def test_descent_ends_where_no_single_change_helps():
+    ideal, second = random_problem(8, 2, 5, 7)
+    scales = torch.full((2, 5, 1), 0.7)
+    q, step = round_rows(ideal, second, scales, -4, 3, sweeps=50)
+    reached = quadratic_error(q.double() * step[..., None] - ideal, second)
+    for column in range(7):
+        for move in (-1, 1):
+            other = q.double().clone()
+            other[..., column] = (other[..., column] + move).clamp(-4, 3)
+            error = quadratic_error(other * step[..., None] - ideal, second)
+            assert bool((error >= reached - 1e-4).all())
+
+
 def test_independent_columns_are_rounded_to_nearest():
     ideal, _ = random_problem(3)
     second = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.1)

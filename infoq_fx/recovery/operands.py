@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from infoq_fx.recovery.segments import Layer
 
@@ -56,18 +55,37 @@ def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
     spatial = len(layer.site.shape) - 2
     if x.ndim == spatial + 1:
         x = x.unsqueeze(0)
-    kernel = layer.site.shape[2:]
-    stride, dilation = (_numbers(layer.node, i, spatial, 1) for i in (3, 5))
-    view = functional.pad(x, _padding(layer.node, kernel, dilation))
-    for axis in range(spatial):
-        view = view.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
-    places = view.shape[2 : 2 + spatial]
-    chosen = torch.unravel_index(_spread(math.prod(places), most).to(x.device), places)
-    index: Any = (slice(None), slice(None), *chosen)
-    patches = view[index]  # samples, channels, rows, kernel
+    samples, channels, *sizes = x.shape
+    places, is_inside = _places(layer, sizes, most)
+    values = x.movedim(1, -1).reshape(samples * math.prod(sizes), channels)
+    first = math.prod(sizes) * torch.arange(samples)
+    taken = values.index_select(0, (first[:, None] + places.flatten()).flatten().to(x.device))
+    taken = taken.reshape(samples, *places.shape, channels)
+    if not bool(is_inside.all()):
+        taken[:, ~is_inside.to(x.device)] = 0
     groups = _groups(layer.node)
-    patches = patches.reshape(x.shape[0], groups, -1, patches.shape[2], math.prod(kernel))
-    return patches.permute(1, 0, 3, 2, 4).reshape(groups, x.shape[0] * patches.shape[3], -1)
+    patches = taken.reshape(*taken.shape[:3], groups, channels // groups)  # samples, rows, kernel, group, channels
+    return patches.permute(3, 0, 1, 4, 2).reshape(groups, samples * places.shape[0], -1).contiguous()
+
+
+def _places(layer: Layer, sizes: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+    """Where the rows of a convolution lie in a map of these sizes, ``[rows, kernel]``, and what is not padding."""
+    node, kernel = layer.node, layer.site.shape[2:]
+    stride, dilation = (_numbers(node, i, len(kernel), 1) for i in (3, 5))
+    padding = _padding(node, kernel, dilation)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    counts = [
+        (size + sum(pair) - span) // step + 1
+        for size, pair, span, step in zip(sizes, padding, spans, stride, strict=True)
+    ]
+    chosen = torch.unravel_index(_spread(math.prod(counts), most), counts)
+    flat, is_inside = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    for axis, size in enumerate(sizes):
+        offsets = torch.arange(kernel[axis]) * dilation[axis] - padding[axis][0]
+        at = chosen[axis][:, None] * stride[axis] + offsets
+        flat = (flat[..., None] * size + at.clamp(0, size - 1)[:, None]).flatten(1)
+        is_inside = (is_inside[..., None] & ((at >= 0) & (at < size))[:, None]).flatten(1)
+    return flat, is_inside
 
 
 def _spread(count: int, most: int) -> Tensor:
@@ -92,8 +110,8 @@ def _numbers(node: fx.Node, index: int, spatial: int, default: int) -> list[int]
     return [int(v) for v in (listed * spatial if len(listed) == 1 else listed)]
 
 
-def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """As ``functional.pad`` takes it: last axis first."""
+def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and behind every axis."""
     given: Any = node.args[4] if len(node.args) > 4 else 0
     pairs = []
     for axis, size in enumerate(kernel):
@@ -102,4 +120,4 @@ def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> l
             pairs.append((total // 2, total - total // 2))
         else:
             pairs.append((_numbers(node, 4, len(kernel), 0)[axis],) * 2)
-    return [v for pair in reversed(pairs) for v in pair]
+    return pairs

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from infoq_fx.error_feedback import descend, pass_errors_on
 from infoq_fx.recovery.moments import Moments
 
 __all__ = ["ideal_rows", "quadratic_error", "round_rows"]
-
-_BLOCK = 128
 
 
 def ideal_rows(rows: Tensor, moments: Moments, ridge: Tensor) -> Tensor:
@@ -18,8 +19,7 @@ def ideal_rows(rows: Tensor, moments: Moments, ridge: Tensor) -> Tensor:
     They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the reference's input and x^ the quantized one.
     """
     target = rows.double() @ (moments.cross + ridge)
-    found: Tensor = torch.linalg.solve(moments.second + ridge, target.mT).mT
-    return found
+    return torch.cholesky_solve(target.mT, torch.linalg.cholesky(moments.second + ridge)).mT
 
 
 def round_rows(
@@ -47,20 +47,18 @@ def round_rows(
     inverse_order = order.argsort(dim=1)
     ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
     ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
-    factor = _factor_of_inverse(ordered).float()
+    factor, moments = _factor_of_inverse(ordered).float(), ordered.float()
     target = ideal.float().gather(2, order[:, None, :].expand(-1, count, -1))
     candidates = scales.shape[2]
     repeated = target.repeat_interleave(candidates, dim=1)
     steps = scales.reshape(groups, -1)
-    q = _pass_errors_on(repeated.clone(), factor, steps, quant_min, quant_max)
-    errors = quadratic_error(q * steps[..., None] - repeated, ordered.float()).view(groups, count, candidates)
+    q = _pass_errors_on(repeated, factor, steps, quant_min, quant_max)
+    errors = quadratic_error(q * steps[..., None] - repeated, moments).view(groups, count, candidates)
     best = errors.argmin(2, keepdim=True)
     q = q.view(groups, count, candidates, columns)
     q = q.gather(2, best[..., None].expand(-1, -1, -1, columns))[:, :, 0]
     step = scales.gather(2, best)[..., 0]
-    for _ in range(sweeps):
-        if not _descend(q, target, ordered.float(), step, quant_min, quant_max):
-            break
+    q = _descend(q, (q * step[..., None] - target) @ moments, moments, step, quant_min, quant_max, sweeps)
     return q.gather(2, inverse_order[:, None, :].expand(-1, count, -1)), step
 
 
@@ -77,33 +75,19 @@ def _factor_of_inverse(second: Tensor) -> Tensor:
     return factor
 
 
-def _pass_errors_on(rows: Tensor, factor: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """Round column after column; ``rows`` are used up. In blocks, so that most of the work is matrix products."""
-    q = torch.empty_like(rows)
-    columns = rows.shape[2]
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        errors = torch.empty_like(rows[:, :, start:end])
-        for column in range(start, end):
-            value = rows[:, :, column]
-            q[:, :, column] = torch.round(value / step).clamp_(low, high)
-            error = (value - q[:, :, column] * step) / factor[:, None, column, column]
-            errors[:, :, column - start] = error
-            rows[:, :, column + 1 : end] -= error[..., None] * factor[:, None, column, column + 1 : end]
-        rows[:, :, end:] -= errors @ factor[:, start:end, end:]
-    return q
+def _pass_errors_on(rows: Tensor, factor: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+    q = np.empty(rows.shape, np.float32)
+    pass_errors_on(_array(rows), _array(factor), _array(steps), np.float32(low), np.float32(high), q)
+    return torch.from_numpy(q).to(rows.device)
 
 
-def _descend(q: Tensor, target: Tensor, second: Tensor, step: Tensor, low: int, high: int) -> bool:
-    """Set every column to its best integer given the others, in place; whether anything changed."""
-    gradient = (q * step[..., None] - target) @ second
-    changed = False
-    for column in range(q.shape[2]):
-        curvature = second[:, None, column, column]
-        best = torch.round(q[:, :, column] - gradient[:, :, column] / (curvature * step)).clamp_(low, high)
-        move = best - q[:, :, column]
-        if bool(move.any()):
-            changed = True
-            q[:, :, column] = best
-            gradient += (move * step)[..., None] * second[:, None, column, :]
-    return changed
+def _descend(q: Tensor, gradient: Tensor, second: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+    found = _array(q.clone())
+    descend(found, _array(gradient), _array(second), _array(steps), np.float32(low), np.float32(high), sweeps)
+    return torch.from_numpy(found).to(q.device)
+
+
+def _array(x: Tensor) -> NDArray[np.float32]:
+    """On the CPU, where the loops are compiled for."""
+    found: NDArray[np.float32] = x.cpu().contiguous().numpy()
+    return found
