@@ -309,11 +309,11 @@ def test_rounding_follows_its_definition(rows):
 
 
 def test_descent_ends_where_no_single_change_helps():
-    ideal, second = random_problem(8, 2, 5, 7)
-    scales = torch.full((2, 5, 1), 0.7)
+    ideal, second = random_problem(8, 2, 40, 12)
+    scales = torch.full((2, 40, 1), 0.7)
     q, step = round_rows(ideal, second, scales, -4, 3, sweeps=50)
     reached = quadratic_error(q.double() * step[..., None] - ideal, second)
-    for column in range(7):
+    for column in range(12):
         for move in (-1, 1):
             other = q.double().clone()
             other[..., column] = (other[..., column] + move).clamp(-4, 3)
