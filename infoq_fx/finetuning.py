@@ -49,7 +49,7 @@ from infoq_fx.training_loop import (
 __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
-_BACK_OFF = 0.3
+_BACK_OFF, _HARM = 0.3, 1.5
 _FORMAT, _VERSION = "infoq_fx.finetune", 1
 
 
@@ -75,8 +75,9 @@ def finetune(
     is better than that; the log tells.
 
     Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
-    falls to 0. An epoch that ends worse than the model was at first is taken back, and the rate falls to 0.3 of what it
-    was: few samples bear smaller updates than many. The same seed gives the same numbers with any number of threads.
+    falls to 0. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs that are not
+    better than at first, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
+    bear smaller updates than many. The same seed gives the same numbers with any number of threads.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned. It stays as it is; the work is
@@ -89,7 +90,8 @@ def finetune(
         validation_data: held back in place of every fifth sample.
         epochs: times that all samples are seen.
         learning_rate: how far an update moves a number at most, in a unit that suits it: of a weight its channel's
-            step, of a step half its first value, of others the root mean square of their tensor (at least 0.01).
+            step, of a step of b bits half its first value over sqrt(2^(b-1)), of others 0.3 times the root mean square
+            of their tensor (at least 0.003). A model that lost nearly all learns faster with 0.03.
         batch_size: samples an update.
         label_weight: 0 for the float model's answers alone, 1 for the labels' cross-entropy alone, or between.
         seed: of the order of the samples, and of what a loader draws with torch.
@@ -139,10 +141,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _State:
-    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers.
-
-    An epoch that ends worse than all began is taken back, and the others go on at a third of the rate.
-    """
+    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers."""
 
     losses: tuple[float, ...]
     moments: Moments
@@ -151,11 +150,6 @@ class _State:
     @property
     def epoch(self) -> int:
         return len(self.losses) - 1
-
-    @property
-    def rate(self) -> float:
-        """Of the next updates, in units of the learning rate."""
-        return _BACK_OFF ** sum(not loss < self.losses[0] for loss in self.losses[1:])
 
 
 @dataclass(frozen=True)
@@ -263,9 +257,10 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
         bar.update(state.epoch * steps)
         try:
             while state.epoch < settings.epochs:
+                rate = _BACK_OFF ** _count_returns(state.losses, settings.epochs)
                 for step, batch in enumerate(training.source.batches(state.epoch)):
                     gradients = compute_gradients(training, batch, spread)
-                    update(training, state.moments, gradients, state.epoch * steps + step, rate=state.rate)
+                    update(training, state.moments, gradients, state.epoch * steps + step, rate=rate)
                     bar.update()
                 state = _judge(training, state, measure_loss(training, spread))
                 loss = state.losses[-1]
@@ -282,12 +277,26 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
 
 
 def _judge(training: Training, state: _State, loss: float) -> _State:
-    """The state behind an epoch with this loss; one that is worse than the first is taken back."""
+    """The state behind an epoch with this loss: the best numbers once more, where it was no use to go on."""
+    losses, epochs = (*state.losses, loss), training.settings.epochs
     best = _numbers(training) if loss < min(state.losses) else state.best
-    if loss < state.losses[0]:
-        return replace(state, losses=(*state.losses, loss), best=best)
+    if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
+        return replace(state, losses=losses, best=best)
     training.student.load_state_dict(best, strict=False)
-    return _State((*state.losses, loss), begin_moments(training.learned), best)
+    return _State(losses, begin_moments(training.learned), best)
+
+
+def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
+    """How often the best numbers were put back: after a loss far above the first, or an eighth of all epochs above it.
+
+    A large rate often does harm that smaller updates, later, more than make up for.
+    """
+    returns = worse = 0
+    for loss in losses[1:]:
+        worse = 0 if loss < losses[0] else worse + 1
+        if worse == math.ceil(epochs / 8) or not loss < max(_HARM * losses[0], losses[0]):
+            returns, worse = returns + 1, 0
+    return returns
 
 
 def _begin(training: Training, spread: ThreadMap) -> _State:
