@@ -90,8 +90,8 @@ def finetune(
         validation_data: held back in place of every fifth sample.
         epochs: times that all samples are seen.
         learning_rate: how far an update moves a number at most, in a unit that suits it: of a weight its channel's
-            step, of a step of b bits half its first value over sqrt(2^(b-1)), of others 0.3 times the root mean square
-            of their tensor (at least 0.003). A model that lost nearly all learns faster with 0.03.
+            step, of a step a twentieth of its first value, of others 0.3 times the root mean square of their tensor
+            (at least 0.003). A model that lost nearly all learns faster with 0.03.
         batch_size: samples an update.
         label_weight: 0 for the float model's answers alone, 1 for the labels' cross-entropy alone, or between.
         seed: of the order of the samples, and of what a loader draws with torch.

@@ -37,7 +37,7 @@ __all__ = [
 _MOMENTUM, _SQUARE_MOMENTUM = 0.9, 0.99  # trainings are short: the squares of the first gradients are soon forgotten
 _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
-_RATE_OF_STEPS, _RATE_OF_BIASES = 0.5, 0.3
+_RATE_OF_STEPS, _RATE_OF_BIASES = 0.05, 0.3
 _SMALLEST_UNIT = 0.01
 _RUN_BYTES = 128 << 20
 _FEWEST_RUNS = 2
@@ -97,13 +97,13 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
     """All parameters, each with the reach that suits it, in units as :func:`infoq_fx.finetune` has them."""
     quantizers = [found for found in student.modules() if isinstance(found, LearnedStepQuantizer)]
     of_weights = {found.site.name: found for found in quantizers if found.site.kind == "weight"}
-    steps = {id(found.scale): found.qparams().spec.bits for found in quantizers}
+    steps = {id(found.scale) for found in quantizers}
     learned = []
     for name, parameter in student.named_parameters():
         value = parameter.detach()
         unit = value.square().mean().sqrt()
         if id(parameter) in steps:
-            unit = _RATE_OF_STEPS / math.sqrt(2 ** (steps[id(parameter)] - 1)) * value
+            unit = _RATE_OF_STEPS * value.clone()
         elif name in of_weights:
             qparams = of_weights[name].qparams()
             shape = [1] * value.ndim

@@ -826,8 +826,7 @@ def test_reaches_are_in_units_that_suit_a_parameter():
     for name, learned in named.items():
         assert learned.is_step == (name in steps)
         if learned.is_step:
-            levels = 2 ** (steps[name].qparams().spec.bits - 1)
-            torch.testing.assert_close(learned.reach, 0.05 * steps[name].scale.detach() / math.sqrt(levels))
+            torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
     weight = named["conv.weight"]
     scale = steps["quantizers.conv.weight.quantizer.scale"].qparams().scale
     rms = float(weight.parameter.detach().square().mean().sqrt())
