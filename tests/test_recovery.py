@@ -399,11 +399,12 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
     assert any(not torch.equal(plain[name], stored[name]) for name in stored)
 
 
-def test_what_activations_cost_is_answered_only_for_the_float_model():
+@pytest.mark.parametrize("width", [2, 5, 6])
+def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(width):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3))
     data = torch.randn(64, 2, 8, 8)
-    prepared, data = prepare(model, data, bits=(8,), activation_bits=(2, 8))
+    prepared, data = prepare(model, data, bits=(8,), activation_bits=(width, 8))
     with torch.no_grad():  # weights that 8 bits hold exactly
         for node, quantizer in prepared.quantizer_nodes():
             if quantizer.site.kind == "weight":
@@ -417,8 +418,11 @@ def test_what_activations_cost_is_answered_only_for_the_float_model():
             float((read_parameter(recovered, path) - read_parameter(prepared, path)).abs().max())
             for path in ("0.bias", "2.bias", "4.bias")
         )
-    assert moved["float_weights"] < 0.1 * moved["float_model"]
-    assert moved["float_model"] > 0.02
+    assert moved["float_model"] > 0.001
+    if width < 6:
+        assert moved["float_weights"] > 0.5 * moved["float_model"]  # the first input has 8 bits
+    else:
+        assert moved["float_weights"] < 0.3 * moved["float_model"]
 
 
 def test_second_order_rounding_takes_every_kind_of_layer(branches):

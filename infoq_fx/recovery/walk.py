@@ -22,6 +22,7 @@ from infoq_fx.recovery.segments import Layer, Segment, find_segments
 from infoq_fx.spec import BASELINE_BITS, QParams
 
 __all__ = [
+    "LIGHT_BITS",
     "Pair",
     "SegmentRunner",
     "Values",
@@ -35,6 +36,9 @@ __all__ = [
     "set_qparams",
     "weight_quantizer",
 ]
+
+LIGHT_BITS = 6
+"""From so many bits on, what activations cost is rather left as it is than answered layer by layer."""
 
 _Result = TypeVar("_Result")
 Values = dict[fx.Node, Any]
@@ -54,7 +58,7 @@ class Walk:
 
     ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
     At every place only the values are held that are read behind it. The reference is the float model; with
-    ``quantizes_reference`` its activations are quantized as they will be, and only its weights are in float.
+    ``quantizes_reference`` its activations of ``LIGHT_BITS`` and more are quantized as they will be.
     """
 
     def __init__(
@@ -213,7 +217,7 @@ class SegmentRunner(fx.Interpreter):
     """Runs some nodes of a graph, quantized at given bit-widths or in float where there are none.
 
     In float, or ``has_float_weights``, it has the parameters of the float model that ``prepared`` came from, and that
-    model's quantizers of activations.
+    model's quantizers of activations, of which those of fewer than ``LIGHT_BITS`` let their input through.
     """
 
     def __init__(
@@ -247,8 +251,9 @@ class SegmentRunner(fx.Interpreter):
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         """What a quantizer makes of a value."""
-        is_float = self._bits is None or (self._has_float_weights and quantizer.site.kind == "weight")
-        return x if is_float else quantizer.quantize_at(x, self._bits_of(quantizer))
+        bits = self._bits_of(quantizer)
+        is_left = self._has_float_weights and (quantizer.site.kind == "weight" or bits < LIGHT_BITS)
+        return x if self._bits is None or is_left else quantizer.quantize_at(x, bits)
 
     def _bits_of(self, quantizer: Quantizer) -> int:
         return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
