@@ -50,7 +50,7 @@ __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
 _BACK_OFF, _HARM = 0.3, 1.5
-_FORMAT, _VERSION = "infoq_fx.finetune", 1
+_FORMAT, _VERSION = "infoq_fx.finetune", 2
 
 
 def finetune(
@@ -294,7 +294,7 @@ def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
     returns = worse = 0
     for loss in losses[1:]:
         worse = 0 if loss < losses[0] else worse + 1
-        if worse == math.ceil(epochs / 8) or not loss < max(_HARM * losses[0], losses[0]):
+        if worse == math.ceil(epochs / 8) or not loss < _HARM * losses[0]:
             returns, worse = returns + 1, 0
     return returns
 

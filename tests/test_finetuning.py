@@ -21,7 +21,7 @@ from infoq_fx import numerics
 from infoq_fx import training_loop as loop
 from infoq_fx.demo import digits, train_digits_net
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.finetuning import finetune
+from infoq_fx.finetuning import _count_returns, finetune
 from infoq_fx.histogram import scale_significant_bits, significant_bits_of
 from infoq_fx.quantized import provenance_of
 from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op
@@ -452,6 +452,22 @@ def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
     assert best == min(losses) < first
     assert sum(worse[6:]) < sum(worse[:6])
     assert infoq_fx.allocation_of(tuned).recovered_by[-1] == "finetune"
+
+
+@pytest.mark.parametrize(
+    ("later", "epochs", "returns"),
+    [
+        ([0.9, 0.8, 0.7], 20, 0),
+        ([1.2, 1.2, 0.9, 1.2, 1.2], 20, 0),  # two bad epochs in a row have time to be made good, three have not
+        ([1.2, 1.2, 1.2], 20, 1),
+        ([1.2] * 6, 20, 2),
+        ([1.5], 20, 1),  # 1.5 times the first at once
+        ([1.2, math.nan, 1.2, 1.2], 20, 1),
+        ([1.2, 0.9, 1.0], 8, 2),  # an eighth of 8 epochs is one
+    ],
+)
+def test_the_best_numbers_are_put_back_where_it_is_no_use_to_go_on(later, epochs, returns):
+    assert _count_returns((1.0, *later), epochs) == returns
 
 
 class Stop:
