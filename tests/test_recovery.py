@@ -213,6 +213,27 @@ def test_rows_give_the_layers_outputs(branches):
     assert seen == 6
 
 
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(2, 6, (2, 4), padding="same"),
+        nn.Conv2d(2, 6, (3, 2), stride=(2, 3), padding=(2, 1), groups=2),
+        nn.Conv2d(2, 8, 3, dilation=(1, 2), padding=(0, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding")  # torch's, of an even kernel
+def test_rows_of_any_padding_give_the_outputs(convolution):
+    x = torch.randn(12, 2, 7, 9, generator=torch.Generator().manual_seed(0))
+    prepared, data = prepare(convolution, x)
+    (layer,) = [layer for segment in Walk(prepared, {}, data, BENCH).segments for layer in segment.layers]
+    rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
+    found = (input_rows(layer, x, 10**6) @ rows.mT).transpose(0, 1)
+    with torch.no_grad():
+        expected = convolution(x).movedim(1, -1)
+    torch.testing.assert_close(found.reshape(expected.shape) + convolution.bias, expected)
+
+
 def test_moments_are_those_of_numpy(residual):
     prepared, data, bits = residual
     walk = Walk(fork(prepared), bits, data, BENCH)
