@@ -22,6 +22,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_ste",
+    "flat_view",
     "quantize",
     "quantize_in_one_pass",
     "shorten_scale",
@@ -203,6 +204,11 @@ def shorten_scale(scale: torch.Tensor, significant_bits: int) -> torch.Tensor:
     return torch.ldexp(short, exponent).clamp_min(_SMALLEST_SCALE)
 
 
+def flat_view(x: torch.Tensor) -> Any:
+    """The memory of a tensor without gaps on the CPU, in its own order, as a numpy array of one dimension."""
+    return x.detach().as_strided((x.numel(),), (1,)).numpy()
+
+
 def quantize_in_one_pass(
     x: torch.Tensor,
     qparams: QParams,
@@ -223,9 +229,9 @@ def quantize_in_one_pass(
     scale, low, high = _rounded_limits(qparams, clip)
     shift = np.float32(int(qparams.zero_point))
     if second is None:
-        quantize_flat(_flat(first), scale, low, high, shift, _flat(out))
+        quantize_flat(flat_view(first), scale, low, high, shift, flat_view(out))
     else:
-        quantize_sum(_flat(first), _flat(second), scale, low, high, shift, _flat(out))
+        quantize_sum(flat_view(first), flat_view(second), scale, low, high, shift, flat_view(out))
     return out
 
 
@@ -236,9 +242,9 @@ def _fake_quantize_in_one_pass(
     out = torch.empty_like(first)
     scale, low, high = _rounded_limits(qparams, clip)
     if second is None:
-        fake_quantize_flat(_flat(first), scale, low, high, _flat(out))
+        fake_quantize_flat(flat_view(first), scale, low, high, flat_view(out))
     else:
-        fake_quantize_sum(_flat(first), _flat(second), scale, low, high, _flat(out))
+        fake_quantize_sum(flat_view(first), flat_view(second), scale, low, high, flat_view(out))
     return out
 
 
@@ -261,10 +267,6 @@ def _dense_alike(x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor,
         y = y.detach().to(torch.float32).contiguous(memory_format=layout)
         y = y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
     return x, y
-
-
-def _flat(x: torch.Tensor) -> Any:
-    return x.as_strided((x.numel(),), (1,)).numpy()
 
 
 def _broadcast_shape(x: torch.Tensor, channel_axis: int | None) -> list[int]:

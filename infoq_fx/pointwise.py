@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from infoq_fx.jit import jit
 
-__all__ = ["fake_quantize_flat", "fake_quantize_sum", "project_rows", "quantize_flat", "quantize_sum"]
+__all__ = [
+    "draw_share",
+    "fake_quantize_but_share",
+    "fake_quantize_flat",
+    "fake_quantize_sum",
+    "project_rows",
+    "quantize_flat",
+    "quantize_sum",
+]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -38,6 +46,38 @@ def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Nu
         q = low if q < low else q
         q = high if q > high else q
         out[i] = q * scale + x.dtype.type(0)
+
+
+@jit
+def _mix(value: Any) -> Any:
+    """A bijection of 32 bits that leaves no trace of their order."""
+    value = np.uint32(np.uint32(value ^ (value >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    value = np.uint32(np.uint32(value ^ (value >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(value ^ (value >> np.uint32(16)))
+
+
+@jit
+def fake_quantize_but_share(
+    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
+) -> None:
+    """:func:`fake_quantize_flat`, but a share of the values stays as it is: those of :func:`draw_share`."""
+    limit = np.uint64(share * 2**32)
+    first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        drawn = _mix(np.uint32(_mix(np.uint32(np.uint32(i) + first)) ^ second))
+        out[i] = x[i] if drawn < limit else q * scale + x.dtype.type(0)
+
+
+@jit
+def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
+    """Which of consecutive values belong to a share of them, by a seed of up to 64 bits: the same on any machine."""
+    limit = np.uint64(share * 2**32)
+    first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
+    for i in range(len(out)):
+        out[i] = _mix(np.uint32(_mix(np.uint32(np.uint32(i) + first)) ^ second)) < limit
 
 
 @jit

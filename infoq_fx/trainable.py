@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.jit import jit
+from infoq_fx.numerics import flat_view
 from infoq_fx.passes.layers import LAYER_OPS
 from infoq_fx.pointwise import fake_quantize_flat
 from infoq_fx.prepared import PreparedModel
@@ -212,7 +213,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.takes_kernels:
             x = _dense(x)
             y = torch.empty_like(x)
-            fake_quantize_flat(_flat(x), np.float32(step.item()), np.float32(low), np.float32(high), _flat(y))
+            fake_quantize_flat(flat_view(x), np.float32(step.item()), np.float32(low), np.float32(high), flat_view(y))
         else:
             y = (x / step).round_().clamp_(low, high).mul_(step)
         ctx.save_for_backward(x, step)
@@ -225,7 +226,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad = grads[0] if grads[0].stride() == x.stride() else torch.empty_like(x).copy_(grads[0])
             inside = torch.empty_like(x)
             limits = np.float32(step.item()), np.float32(low), np.float32(high)
-            slope = torch.full_like(step, _pull_back(_flat(grad), _flat(x), *limits, _flat(inside)))
+            slope = torch.full_like(step, _pull_back(flat_view(grad), flat_view(x), *limits, flat_view(inside)))
         else:
             ratio = x / step
             inside = torch.ops.aten.hardtanh_backward(grads[0], ratio, low, high)
@@ -266,10 +267,6 @@ def _suits_kernels(x: Tensor, step: Tensor) -> bool:
 def _dense(x: Tensor) -> Tensor:
     is_dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return x if is_dense else x.contiguous()
-
-
-def _flat(x: Tensor) -> Any:
-    return x.detach().as_strided((x.numel(),), (1,)).numpy()
 
 
 def _replace_module(module: fx.GraphModule, node: fx.Node, make: Callable[[Quantizer], nn.Module | None]) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoq_fx import numerics
-from infoq_fx.pointwise import project_rows
+from infoq_fx.pointwise import draw_share, fake_quantize_but_share, fake_quantize_flat, project_rows
 from infoq_fx.spec import QParams, QuantSpec
 
 
@@ -49,6 +49,31 @@ def test_merged_operations_equal_one_after_the_other(seed, bits, scale, share, c
     values = numerics.fake_quantize(x, qparams, addend=addend, clip=clip)
     assert torch.equal(values, numerics.dequantize(expected, qparams))
     assert not (values.view(torch.int32) == torch.tensor(-0.0).view(torch.int32)).any()
+
+
+def drawn(share, seed, count=40_000):
+    out = np.empty(count, np.bool_)
+    draw_share(share, seed, out)
+    return out
+
+
+@given(share=st.sampled_from([0.0, 0.1, 0.5, 0.9]), seed=st.integers(0, 2**62))
+@settings(max_examples=30, deadline=None)
+def test_a_share_of_the_values_is_drawn_without_a_pattern(share, seed):
+    one, other = drawn(share, seed), drawn(share, seed + 1)
+    assert np.array_equal(one, drawn(share, seed))
+    margin = 5 * np.sqrt(share * (1 - share) / len(one))
+    assert abs(one.mean() - share) <= margin
+    for second in (other, np.roll(one, 1), np.roll(one, 64), drawn(share, seed ^ (1 << 40))):
+        assert abs((one & second).mean() - share**2) <= 2 * margin
+
+
+def test_what_is_not_drawn_is_fake_quantized():
+    x, limits = np.random.default_rng(0).normal(size=5000).astype(np.float32), (np.float32(-3), np.float32(4))
+    quantized, found = np.empty_like(x), np.empty_like(x)
+    fake_quantize_flat(x, np.float32(0.3), *limits, quantized)
+    fake_quantize_but_share(x, np.float32(0.3), *limits, 0.4, 7, found)
+    assert np.array_equal(found, np.where(drawn(0.4, 7, 5000), x, quantized))
 
 
 def test_more_threads_take_the_other_path_to_the_same_values(monkeypatch):

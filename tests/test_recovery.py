@@ -15,6 +15,7 @@ import infoq_fx
 from infoq_fx.criteria.outputs import diverge, measure_spread
 from infoq_fx.data import read_data
 from infoq_fx.errors import OptionError
+from infoq_fx.numerics import fake_quantize
 from infoq_fx.quantizers import Quantizer
 from infoq_fx.recovery import (
     RECOVERY_STEPS,
@@ -30,8 +31,10 @@ from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
 from infoq_fx.recovery.operands import input_rows, rows_to_weight, weight_to_rows
 from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
 from infoq_fx.recovery.segments import find_segments
+from infoq_fx.recovery.soft_rounding import _DropQuantize
 from infoq_fx.recovery.walk import Walk, fork, read_parameter, set_parameter
 from infoq_fx.runs import Work, compute_float_logits, compute_logits
+from infoq_fx.spec import QParams, QuantSpec
 
 BENCH = Bench(batch_size=16)
 
@@ -498,6 +501,25 @@ def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step):
     recovered = recover_accuracy(prepared, bits, data, [step], progress=False)
     assert recovered.recovered_by in ((step.name,), ())
     step.recover(prepared, bits, data, Bench(batch_size=6))
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels last", "strided"])
+def test_dropped_quantization_follows_its_definition(layout):
+    qparams = QParams(QuantSpec(bits=3, symmetric=False), torch.tensor(0.25), torch.tensor(2, dtype=torch.int32))
+    x = torch.randn(4, 6, 8, 10)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = x[..., 1::2]
+    x, grad = x.requires_grad_(), torch.randn(x.shape)
+    y = _DropQuantize.apply(x, qparams, 0.3, 5)
+    (found,) = torch.autograd.grad(y, x, grad)
+    quantized = fake_quantize(x.detach(), qparams)
+    is_float = (y == x) & (y != quantized)
+    assert torch.equal(y, torch.where(is_float, x, quantized))
+    assert 0.2 < is_float.double().mean() < 0.4
+    assert torch.equal(found, grad * ((x > -0.5) & (x < 1.25)))
+    assert torch.equal(_DropQuantize.apply(x, qparams, 0.0, 5), quantized)
 
 
 def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):

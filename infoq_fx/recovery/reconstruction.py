@@ -30,6 +30,7 @@ _SHARD = 8  # samples that run together; a step adds up the gradients of several
 _WARM_UP = 0.2
 _FIRST_POWER, _LAST_POWER = 20.0, 2.0
 _DECIDED = 0.02
+_DRAWS = 2  # how what stays in float is drawn: blocks learned with other draws are not gone on from
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ def _open_folder(
     if cache_dir is None:
         return None
     sites = {site.name: bits.get(site.name, BASELINE_BITS) for site in prepared.inventory.sites}
-    settings = {"step": options.name, **asdict(options), "bits": sites}
+    settings = {"step": options.name, **asdict(options), "bits": sites, "draws": _DRAWS}
     parts = [
         digest_run(model, data.take(0) if index else data, settings, batch_size=batch_size, bits=sites)
         for index, model in enumerate((prepared, prepared.origin or prepared))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from infoq_fx.numerics import flat_view
+from infoq_fx.pointwise import draw_share, fake_quantize_but_share
 from infoq_fx.prepared import PreparedModel
 from infoq_fx.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer, Segment
@@ -83,15 +87,37 @@ class SoftBlock(SegmentRunner):
             return soft.value()
         if quantizer.site.kind == "weight":
             return super().quantize(quantizer, x)
-        quantized = super().quantize(quantizer, x)
-        if self._drop > 0:
-            is_float = torch.rand(x.shape, generator=self._generator) < self._drop  # drawn on the CPU on any device
-            quantized = torch.where(is_float.to(x.device), x.detach(), quantized)
         qparams = quantizer.qparams_at(self._bits_of(quantizer))
-        low = (qparams.spec.quant_min - qparams.zero_point) * qparams.scale
-        high = (qparams.spec.quant_max - qparams.zero_point) * qparams.scale
-        inside = x.clamp(low, high)  # the gradient ends where the range does
-        return inside + (quantized - inside).detach()
+        seed = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drop else 0
+        y: Tensor = _DropQuantize.apply(x, qparams, self._drop, seed)
+        return y
+
+
+class _DropQuantize(torch.autograd.Function):
+    """Activations fake quantized, all but a share of them; the gradient passes straight through within the range.
+
+    On a CPU there is one pass each way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, qparams: QParams, share: float, seed: int) -> Any:
+        spec, step, zero_point = qparams.spec, float(qparams.scale), int(qparams.zero_point)
+        low, high = spec.quant_min - zero_point, spec.quant_max - zero_point
+        ctx.save_for_backward(x)
+        ctx.range = low * step, high * step
+        y = torch.empty_like(x)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and y.stride() == x.stride():
+            numbers = np.float32(step), np.float32(low), np.float32(high)
+            fake_quantize_but_share(flat_view(x), *numbers, share, seed, flat_view(y))
+            return y
+        is_float = torch.empty_like(x, dtype=torch.bool, device="cpu")
+        draw_share(share, seed, flat_view(is_float))
+        return torch.where(is_float.to(x.device), x, torch.round(x / step).clamp_(low, high).mul_(step))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None
 
 
 def begin_soft_block(
