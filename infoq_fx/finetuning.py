@@ -50,7 +50,7 @@ __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
 _BACK_OFF, _HARM = 0.3, 1.5
-_FORMAT, _VERSION = "infoq_fx.finetune", 2
+_FORMAT, _VERSION = "infoq_fx.finetune", 3
 
 
 def finetune(
@@ -63,6 +63,7 @@ def finetune(
     learning_rate: float = 0.01,
     batch_size: int = 32,
     label_weight: float = 0.0,
+    temperature: float = 4.0,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -75,7 +76,7 @@ def finetune(
     is better than that; the log tells.
 
     Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
-    falls to 0. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs that are not
+    falls to 0, and weights are drawn to the values of their integers. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs that are not
     better than at first, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
     bear smaller updates than many. The same seed gives the same numbers with any number of threads.
 
@@ -94,6 +95,9 @@ def finetune(
             (at least 0.003). A model that lost nearly all learns faster with 0.03.
         batch_size: samples an update.
         label_weight: 0 for the float model's answers alone, 1 for the labels' cross-entropy alone, or between.
+        temperature: both models' outputs are divided by it where they are compared, and the loss multiplied by its
+            square. Above 1 the float model also teaches how it ranks the classes that it does not name, which matters
+            where there are few samples a class. What is held back is compared at 1.
         seed: of the order of the samples, and of what a loader draws with torch.
         checkpoint: a file that is written after every epoch; the same call goes on from there. It belongs to one call:
             to the numbers of both models, the data (of a loader what is held back) and the options above.
@@ -109,7 +113,8 @@ def finetune(
 
     Reference:
         "Learned Step Size Quantization", arXiv 1902.08153, learned from a float model as in "Apprentice", arXiv
-        1711.05852.
+        1711.05852; the temperature of "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, Section 2; the
+        pull of "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086, Section 4.2.
     """
     check_count("epochs", epochs, 1)
     check_count("batch_size", batch_size, 1)
@@ -122,7 +127,8 @@ def finetune(
         raise OptionError(
             f"checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}; make it, or give another"
         )
-    settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed)
+    check_rate("temperature", temperature)
+    settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature))
     student = to_trainable(quantized).to(memory_format=torch.channels_last)
     provenance = provenance_of(quantized)
     assert provenance is not None

@@ -39,7 +39,8 @@ _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
 _RATE_OF_STEPS, _RATE_OF_BIASES = 0.05, 0.3
 _SMALLEST_UNIT = 0.01
-_RUN_BYTES = 128 << 20
+_PULL = 4.0  # of weights to their integers at the end of a training, in units of the learning rate
+_RUN_BYTES = 512 << 20
 _FEWEST_RUNS = 2
 
 
@@ -52,15 +53,20 @@ class Settings:
     batch_size: int
     label_weight: float
     seed: int
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A parameter, and how far an update at the full rate moves it at most: broadcasts to the parameter."""
+    """A parameter, and how far an update at the full rate moves it at most: broadcasts to the parameter.
+
+    ``quantizer`` is that of a weight.
+    """
 
     parameter: nn.Parameter
     reach: Tensor
     is_step: bool
+    quantizer: LearnedStepQuantizer | None = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,14 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
             unit = torch.minimum(qparams.scale.reshape(shape), unit)  # a channel of zeros has a step of 1
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
-        learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps))
+        learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps, of_weights.get(name)))
     return learned
 
 
 def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], batch_size: int) -> int:
     """Samples a run, the same on every machine.
 
-    The values in it take about 128 MiB, so that quantizing the weights anew in each run costs little beside it; a batch
+    The values in it take about 512 MiB, so that quantizing the weights anew in each run costs little beside it; a batch
     makes two runs at least, for two threads.
     """
     samples = next(iter(examples.values())).shape[0]
@@ -129,11 +135,11 @@ def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], bat
 
 
 def measure_loss(training: Training, spread: ThreadMap) -> float:
-    """Mean loss on what is held back."""
+    """Mean loss on what is held back, at a temperature of 1."""
 
     def run(samples: Samples) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return _losses(training, samples)
+            return _losses(training, samples, 1.0)
 
     return float(torch.cat(list(spread(run, training.source.held_back.split(training.run_size)))).mean())
 
@@ -144,7 +150,7 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
 
     def run(samples: Samples) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
-            loss = _losses(training, samples).sum() / batch.count
+            loss = _losses(training, samples, training.settings.temperature).sum() / batch.count
             return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     total: list[Tensor] = []
@@ -159,11 +165,17 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
     Steps and the other parameters have a norm each that their gradients are clipped by: those of the steps are so much
     smaller that one norm for all would hold them still. With batch norms folded nothing else bounds an update.
 
+    As the rate falls, weights are drawn to the values of their integers: left alone, those between two integers change
+    from one to the other in updates however small, and the model with them.
+
     Reference:
-        Adam, arXiv 1412.6980, Algorithm 1.
+        Adam, arXiv 1412.6980, Algorithm 1; "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086,
+        Section 4.2, here beside the gradient and not in it.
     """
     total = training.settings.epochs * training.source.steps
-    rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
+    left = (1 + math.cos(math.pi * min(1.0, done / total))) / 2
+    pull = min(1.0, _PULL * training.settings.learning_rate * rate * (1 - left))
+    rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * left
     share, square_share = (1 - momentum ** (done + 1) for momentum in (_MOMENTUM, _SQUARE_MOMENTUM))
     for is_step in (False, True):
         chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
@@ -177,6 +189,9 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
             second.mul_(_SQUARE_MOMENTUM).addcmul_(gradient, gradient, value=1 - _SQUARE_MOMENTUM)
             direction = (first / share).div_((second / square_share).sqrt_().add_(1e-12))
             training.learned[i].parameter.sub_(direction.mul_(rate * training.learned[i].reach))
+    for learned in training.learned:
+        if learned.quantizer is not None:
+            learned.parameter.lerp_(learned.quantizer(learned.parameter).detach(), pull)
 
 
 def place(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -199,14 +214,15 @@ def output_rows(output: Tensor) -> Tensor:
     return (output if output.ndim == 3 else output.flatten(2).transpose(1, 2)).float().flatten(0, 1)
 
 
-def _losses(training: Training, samples: Samples) -> Tensor:
+def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
     """The loss of every sample, float64 ``[samples]``."""
     weight, device = training.settings.label_weight, training.variance.device
     output = first_tensor(training.student(*place(samples.inputs, device).values()))
     losses = torch.zeros(samples.count, dtype=torch.float64, device=device)
     if training.ask is not None:
         reference = training.ask(samples) if samples.reference is None else samples.reference.to(device)
-        divergence = diverge(output_rows(reference), output_rows(output), training.variance)
+        rows = (output_rows(x) / temperature for x in (reference, output))
+        divergence = temperature**2 * diverge(*rows, training.variance)
         losses = (1 - weight) * divergence.reshape(samples.count, -1).mean(1)
     if samples.labels is not None:
         entropy = functional.cross_entropy(class_logits(output), samples.labels.to(device), reduction="none")
