@@ -49,7 +49,7 @@ from infoq_fx.training_loop import (
 __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
-_BACK_OFF, _HARM = 0.3, 1.5
+_BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
 _FORMAT, _VERSION = "infoq_fx.finetune", 3
 
 
@@ -72,12 +72,12 @@ def finetune(
 
     What it learns are the float model's answers: the loss is the KL divergence of the float model's outputs from the
     quantized ones, in nats a sample (of tokens and pixels the mean), so that labels are not needed. A part of the
-    samples is held back. The result is the best epoch by the loss on these, or an equal of ``quantized`` where no epoch
-    is better than that; the log tells.
+    samples is held back. Judged after each epoch are the numbers' averages over about an epoch. The result is the best
+    of them by the loss on what is held back, or an equal of ``quantized`` where none is better; the log tells.
 
     Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
-    falls to 0, and weights are drawn to the values of their integers. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs that are not
-    better than at first, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
+    falls to 0. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs by 1 % or
+    more above it, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
     bear smaller updates than many. The same seed gives the same numbers with any number of threads.
 
     Args:
@@ -114,7 +114,7 @@ def finetune(
     Reference:
         "Learned Step Size Quantization", arXiv 1902.08153, learned from a float model as in "Apprentice", arXiv
         1711.05852; the temperature of "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, Section 2; the
-        pull of "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086, Section 4.2.
+        averages of "Averaging Weights Leads to Wider Optima", arXiv 1803.05407.
     """
     check_count("epochs", epochs, 1)
     check_count("batch_size", batch_size, 1)
@@ -268,7 +268,7 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
                     gradients = compute_gradients(training, batch, spread)
                     update(training, state.moments, gradients, state.epoch * steps + step, rate=rate)
                     bar.update()
-                state = _judge(training, state, measure_loss(training, spread))
+                state = _judge(training, state, *_measure_average(training, state, spread))
                 loss = state.losses[-1]
                 bar.set_postfix_str(f"loss {state.losses[0]:.3g} -> {min(state.losses):.3g}")
                 log.info("epoch %d of %d: %.4g nats a held-back sample", state.epoch, settings.epochs, loss)
@@ -282,10 +282,20 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
     return state
 
 
-def _judge(training: Training, state: _State, loss: float) -> _State:
-    """The state behind an epoch with this loss: the best numbers once more, where it was no use to go on."""
+def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the averaged numbers, and these."""
+    now = _numbers(training)
+    average = {name: mean.clone() for name, mean in zip(now, state.moments.average, strict=True)}
+    training.student.load_state_dict(average, strict=False)
+    loss = measure_loss(training, spread)
+    training.student.load_state_dict(now, strict=False)
+    return loss, average
+
+
+def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str, Tensor]) -> _State:
+    """The state behind an epoch with this loss of these: the best once more, where it was no use to go on."""
     losses, epochs = (*state.losses, loss), training.settings.epochs
-    best = _numbers(training) if loss < min(state.losses) else state.best
+    best = numbers if loss < min(state.losses) else state.best
     if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
         return replace(state, losses=losses, best=best)
     training.student.load_state_dict(best, strict=False)
@@ -299,7 +309,7 @@ def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
     """
     returns = worse = 0
     for loss in losses[1:]:
-        worse = 0 if loss < losses[0] else worse + 1
+        worse = 0 if loss < _WORSE * losses[0] else worse + 1
         if worse == math.ceil(epochs / 8) or not loss < _HARM * losses[0]:
             returns, worse = returns + 1, 0
     return returns
@@ -342,6 +352,7 @@ def _save(file: _File, training: Training, state: _State) -> None:
         "losses": list(state.losses),
         "first": list(state.moments.first),
         "second": list(state.moments.second),
+        "average": list(state.moments.average),
         "best": dict(state.best),
         "numbers": _numbers(training),
     }
@@ -371,4 +382,5 @@ def _load(file: _File, training: Training) -> _State:
             f"{shown} belongs to another call, with other: {', '.join(told)}; repeat that call, or give another path"
         )
     training.student.load_state_dict(document["numbers"], strict=False)
-    return _State(tuple(document["losses"]), Moments(document["first"], document["second"]), document["best"])
+    moments = Moments(document["first"], document["second"], document["average"])
+    return _State(tuple(document["losses"]), moments, document["best"])

@@ -39,7 +39,6 @@ _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
 _RATE_OF_STEPS, _RATE_OF_BIASES = 0.05, 0.3
 _SMALLEST_UNIT = 0.01
-_PULL = 4.0  # of weights to their integers at the end of a training, in units of the learning rate
 _RUN_BYTES = 512 << 20
 _FEWEST_RUNS = 2
 
@@ -58,23 +57,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Learned:
-    """A parameter, and how far an update at the full rate moves it at most: broadcasts to the parameter.
-
-    ``quantizer`` is that of a weight.
-    """
+    """A parameter, and how far an update at the full rate moves it at most: broadcasts to the parameter."""
 
     parameter: nn.Parameter
     reach: Tensor
     is_step: bool
-    quantizer: LearnedStepQuantizer | None = None
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Means of the gradients and of their squares, by parameter, after so many updates."""
+    """Means of the gradients and of their squares, by parameter, after so many updates, and of the parameters.
+
+    ``average`` looks back over about an epoch. A weight between two integers changes from one to the other in updates
+    however small; its average has the one that it was at for longer.
+
+    Reference:
+        "Averaging Weights Leads to Wider Optima", arXiv 1803.05407; "Overcoming Oscillations in Quantization-Aware
+        Training", arXiv 2203.11086, Section 3, for why quantized weights need it.
+    """
 
     first: Sequence[Tensor]
     second: Sequence[Tensor]
+    average: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Training:
 
 def begin_moments(learned: Sequence[Learned]) -> Moments:
     """Those before the first update."""
-    return Moments(*([torch.zeros_like(one.parameter) for one in learned] for _ in range(2)))
+    first, second = ([torch.zeros_like(one.parameter) for one in learned] for _ in range(2))
+    return Moments(first, second, [one.parameter.detach().clone() for one in learned])
 
 
 def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned]:
@@ -117,7 +122,7 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
             unit = torch.minimum(qparams.scale.reshape(shape), unit)  # a channel of zeros has a step of 1
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
-        learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps, of_weights.get(name)))
+        learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps))
     return learned
 
 
@@ -165,17 +170,11 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
     Steps and the other parameters have a norm each that their gradients are clipped by: those of the steps are so much
     smaller that one norm for all would hold them still. With batch norms folded nothing else bounds an update.
 
-    As the rate falls, weights are drawn to the values of their integers: left alone, those between two integers change
-    from one to the other in updates however small, and the model with them.
-
     Reference:
-        Adam, arXiv 1412.6980, Algorithm 1; "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086,
-        Section 4.2, here beside the gradient and not in it.
+        Adam, arXiv 1412.6980, Algorithm 1.
     """
     total = training.settings.epochs * training.source.steps
-    left = (1 + math.cos(math.pi * min(1.0, done / total))) / 2
-    pull = min(1.0, _PULL * training.settings.learning_rate * rate * (1 - left))
-    rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * left
+    rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
     share, square_share = (1 - momentum ** (done + 1) for momentum in (_MOMENTUM, _SQUARE_MOMENTUM))
     for is_step in (False, True):
         chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
@@ -189,9 +188,8 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
             second.mul_(_SQUARE_MOMENTUM).addcmul_(gradient, gradient, value=1 - _SQUARE_MOMENTUM)
             direction = (first / share).div_((second / square_share).sqrt_().add_(1e-12))
             training.learned[i].parameter.sub_(direction.mul_(rate * training.learned[i].reach))
-    for learned in training.learned:
-        if learned.quantizer is not None:
-            learned.parameter.lerp_(learned.quantizer(learned.parameter).detach(), pull)
+    for learned, average in zip(training.learned, moments.average, strict=True):
+        average.lerp_(learned.parameter, max(1 / (done + 1), 1 / training.source.steps))
 
 
 def place(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -221,8 +219,8 @@ def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
     losses = torch.zeros(samples.count, dtype=torch.float64, device=device)
     if training.ask is not None:
         reference = training.ask(samples) if samples.reference is None else samples.reference.to(device)
-        rows = (output_rows(x) / temperature for x in (reference, output))
-        divergence = temperature**2 * diverge(*rows, training.variance)
+        theirs, ours = (output_rows(x) / temperature for x in (reference, output))
+        divergence = temperature**2 * diverge(theirs, ours, training.variance)
         losses = (1 - weight) * divergence.reshape(samples.count, -1).mean(1)
     if samples.labels is not None:
         entropy = functional.cross_entropy(class_logits(output), samples.labels.to(device), reduction="none")

@@ -463,7 +463,8 @@ def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
         ([1.2] * 6, 20, 2),
         ([1.5], 20, 1),  # 1.5 times the first at once
         ([1.2, math.nan, 1.2, 1.2], 20, 1),
-        ([1.2, 0.9, 1.0], 8, 2),  # an eighth of 8 epochs is one
+        ([1.2, 0.9, 1.02], 8, 2),  # an eighth of 8 epochs is one
+        ([1.009] * 8, 8, 0),  # no worse to speak of
     ],
 )
 def test_the_best_numbers_are_put_back_where_it_is_no_use_to_go_on(later, epochs, returns):
@@ -763,6 +764,7 @@ def test_data_that_cannot_be_used_is_refused():
         {"seed": -1},
         {"learning_rate": 0.0},
         {"learning_rate": math.inf},
+        {"temperature": 0.0},
         {"label_weight": -0.1},
         {"label_weight": 1.5},
         {"label_weight": True},
@@ -801,7 +803,7 @@ def test_updates_are_adams(residual):
     training = training_of(student, loop.Settings(1, 1.0, 32, 0.0, 0), steps=8)
     ones = [loop.Learned(o.parameter, torch.tensor(0.01), o.is_step) for o in training.learned]
     training = type(training)(**{**vars(training), "learned": ones})
-    moments = loop.Moments(*([torch.zeros_like(p) for p in student.parameters()] for _ in range(2)))
+    moments = loop.begin_moments(training.learned)
     optimizer = torch.optim.Adam(other.parameters(), lr=1.0, betas=(0.9, 0.99), eps=1e-12)
     generator = torch.Generator().manual_seed(0)
     for done in range(8):
@@ -820,7 +822,7 @@ def test_large_gradients_are_clipped_by_norm_those_of_steps_apart(residual):
     moved = []
     for factor in (1e6, 1.0, 1e-6):
         training = training_of(to_trainable(residual), loop.Settings(1, 1.0, 32, 0.0, 0))
-        moments = loop.Moments(*([torch.zeros_like(o.parameter) for o in training.learned] for _ in range(2)))
+        moments = loop.begin_moments(training.learned)
         gradients = [torch.full_like(o.parameter, factor if o.is_step else 10.0) for o in training.learned]
         with torch.no_grad():
             loop.update(training, moments, gradients, 0)
@@ -851,14 +853,31 @@ def test_reaches_are_in_units_that_suit_a_parameter():
     assert float(norm.reach) == pytest.approx(0.03 * float(norm.parameter.detach().abs().mean()))
 
 
-def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual):
+def test_averages_look_back_over_an_epoch(residual):
+    training = training_of(to_trainable(residual), loop.Settings(3, 0.1, 32, 0.0, 0), steps=4)
+    moments = loop.begin_moments(training.learned)
+    index = max(range(len(training.learned)), key=lambda i: training.learned[i].parameter.numel())
+    generator, expected = torch.Generator().manual_seed(0), torch.zeros(())
+    for done in range(12):
+        gradients = [torch.randn(o.parameter.shape, generator=generator) for o in training.learned]
+        with torch.no_grad():
+            loop.update(training, moments, gradients, done)
+        now = training.learned[index].parameter.detach().clone()
+        share = 1 / (done + 1) if done < 4 else 1 / 4  # of the first epoch the plain mean
+        expected = (1 - share) * expected + share * now
+        torch.testing.assert_close(moments.average[index], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(now, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual, temperature):
     student = to_trainable(residual)
     source = open_numbers(40)
     x = torch.randn(20, 1, 8, 8)
     with torch.no_grad():
         reference = prepared_of("residual")[0](x)
     batch = Samples({"x": x}, torch.arange(20) % 5, reference)
-    settings = loop.Settings(1, 1.0, 32, 0.25, 0)
+    settings = loop.Settings(1, 1.0, 32, 0.25, 0, temperature)
     found = []
     for size in (20, 6):
         training = loop.Training(
@@ -866,7 +885,8 @@ def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual):
         )
         found.append(loop.compute_gradients(training, batch, map))
     out = student(x)
-    loss = 0.75 * functional.kl_div(out.log_softmax(1), reference.softmax(1), reduction="batchmean")
+    logs, shares = (out / temperature).log_softmax(1), (reference / temperature).softmax(1)
+    loss = 0.75 * temperature**2 * functional.kl_div(logs, shares, reduction="batchmean")
     loss = loss + 0.25 * functional.cross_entropy(out, batch.labels)
     for a, b, c in zip(*found, torch.autograd.grad(loss, list(student.parameters())), strict=True):
         torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
