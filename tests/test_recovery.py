@@ -170,7 +170,7 @@ class ActivationsOnly(fx.Interpreter):
 def test_a_reference_with_float_weights_has_quantized_activations(residual):
     prepared, data, bits = residual
     changed = fork(prepared)
-    walk = Walk(changed, bits, data, BENCH, quantizes_reference=True)
+    walk = Walk(changed, bits, data, BENCH, reference="float_weights")
     for segment in walk.segments:  # what is rounded on the way is not the reference's
         for layer in segment.layers:
             set_parameter(changed, layer.weight, 2 * read_parameter(changed, layer.weight))

@@ -21,11 +21,22 @@ from infoq_fx.prepared import PreparedModel
 from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.segments import Segment
 from infoq_fx.recovery.soft_rounding import SoftBlock, SoftWeight, begin_soft_block
-from infoq_fx.recovery.walk import Values, Walk, choose_samples, fork, read_parameter, set_bias, set_parameter
+from infoq_fx.recovery.walk import (
+    Reference,
+    Values,
+    Walk,
+    check_reference,
+    choose_samples,
+    fork,
+    read_parameter,
+    set_bias,
+    set_parameter,
+)
 from infoq_fx.spec import BASELINE_BITS
 
 __all__ = ["BlockReconstruction"]
 
+_SHARE = 5  # one shard in so many is held back
 _SHARD = 8  # samples that run together; a step adds up the gradients of several such runs
 _WARM_UP = 0.2
 _FIRST_POWER, _LAST_POWER = 20.0, 2.0
@@ -39,9 +50,9 @@ class BlockReconstruction:
 
     A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
     attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
-    and learns the float model's output by::
+    and learns the reference's output by::
 
-        mean (z - z_float)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
+        mean (z - z_reference)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
 
     h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of a logit a weight; p falls from 20
     to 2 and drives all h to 0 or 1. The two integers are the one that the weight is at when the step begins (by
@@ -49,7 +60,8 @@ class BlockReconstruction:
     share ``drop`` of the activation values inside the block stays in float while it learns. With ``fisher``, w weighs
     each channel of each sample by the mean squared gradient of the log-likelihood of the float model's own decision;
     else it is 1. Of the block as it was, with learned biases, and with learned weights and biases, the one of least
-    error stays. A block whose weights are all decided stops early.
+    error on every fifth part of the samples stays, from which it does not learn. A block whose weights are all decided
+    stops early.
 
     Behind second-order rounding there is little left to learn in few epochs: its integers are a local optimum, and it
     takes hundreds of updates before others are better.
@@ -70,6 +82,8 @@ class BlockReconstruction:
         drop: share of activation values that stay in float.
         fisher: whether outputs are weighed.
         seed: of the order of batches and of what is dropped.
+        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought, as in
+            :class:`SecondOrderRounding`.
 
     Raises:
         OptionError: an option out of range.
@@ -83,12 +97,14 @@ class BlockReconstruction:
     drop: float = 0.5
     fisher: bool = False
     seed: int = 0
+    reference: Reference = "float_weights"
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
             raise OptionError(f"{self}: give epochs, samples, batch_size, learning_rate and strength above 0")
         if not 0 <= self.drop < 1:
             raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
+        check_reference(self.reference)
 
     @property
     def name(self) -> str:
@@ -102,7 +118,7 @@ class BlockReconstruction:
         changed, chosen = fork(prepared), choose_samples(prepared, data, self.samples)
         shard = prepared.batch_size or min(_SHARD, self.batch_size)
         folder = _open_folder(self, prepared, bits, chosen, bench.cache_dir, shard)
-        walk = Walk(changed, bits, chosen, replace(bench, batch_size=shard))
+        walk = Walk(changed, bits, chosen, replace(bench, batch_size=shard), reference=self.reference)
         weighing = _fisher_weights(walk, self.seed) if self.fisher else {}
         share = 1 / sum(bool(segment.layers) for segment in walk.segments)
         with thread_map(bench.work.threads, bench.work.stop) as spread:
@@ -173,9 +189,10 @@ class _Block:
                 loss = self._loss(block.draw(job[1]), job[0])
                 return list(torch.autograd.grad(loss / first, leaves))
 
-        total, done = options.epochs * -(-len(self.entering) // shards), 0
+        learned_from = self._shards(is_held_back=False)
+        total, done = options.epochs * -(-len(learned_from) // shards), 0
         for _ in range(options.epochs):
-            order = torch.randperm(len(self.entering), generator=generator).tolist()
+            order = [learned_from[i] for i in torch.randperm(len(learned_from), generator=generator).tolist()]
             for start in range(0, len(order), shards):
                 seeds = torch.randint(1 << 62, (shards,), generator=generator).tolist()
                 _set_gradients(leaves, list(spread(run, zip(order[start : start + shards], seeds, strict=False))))
@@ -210,15 +227,21 @@ class _Block:
         for path, value in values.items():
             set_parameter(self.walk.prepared, path, value)
 
+    def _shards(self, *, is_held_back: bool) -> list[int]:
+        """Every fifth shard is held back; where there are fewer, all serve for both."""
+        count = len(self.entering)
+        return [i for i in range(count) if count < _SHARE or (i % _SHARE == _SHARE - 1) == is_held_back]
+
     def _error(self, spread: ThreadMap) -> float:
-        """Mean weighted squared error of the block as it stands."""
+        """Mean weighted squared error of the block as it stands, on what it does not learn from."""
         block = SoftBlock(self.walk.prepared, self.walk.bits, {}, {}, 0.0)
 
         def run(index: int) -> float:
             with torch.inference_mode(False), torch.no_grad():
                 return float(self._loss(block.fork(), index))
 
-        return sum(spread(run, range(len(self.entering)))) / len(self.entering) + 1e-20
+        held_back = self._shards(is_held_back=True)
+        return sum(spread(run, held_back)) / len(held_back) + 1e-20
 
     def _loss(self, block: SoftBlock, index: int) -> Tensor:
         # What was stored in inference mode cannot be saved for a backward pass: copies can.

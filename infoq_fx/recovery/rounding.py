@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ from infoq_fx.recovery.protocol import Bench
 from infoq_fx.recovery.second_order import ideal_rows, round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.walk import (
+    Reference,
     Walk,
+    check_reference,
     choose_samples,
     fork,
     read_parameter,
@@ -39,7 +40,6 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _MOMENT_NOISE = 1e-5  # of sums of float32 products
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
-_Reference = Literal["float_weights", "float_model"]
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,12 @@ class SecondOrderRounding:
     samples: int = 1024
     rows: int = 16384
     sweeps: int = 8
-    reference: _Reference = "float_weights"
+    reference: Reference = "float_weights"
 
     def __post_init__(self) -> None:
         if min(self.samples, self.rows) < 1 or self.sweeps < 0:
             raise OptionError(f"{self}: give samples and rows of at least 1 and sweeps of at least 0")
-        if self.reference not in get_args(_Reference):
-            raise OptionError(f"reference={self.reference!r}; give one of {', '.join(map(repr, get_args(_Reference)))}")
+        check_reference(self.reference)
 
     @property
     def name(self) -> str:
@@ -108,8 +107,7 @@ class SecondOrderRounding:
     ) -> PreparedModel:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
-        chosen, quantizes = choose_samples(prepared, data, self.samples), self.reference == "float_weights"
-        walk = Walk(changed, bits, chosen, bench, quantizes_reference=quantizes)
+        walk = Walk(changed, bits, choose_samples(prepared, data, self.samples), bench, reference=self.reference)
         for segment, layer in walk.visit():
             columns = columns_of(layer)
             if can_unfold(layer) and columns <= MOST_COLUMNS:

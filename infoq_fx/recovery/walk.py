@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from infoq_fx.data import CalibrationData
+from infoq_fx.errors import OptionError
 from infoq_fx.interpreter import class_logits, first_output
 from infoq_fx.machine import thread_map
 from infoq_fx.passes.convert import fit_weight_scale
@@ -24,9 +25,11 @@ from infoq_fx.spec import BASELINE_BITS, QParams
 __all__ = [
     "LIGHT_BITS",
     "Pair",
+    "Reference",
     "SegmentRunner",
     "Values",
     "Walk",
+    "check_reference",
     "choose_samples",
     "fork",
     "read_parameter",
@@ -39,6 +42,9 @@ __all__ = [
 
 LIGHT_BITS = 6
 """From so many bits on, what activations cost is rather left as it is than answered layer by layer."""
+
+Reference = Literal["float_weights", "float_model"]
+"""Whose outputs a step seeks: of float weights behind quantized activations, or of the float model."""
 
 _Result = TypeVar("_Result")
 Values = dict[fx.Node, Any]
@@ -57,8 +63,8 @@ class Walk:
     """Both models over all samples, as far as the walk has come.
 
     ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
-    At every place only the values are held that are read behind it. The reference is the float model; with
-    ``quantizes_reference`` its activations of ``LIGHT_BITS`` and more are quantized as they will be.
+    At every place only the values are held that are read behind it. Of the
+    reference ``"float_weights"`` activations of ``LIGHT_BITS`` and more are quantized as they will be.
     """
 
     def __init__(
@@ -68,12 +74,12 @@ class Walk:
         data: CalibrationData,
         bench: Bench,
         *,
-        quantizes_reference: bool = False,
+        reference: Reference = "float_model",
     ) -> None:
         self.prepared, self.bits, self.work, self.samples = prepared, bits, bench.work, data.samples
         self.segments = find_segments(prepared)
-        reference = SegmentRunner(prepared, bits if quantizes_reference else None, has_float_weights=True)
-        self._runners = reference, SegmentRunner(prepared, bits)
+        bits_sought = bits if reference == "float_weights" else None
+        self._runners = SegmentRunner(prepared, bits_sought, has_float_weights=True), SegmentRunner(prepared, bits)
         self.layers = sum(len(segment.layers) for segment in self.segments)
         batches = [_laid_out(batch) for batch in data.batches(bench.batch_size)]
         inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
@@ -149,6 +155,16 @@ class Walk:
 
             with thread_map(self.work.threads, self.work.stop) as spread:
                 return list(spread(run, range(len(self._reference))))
+
+
+def check_reference(reference: str) -> None:
+    """Refuse another name.
+
+    Raises:
+        OptionError: it is none of ``Reference``.
+    """
+    if reference not in get_args(Reference):
+        raise OptionError(f"reference={reference!r}; give one of {', '.join(map(repr, get_args(Reference)))}")
 
 
 def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:
