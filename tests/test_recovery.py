@@ -29,6 +29,7 @@ from infoq_fx.recovery import (
 )
 from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
 from infoq_fx.recovery.operands import input_rows, rows_to_weight, weight_to_rows
+from infoq_fx.recovery.reconstruction import _Block
 from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
 from infoq_fx.recovery.segments import find_segments
 from infoq_fx.recovery.soft_rounding import _DropQuantize
@@ -520,6 +521,22 @@ def test_dropped_quantization_follows_its_definition(layout):
     assert 0.2 < is_float.double().mean() < 0.4
     assert torch.equal(found, grad * ((x > -0.5) & (x < 1.25)))
     assert torch.equal(_DropQuantize.apply(x, qparams, 0.0, 5), quantized)
+
+
+@pytest.mark.parametrize(("samples", "held"), [(10 * 8, [4, 9]), (3 * 8, [0, 1, 2])])
+def test_a_block_is_judged_on_what_it_does_not_learn_from(residual, monkeypatch, samples, held):
+    prepared, data, bits = residual
+    learned, judged = set(), set()
+    loss = _Block._loss
+
+    def record(self, block, index):
+        (learned if torch.is_grad_enabled() else judged).add(index)
+        return loss(self, block, index)
+
+    monkeypatch.setattr(_Block, "_loss", record)
+    BlockReconstruction(epochs=1).recover(prepared, bits, data.take(samples), BENCH)
+    assert sorted(judged) == held
+    assert sorted(learned) == [i for i in range(samples // 8) if samples < 40 or i not in held]
 
 
 def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):

@@ -6,8 +6,9 @@ from torch import nn
 import infoq_fx
 from infoq_fx.data import read_data
 from infoq_fx.histogram import significant_bits_of
-from infoq_fx.recovery import Bench, OutputTuning, SecondOrderRounding
+from infoq_fx.recovery import Bench, OutputTuning, SecondOrderRounding, tuning
 from infoq_fx.runs import compute_logits
+from infoq_fx.training_loop import update
 
 BENCH = Bench(batch_size=16)
 
@@ -50,6 +51,22 @@ def test_what_is_tuned_is_what_conversion_computes(rounded):
     quantized = infoq_fx.convert(tuned, infoq_fx.Allocation(bits=bits))
     with torch.no_grad():
         torch.testing.assert_close(quantized(data.inputs["x"]), compute_logits(tuned, data, bits), atol=1e-5, rtol=0)
+
+
+def test_what_stays_are_averages(rounded, monkeypatch):
+    prepared, data, bits = rounded
+    left = []
+
+    def record(training, moments, gradients, done):
+        update(training, moments, gradients, done)
+        named = {id(p): name for name, p in training.student.named_parameters()}
+        names = [named[id(learned.parameter)] for learned in training.learned]
+        left[:] = zip(names, [x.clone() for x in moments.average], training.learned, strict=True)
+
+    monkeypatch.setattr(tuning, "update", record)
+    OutputTuning(epochs=3, learning_rate=0.01).recover(prepared, bits, data, BENCH)
+    assert all(torch.equal(average, learned.parameter) for _, average, learned in left)
+    assert any(name.endswith("bias") for name, *_ in left)
 
 
 def test_scales_can_be_left_alone(rounded):
