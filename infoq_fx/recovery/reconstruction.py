@@ -83,7 +83,7 @@ class BlockReconstruction:
         fisher: whether outputs are weighed.
         seed: of the order of batches and of what is dropped.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought, as in
-            :class:`SecondOrderRounding`.
+            :class:`infoq_fx.recovery.SecondOrderRounding`.
 
     Raises:
         OptionError: an option out of range.
