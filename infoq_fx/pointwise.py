@@ -57,6 +57,12 @@ def _mix(value: Any) -> Any:
 
 
 @jit
+def _draw(index: int, first: Any, second: Any) -> Any:
+    """32 random bits for a place, by the halves of a seed."""
+    return _mix(np.uint32(_mix(np.uint32(np.uint32(index) + first)) ^ second))
+
+
+@jit
 def fake_quantize_but_share(
     x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
 ) -> None:
@@ -67,8 +73,7 @@ def fake_quantize_but_share(
         q = np.rint(x[i] / scale)
         q = low if q < low else q
         q = high if q > high else q
-        drawn = _mix(np.uint32(_mix(np.uint32(np.uint32(i) + first)) ^ second))
-        out[i] = x[i] if drawn < limit else q * scale + x.dtype.type(0)
+        out[i] = x[i] if _draw(i, first, second) < limit else q * scale + x.dtype.type(0)
 
 
 @jit
@@ -77,7 +82,7 @@ def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
     limit = np.uint64(share * 2**32)
     first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for i in range(len(out)):
-        out[i] = _mix(np.uint32(_mix(np.uint32(np.uint32(i) + first)) ^ second)) < limit
+        out[i] = _draw(i, first, second) < limit
 
 
 @jit

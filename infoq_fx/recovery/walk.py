@@ -63,8 +63,8 @@ class Walk:
     """Both models over all samples, as far as the walk has come.
 
     ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
-    At every place only the values are held that are read behind it. Of the
-    reference ``"float_weights"`` activations of ``LIGHT_BITS`` and more are quantized as they will be.
+    At every place only the values are held that are read behind it. Of the reference ``"float_weights"`` activations
+    of ``LIGHT_BITS`` and more are quantized as they will be.
     """
 
     def __init__(
