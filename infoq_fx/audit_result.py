@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -13,20 +13,23 @@ from numpy.typing import NDArray
 from infoq_fx.spec import Allocation, Score
 from infoq_fx.table import SensitivityTable
 
-__all__ = ["Audit", "AuditRow", "Hits"]
+__all__ = ["Audit", "AuditRow", "Hits", "Nats"]
 
 Hits: TypeAlias = NDArray[np.bool_]
 """Whether each evaluation sample is predicted right."""
+Nats: TypeAlias = NDArray[np.float64]
+"""KL divergence of the quantized model's output from the float model's, of each evaluation sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRow:
     """What one way to allocate reaches.
 
-    ``hits`` are right predictions of the evaluation samples, by budget. ``correlation`` is Pearson's r between score
+    ``hits`` are right predictions of the evaluation samples, by budget, and ``nats`` what their outputs lose against
+    the float model's: it tells allocations apart that a top-1 does not. ``correlation`` is Pearson's r between score
     and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is Spearman's.
     ``cpu_seconds`` is what scoring took, whichever run did it (killed ones and workers apart); ``images`` is how
-    many it looked at. The last five are None for rows without a criterion of their own.
+    many it looked at. These five are None for rows without a criterion of their own.
     """
 
     name: str
@@ -37,6 +40,7 @@ class AuditRow:
     rank_correlation: float | None = None
     cpu_seconds: float | None = None
     images: int | None = None
+    nats: Mapping[str, Nats] = field(default_factory=dict)
 
     def top1(self, budget: str) -> Score | None:
         """Percent of right predictions and its standard error; None where nothing fits the budget."""
@@ -44,6 +48,13 @@ class AuditRow:
             return None
         share, samples = float(self.hits[budget].mean()), len(self.hits[budget])
         return Score(100 * share, 100 * math.sqrt(share * (1 - share) / samples))
+
+    def lost_nats(self, budget: str) -> Score | None:
+        """Mean of ``nats`` over the samples and its standard error; None where nothing fits the budget."""
+        if budget not in self.nats:
+            return None
+        nats = self.nats[budget]
+        return Score(float(nats.mean()), float(nats.std() / math.sqrt(len(nats))))
 
     @property
     def mean_top1(self) -> float:
@@ -103,15 +114,23 @@ class Audit:
                     "-" if row.images is None else str(row.images),
                 ]
             )
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in cells
-        ]
+        lost = [["nats lost", *self.budgets]]
+        for row in self.rows:
+            nats = [row.lost_nats(b) for b in self.budgets]
+            lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
         same = self.indistinguishable()
         told = f"; not told apart from it (2 standard errors): {', '.join(same)}" if same else ""
         head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
-        return "\n".join([head, *lines, f"take {self.recommended.name!r}{told}"])
+        return "\n".join([head, *_align(cells), "", *_align(lost), "", f"take {self.recommended.name!r}{told}"])
 
     def _candidates(self) -> list[AuditRow]:
         return [row for row in self.rows if row.name != "uniform" and len(row.hits) == len(self.budgets)]
+
+
+def _align(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column to the left."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]

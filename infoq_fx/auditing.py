@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from infoq_fx.allocation import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, fit_data, prepare
-from infoq_fx.audit_result import Audit, AuditRow, Hits
+from infoq_fx.audit_result import Audit, AuditRow, Hits, Nats
 from infoq_fx.cache import digest_run
 from infoq_fx.criteria import AnyCriterion, Criterion, Measure, Plain, find_criterion
-from infoq_fx.criteria.outputs import ACCURACY_DROP
+from infoq_fx.criteria.outputs import ACCURACY_DROP, diverge, measure_spread
 from infoq_fx.data import CalibrationData, read_data
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.files import read_json, write_atomically
@@ -144,10 +144,8 @@ def audit(
             allocations = {name: allocate(table, limit) for name, limit in limits.items()}
             r, error, rank = _correlate(table, drops)
             rows.append(
-                AuditRow(
-                    name=criterion.name,
-                    hits=judge(criterion.name, allocations),
-                    allocations=allocations,
+                replace(
+                    judge(criterion.name, allocations),
                     correlation=r,
                     correlation_error=error,
                     rank_correlation=rank,
@@ -157,13 +155,13 @@ def audit(
             )
         uniform = {name: find_uniform(prepared.inventory, limit)[1] for name, limit in limits.items()}
         fitting = {name: Allocation(bits=bits) for name, bits in uniform.items() if bits is not None}
-        rows.append(AuditRow(name="uniform", hits=judge("uniform", fitting), allocations=fitting))
+        rows.append(judge("uniform", fitting))
         if "infoq" in tables:
             refined = {
                 name: choose_allocation(prepared, tables["infoq"], limit, calibration, candidates=candidates)
                 for name, limit in limits.items()
             }
-            rows.append(AuditRow(name="infoq, refined", hits=judge("infoq, refined", refined), allocations=refined))
+            rows.append(judge("infoq, refined", refined))
     return Audit(
         rows=tuple(rows),
         budgets=tuple(limits),
@@ -198,18 +196,24 @@ class _Judge:
             logits = compute_float_logits(prepared, data, batch_size=self._batch_size, work=self._work(threads))
         data.check_labels(logits.shape[1])
         self._labels = logits.argmax(1) if data.labels is None else data.labels.cpu()
+        self._float_logits, self._spread = logits, measure_spread(logits)
         self.float_hits: Hits = (logits.argmax(1) == self._labels).numpy()
 
-    def __call__(self, name: str, allocations: Mapping[str, Allocation]) -> dict[str, Hits]:
+    def __call__(self, name: str, allocations: Mapping[str, Allocation]) -> AuditRow:
         shown = tqdm(allocations.items(), desc=f"top-1 ({name})", unit="budget", disable=not self._progress)
-        return {budget: self._run(allocation) for budget, allocation in shown}
+        found = {budget: self._run(allocation) for budget, allocation in shown}
+        return AuditRow(
+            name=name,
+            hits={budget: hits for budget, (hits, _) in found.items()},
+            nats={budget: nats for budget, (_, nats) in found.items()},
+            allocations=allocations,
+        )
 
-    def _run(self, allocation: Allocation) -> Hits:
+    def _run(self, allocation: Allocation) -> tuple[Hits, Nats]:
         described = json.dumps(dict(sorted(allocation.bits.items())))
         path = _path(self._folder, f"{self._key} {described}")
-        kept = _load(path).get("hits")
-        if isinstance(kept, str) and len(kept) == self._data.samples:
-            return np.array([c == "1" for c in kept])
+        if (kept := self._read(path)) is not None:
+            return kept
         model = recover_accuracy(
             self._prepared, allocation.bits, self._calibration, self._steps, cache_dir=self._folder, progress=False
         )
@@ -218,8 +222,16 @@ class _Judge:
                 model, self._data, allocation.bits, batch_size=self._batch_size, work=self._work(threads)
             )
         hits: Hits = (logits.argmax(1) == self._labels).numpy()
-        _store(path, {"hits": "".join("1" if hit else "0" for hit in hits)})
-        return hits
+        nats: Nats = diverge(self._float_logits, logits, self._spread).numpy()
+        _store(path, {"hits": "".join("1" if hit else "0" for hit in hits), "nats": nats.tolist()})
+        return hits, nats
+
+    def _read(self, path: Path) -> tuple[Hits, Nats] | None:
+        kept = _load(path)
+        hits, nats = kept.get("hits"), kept.get("nats")
+        if not isinstance(hits, str) or not isinstance(nats, list) or {len(hits), len(nats)} != {self._data.samples}:
+            return None
+        return np.array([hit == "1" for hit in hits]), np.array(nats)
 
     def _work(self, threads: int) -> Work:
         on_cpu = next(iter(self._prepared.example_inputs.values())).device.type == "cpu"

@@ -44,6 +44,26 @@ def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, model, 
                 hits = infoq_fx.convert(prepared, allocation)(images[1::2]).argmax(1) == labels[1::2]
             assert np.mean(row.hits[budget] != hits.numpy()) <= 0.03
             assert row.top1(budget).value == pytest.approx(100 * row.hits[budget].mean())
+
+
+def test_lost_nats_are_the_divergence_from_the_float_model(found, model, samples):
+    images, labels = samples
+    prepared = infoq_fx.prepare(model, (images[::2], labels[::2]), bits=(2, 3, 4, 8))
+    for row in found.rows:
+        for budget, allocation in row.allocations.items():
+            with torch.no_grad():
+                log_q = infoq_fx.convert(prepared, allocation)(images[1::2]).double().log_softmax(1)
+                log_p = model(images[1::2]).double().log_softmax(1)
+            nats = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).numpy()
+            assert row.nats[budget].mean() == pytest.approx(nats.mean(), rel=0.05)
+            lost = row.lost_nats(budget)
+            assert (lost.value, lost.standard_error) == pytest.approx(
+                (row.nats[budget].mean(), row.nats[budget].std() / np.sqrt(80))
+            )
+            assert f"{lost.value:.3g} ± {lost.standard_error:.1g}" in str(found)
+
+
+def test_the_float_model_is_what_top1_is_beside(found):
     assert found.float_top1 == 100.0
     assert found.evaluation_samples == 80
 

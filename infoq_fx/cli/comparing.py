@@ -157,11 +157,13 @@ def _describe_audit(found: Audit) -> dict[str, Any]:
     rows = []
     for row in found.rows:
         top1 = {budget: row.top1(budget) for budget in found.budgets}
+        lost = {budget: row.lost_nats(budget) for budget in found.budgets}
         rows.append(
             {
                 "name": row.name,
                 "top1": {b: None if s is None else s.value for b, s in top1.items()},
                 "standard_error": {b: None if s is None else s.standard_error for b, s in top1.items()},
+                "lost_nats": {b: None if s is None else s.value for b, s in lost.items()},
                 "correlation": row.correlation,
                 "correlation_error": row.correlation_error,
                 "rank_correlation": row.rank_correlation,
