@@ -9,10 +9,11 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+from infoq_fx.core_search import search_core
 from infoq_fx.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
 from infoq_fx.integer_program import build_rows, solve_with_cbc
-from infoq_fx.relaxation import Candidates, search_core
+from infoq_fx.relaxation import Candidates
 from infoq_fx.spec import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 from infoq_fx.table import SensitivityTable
 

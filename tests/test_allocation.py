@@ -119,9 +119,9 @@ LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_byte
 def test_equals_brute_force(
     names: tuple[str, ...], branches: int, states: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", branches)
-    monkeypatch.setattr("infoq_fx.relaxation._MAX_STATES", states)
-    monkeypatch.setattr("infoq_fx.relaxation._FEW_STATES", 0)
+    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", branches)
+    monkeypatch.setattr("infoq_fx.core_search._MAX_STATES", states)
+    monkeypatch.setattr("infoq_fx.core_search._FEW_STATES", 0)
     rng = random.Random(str(names))
     infeasible = 0
     for trial in range(12):
@@ -183,7 +183,7 @@ def test_a_huge_score_to_be_avoided_does_not_hide_small_ones(seed: int) -> None:
 @pytest.fixture
 def only_cbc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is listed: CBC has to find all that the bound leaves."""
-    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", 0)
+    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", 0)
 
 
 @pytest.mark.usefixtures("only_cbc")
@@ -535,7 +535,7 @@ def test_nothing_to_search() -> None:
 def test_the_solver_is_silent_and_leaves_nothing(
     branches: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infoq_fx.relaxation._MAX_BRANCHES", branches)
+    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", branches)
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))

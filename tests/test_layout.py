@@ -25,7 +25,7 @@ FLOORS = [
         "encoders",
     ],
     ["mutual_info", "numerics", "relaxation", "summary"],
-    ["integer_program"],
+    ["core_search", "integer_program"],
     ["allocation"],
     ["quantizers"],
     ["prepared", "capture"],

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from infoq_fx import relaxation
+from infoq_fx import core_search
+from infoq_fx.core_search import search_core
 from infoq_fx.cost import CostRow
-from infoq_fx.relaxation import search_core
 
 BITS = (2, 3, 4, 8)
 
@@ -49,7 +49,7 @@ TREES = {
 @pytest.mark.parametrize("pairs", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("branches", [400, 0])
 def test_the_best_is_found_or_kept(pairs, branches, monkeypatch):
-    monkeypatch.setattr(relaxation, "_MAX_BRANCHES", branches)
+    monkeypatch.setattr(core_search, "_MAX_BRANCHES", branches)
     dropped = 0
     for seed in range(20):
         rows, scores, best, least, most = random_program(random.Random(seed), "abcde", pairs)
