@@ -78,13 +78,20 @@ class Audit:
     evaluation_samples: int
 
     @property
-    def recommended(self) -> AuditRow:
+    def leader(self) -> AuditRow:
         """The row of the criterion with the best mean top-1; of equals the one that costs less."""
         return max(self._candidates(), key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
 
+    @property
+    def recommended(self) -> AuditRow:
+        """The leader, or the one that loses the fewest nats (geometric mean over budgets) of those level with it."""
+        leader, level = self.leader, self.indistinguishable()
+        rows = [leader, *(row for row in self._candidates() if row.name in level)]
+        return leader if any(not row.nats for row in rows) else min(rows, key=_mean_log_nats)
+
     def lead_over(self, name: str) -> Score:
-        """How far the recommended row is ahead of another: points of mean top-1, and the paired standard error."""
-        best, other = self.recommended, next(row for row in self.rows if row.name == name)
+        """How far the leader is ahead of another row: points of mean top-1, and the paired standard error."""
+        best, other = self.leader, next(row for row in self.rows if row.name == name)
         shared = [budget for budget in self.budgets if budget in best.hits and budget in other.hits]
         if not shared:
             return Score(0.0)
@@ -92,9 +99,9 @@ class Audit:
         return Score(float(difference.mean()), float(difference.std() / math.sqrt(len(difference))))
 
     def indistinguishable(self) -> list[str]:
-        """Names of the criteria within two standard errors of the recommended one."""
-        best = self.recommended
-        others = [row.name for row in self._candidates() if row is not best]
+        """Names of the other criteria whose top-1 is within two standard errors of the leader's."""
+        leader = self.leader
+        others = [row.name for row in self._candidates() if row is not leader]
         return [name for name in others if (lead := self.lead_over(name)).value <= 2 * lead.standard_error]
 
     def __str__(self) -> str:
@@ -109,7 +116,7 @@ class Audit:
                     r,
                     "-" if row.rank_correlation is None else f"{row.rank_correlation:.2f}",
                     *("-" if t is None else f"{t.value:.1f} ± {t.standard_error:.1f}" for t in found),
-                    "-" if row is self.recommended else f"{lead.value:.1f} ± {lead.standard_error:.1f}",
+                    "-" if row is self.leader else f"{lead.value:.1f} ± {lead.standard_error:.1f}",
                     "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f}",
                     "-" if row.images is None else str(row.images),
                 ]
@@ -118,13 +125,24 @@ class Audit:
         for row in self.rows:
             nats = [row.lost_nats(b) for b in self.budgets]
             lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
-        same = self.indistinguishable()
-        told = f"; not told apart from it (2 standard errors): {', '.join(same)}" if same else ""
         head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
-        return "\n".join([head, *_align(cells), "", *_align(lost), "", f"take {self.recommended.name!r}{told}"])
+        return "\n".join([head, *_align(cells), "", *_align(lost), "", self._advise()])
+
+    def _advise(self) -> str:
+        best = self.recommended.name
+        level = [self.leader.name, *self.indistinguishable()]
+        if len(level) == 1:
+            return f"take {best!r}"
+        return (
+            f"take {best!r}: it loses the fewest nats of those level in top-1 (2 standard errors): {', '.join(level)}"
+        )
 
     def _candidates(self) -> list[AuditRow]:
         return [row for row in self.rows if row.name != "uniform" and len(row.hits) == len(self.budgets)]
+
+
+def _mean_log_nats(row: AuditRow) -> float:
+    return float(np.mean([math.log(max(nats.mean(), 1e-300)) for nats in row.nats.values()]))
 
 
 def _align(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -87,8 +87,9 @@ def audit(
     """Compare criteria on a model: same quantizers, same data, same integer program.
 
     For each criterion: how its scores correlate with the accuracy drop of every layer at 4 bits and fewer, the top-1 of
-    its allocation at every budget, and what it cost. Accuracy is that of the quantized model, by default with weights
-    rounded to nearest, on samples that no criterion saw; without labels, agreement with the float model. Beside the
+    its allocation at every budget, the nats that are lost there, and what it cost. Accuracy is that of the quantized
+    model, by default with weights rounded to nearest, on samples that no criterion saw; without labels, agreement with
+    the float model. Nats are the mean KL divergence from the float model's outputs on the same samples. Beside the
     criteria stand the uniform allocation and, where ``"infoq"`` takes part, what :func:`infoq_fx.quantize` allocates by
     default.
 

@@ -111,26 +111,39 @@ def test_correlation_is_with_the_measured_drop_at_low_bits(found):
     assert found.rows[0].images == 80
 
 
-def test_it_recommends_the_best_with_its_uncertainty(found):
-    best = found.recommended
-    assert best.mean_top1 == max(row.mean_top1 for row in found.rows if row.name != "uniform")
-    assert found.lead_over(best.name).value == 0
+def test_leads_are_those_of_the_best_mean_top1(found):
+    leader = found.leader
+    assert leader.mean_top1 == max(row.mean_top1 for row in found.rows if row.name != "uniform")
+    assert found.lead_over(leader.name).value == 0
     lead = found.lead_over("uniform")
-    differences = np.mean([100.0 * best.hits[b] - 100.0 * found.rows[3].hits[b] for b in found.rows[3].hits], axis=0)
+    differences = np.mean([100.0 * leader.hits[b] - 100.0 * found.rows[3].hits[b] for b in found.rows[3].hits], axis=0)
     assert lead.value == pytest.approx(differences.mean())
     text = str(found)
-    assert f"take {best.name!r}" in text
+    assert f"take {found.recommended.name!r}" in text
     assert all(row.name in text for row in found.rows)
 
 
-def test_a_lead_beyond_two_standard_errors_tells_criteria_apart():
+def test_of_criteria_that_top1_does_not_tell_apart_it_recommends_the_one_that_loses_the_fewest_nats():
     hits = {"good": np.ones(400, bool), "same": np.arange(400) > 1, "bad": np.arange(400) > 200}
-    rows = tuple(AuditRow(name=name, hits={"b": h}, allocations={}) for name, h in hits.items())
-    made = infoq_fx.Audit(
-        rows=rows, budgets=("b",), tables={}, accuracy_drops={}, float_top1=100.0, evaluation_samples=400
-    )
-    assert made.recommended.name == "good"
+    nats = {"good": 0.2, "same": 0.1, "bad": 0.05}
+
+    def make(nats):
+        rows = [
+            AuditRow(name=n, hits={"b": h}, nats={"b": np.full(400, nats[n])} if nats else {}, allocations={})
+            for n, h in hits.items()
+        ]
+        return infoq_fx.Audit(
+            rows=tuple(rows), budgets=("b",), tables={}, accuracy_drops={}, float_top1=100.0, evaluation_samples=400
+        )
+
+    made = make(nats)
+    assert made.leader.name == "good"
     assert made.indistinguishable() == ["same"]
+    assert made.recommended.name == "same"
+    assert "take 'same'" in str(made)
+    assert str(made).endswith("(2 standard errors): good, same")
+    assert make(nats | {"same": 0.3}).recommended.name == "good"
+    assert make({}).recommended.name == "good"
 
 
 def test_a_second_audit_pays_only_for_what_is_new(model, samples, tmp_path, monkeypatch):
