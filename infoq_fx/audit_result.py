@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from infoq_fx.spec import Allocation, Score
 from infoq_fx.table import SensitivityTable
+from infoq_fx.tabular import align_rows
 
 __all__ = ["Audit", "AuditRow", "Hits", "Nats"]
 
@@ -126,7 +127,7 @@ class Audit:
             nats = [row.lost_nats(b) for b in self.budgets]
             lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
         head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
-        return "\n".join([head, *_align(cells), "", *_align(lost), "", self._advise()])
+        return "\n".join([head, *align_rows(cells), "", *align_rows(lost), "", self._advise()])
 
     def _advise(self) -> str:
         best = self.recommended.name
@@ -143,12 +144,3 @@ class Audit:
 
 def _mean_log_nats(row: AuditRow) -> float:
     return float(np.mean([math.log(max(nats.mean(), 1e-300)) for nats in row.nats.values()]))
-
-
-def _align(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, its first column to the left."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    ]

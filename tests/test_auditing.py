@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -35,9 +37,13 @@ def found(model, samples):
     return infoq_fx.audit(model, samples, ["infoq", "weight_mse", "output_kl"], BUDGETS, **OPTIONS)
 
 
-def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, model, samples):
+@pytest.fixture(scope="module")
+def prepared(model, samples):
+    return infoq_fx.prepare(model, tuple(x[::2] for x in samples), bits=(2, 3, 4, 8))
+
+
+def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, prepared, samples):
     images, labels = samples
-    prepared = infoq_fx.prepare(model, (images[::2], labels[::2]), bits=(2, 3, 4, 8))
     for row in found.rows:
         for budget, allocation in row.allocations.items():
             with torch.no_grad():
@@ -46,9 +52,8 @@ def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, model, 
             assert row.top1(budget).value == pytest.approx(100 * row.hits[budget].mean())
 
 
-def test_lost_nats_are_the_divergence_from_the_float_model(found, model, samples):
-    images, labels = samples
-    prepared = infoq_fx.prepare(model, (images[::2], labels[::2]), bits=(2, 3, 4, 8))
+def test_lost_nats_are_the_divergence_from_the_float_model(found, prepared, model, samples):
+    images, _ = samples
     for row in found.rows:
         for budget, allocation in row.allocations.items():
             with torch.no_grad():
@@ -68,12 +73,11 @@ def test_the_float_model_is_what_top1_is_beside(found):
     assert found.evaluation_samples == 80
 
 
-def test_allocations_can_be_measured_behind_recovery(model, samples, tmp_path):
+def test_allocations_can_be_measured_behind_recovery(model, prepared, samples, tmp_path):
     images, labels = samples
     options = OPTIONS | {"recovery": "fast", "correlate": False, "cache_dir": tmp_path}
     found = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options)
     plain = infoq_fx.audit(model, samples, ["weight_mse"], [2.5], **options | {"recovery": "none"})
-    prepared = infoq_fx.prepare(model, (images[::2], labels[::2]), bits=(2, 3, 4, 8))
     allocation = found.rows[0].allocations["2.5 bits"]
     assert allocation.bits == plain.rows[0].allocations["2.5 bits"].bits
     recovered = infoq_fx.recover(prepared, allocation, images[::2], progress=False)
@@ -158,6 +162,17 @@ def test_a_second_audit_pays_only_for_what_is_new(model, samples, tmp_path, monk
     more = infoq_fx.audit(model, samples, ["infoq", "output_kl", "loss", "accuracy"], BUDGETS[:1], **given)
     assert more.rows[0].hits["4 bits"].tolist() == first.rows[0].hits["4 bits"].tolist()
     assert more.rows[1].cpu_seconds == first.rows[0].cpu_seconds > 0
+
+
+def test_what_was_kept_without_nats_is_run_again(model, samples, tmp_path):
+    given = dict(cache_dir=tmp_path, correlate=False, **OPTIONS)
+    first = infoq_fx.audit(model, samples, ["weight_mse"], BUDGETS[:1], **given)
+    for path in (tmp_path / "audit").iterdir():
+        document = json.loads(path.read_text())
+        document.pop("nats", None)
+        path.write_text(json.dumps(document))
+    again = infoq_fx.audit(model, samples, ["weight_mse"], BUDGETS[:1], **given)
+    assert np.array_equal(again.rows[0].nats["4 bits"], first.rows[0].nats["4 bits"])
 
 
 def by_size(prepared, data, site, bits):

@@ -217,7 +217,11 @@ def test_audit_compares(folder, tmp_path):
     found = json.loads((tmp_path / "audit.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["eagl", "weight_mse", "uniform"]
     assert found["recommended"] in result.stdout
+    assert {found["leader"], found["recommended"]} <= {"eagl", "weight_mse"}
     assert found["rows"][0]["top1"].keys() == {"6 bits", "5 bits"}
+    for row in found["rows"]:
+        for budget, nats in row["lost_nats"].items():
+            assert nats > row["lost_nats_error"][budget] > 0
     assert (tmp_path / "audit.json.toml").exists()
 
 

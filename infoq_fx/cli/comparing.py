@@ -164,6 +164,7 @@ def _describe_audit(found: Audit) -> dict[str, Any]:
                 "top1": {b: None if s is None else s.value for b, s in top1.items()},
                 "standard_error": {b: None if s is None else s.standard_error for b, s in top1.items()},
                 "lost_nats": {b: None if s is None else s.value for b, s in lost.items()},
+                "lost_nats_error": {b: None if s is None else s.standard_error for b, s in lost.items()},
                 "correlation": row.correlation,
                 "correlation_error": row.correlation_error,
                 "rank_correlation": row.rank_correlation,
@@ -175,6 +176,7 @@ def _describe_audit(found: Audit) -> dict[str, Any]:
     return {
         "float_top1": found.float_top1,
         "evaluation_samples": found.evaluation_samples,
+        "leader": found.leader.name,
         "recommended": found.recommended.name,
         "indistinguishable": found.indistinguishable(),
         "rows": rows,
