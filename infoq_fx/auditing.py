@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 from infoq_fx.allocation import allocate, check_budget, find_uniform
+from infoq_fx.allocation_file import decode_allocation, describe_allocation
 from infoq_fx.api import DEFAULT_BITS, fit_data, prepare
 from infoq_fx.audit_result import Audit, AuditRow, Hits, Nats
 from infoq_fx.cache import digest_run
@@ -159,7 +160,7 @@ def audit(
         rows.append(judge("uniform", fitting))
         if "infoq" in tables:
             refined = {
-                name: choose_allocation(prepared, tables["infoq"], limit, calibration, candidates=candidates)
+                name: _refine(prepared, tables["infoq"], limit, calibration, candidates, folder)
                 for name, limit in limits.items()
             }
             rows.append(judge("infoq, refined", refined))
@@ -258,6 +259,28 @@ def _score(
         seconds = before + timed.seconds()
         _store(path, {"seconds": seconds})
     return table, seconds
+
+
+def _refine(
+    prepared: PreparedModel,
+    table: SensitivityTable,
+    limit: float | Budget,
+    data: CalibrationData,
+    candidates: Candidates | None,
+    folder: Path,
+) -> Allocation:
+    """What ``quantize()`` takes under a limit; kept, since with candidates the weights are rounded for it once more."""
+    # The first proposal is in the key for the costs of the user's own that decide it.
+    settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "limit": repr(limit)}
+    settings["first"] = json.dumps(describe_allocation(allocate(table, limit)))
+    if candidates is not None:
+        settings |= candidates.describe()
+    path = _path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
+    with suppress(OptionError, KeyError, TypeError, ValueError, AttributeError):  # nothing kept, or damaged
+        return decode_allocation(_load(path)["allocation"])
+    found = choose_allocation(prepared, table, limit, data, candidates=candidates)
+    _store(path, {"allocation": describe_allocation(found)})
+    return found
 
 
 class _Timed:

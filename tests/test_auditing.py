@@ -165,13 +165,25 @@ def test_a_second_audit_pays_only_for_what_is_new(model, samples, tmp_path, monk
     first = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
     monkeypatch.setattr(sensitivity, "_measure", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("infoq_fx.auditing.compute_logits", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr("infoq_fx.auditing.choose_allocation", lambda *_, **__: pytest.fail("refined again"))
     again = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
     assert str(again) == str(first)  # CPU seconds among it: those of the run that measured
+    assert [row.allocations for row in again.rows] == [row.allocations for row in first.rows]
     # Criteria that read the same measurements share them.
     monkeypatch.setattr("infoq_fx.auditing.compute_logits", compute_logits)
     more = infoq_fx.audit(model, samples, ["infoq", "output_kl", "loss", "accuracy"], BUDGETS[:1], **given)
     assert more.rows[0].hits["4 bits"].tolist() == first.rows[0].hits["4 bits"].tolist()
     assert more.rows[1].cpu_seconds == first.rows[0].cpu_seconds > 0
+
+
+def test_behind_recovery_a_second_audit_rounds_no_weights_again(model, samples, tmp_path, monkeypatch):
+    given = OPTIONS | dict(cache_dir=tmp_path, recovery="fast", correlate=False)
+    first = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)
+    monkeypatch.setattr("infoq_fx.recovery.candidates.Candidates._round", lambda *_: pytest.fail("rounded again"))
+    again = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)
+    assert again.rows[-1].allocations == first.rows[-1].allocations
+    with pytest.raises(pytest.fail.Exception, match="rounded again"):
+        infoq_fx.audit(model, samples, ["infoq"], [3.0], **given)
 
 
 def test_what_was_kept_without_nats_is_run_again(model, samples, tmp_path):
