@@ -270,9 +270,9 @@ def _refine(
     folder: Path,
 ) -> Allocation:
     """What ``quantize()`` takes under a limit; kept, since with candidates the weights are rounded for it once more."""
-    # The first proposal is in the key for the costs of the user's own that decide it.
-    settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "limit": repr(limit)}
-    settings["first"] = json.dumps(describe_allocation(allocate(table, limit)))
+    # The first proposal holds the limit, and differs where costs of the user's own do.
+    first = json.dumps(describe_allocation(allocate(table, limit)))
+    settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "first": first}
     if candidates is not None:
         settings |= candidates.describe()
     path = _path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))

@@ -186,14 +186,16 @@ def test_behind_recovery_a_second_audit_rounds_no_weights_again(model, samples, 
         infoq_fx.audit(model, samples, ["infoq"], [3.0], **given)
 
 
-def test_what_was_kept_without_nats_is_run_again(model, samples, tmp_path):
+def test_what_was_kept_without_nats_or_is_damaged_is_run_again(model, samples, tmp_path):
     given = dict(cache_dir=tmp_path, correlate=False, **OPTIONS)
-    first = infoq_fx.audit(model, samples, ["weight_mse"], BUDGETS[:1], **given)
+    first = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)
     for path in (tmp_path / "audit").iterdir():
         document = json.loads(path.read_text())
         document.pop("nats", None)
+        document.get("allocation", {}).pop("bits", None)
         path.write_text(json.dumps(document))
-    again = infoq_fx.audit(model, samples, ["weight_mse"], BUDGETS[:1], **given)
+    again = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)
+    assert [row.allocations for row in again.rows] == [row.allocations for row in first.rows]
     assert np.array_equal(again.rows[0].nats["4 bits"], first.rows[0].nats["4 bits"])
 
 
