@@ -1,6 +1,6 @@
 """How the reference is built: ``python -m sphinx -W -b html docs build/docs``; everything comes from the docstrings."""
 
-from infoq_fx.version import __version__
+from infoq_fx.core.version import __version__
 
 project = "infoq_fx"
 author = "the infoq_fx maintainers"

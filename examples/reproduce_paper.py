@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Subset
 
 import infoq_fx
 from infoq_fx import CRITERIA, Allocation, Budget, InfoQPaper
-from infoq_fx.data import CalibrationData, read_data
+from infoq_fx.core.data import CalibrationData, read_data
 from infoq_fx.demo import digits, train_digits_net
-from infoq_fx.prepared import PreparedModel as Prepared
-from infoq_fx.sensitivity import Resources, measure_sensitivity
+from infoq_fx.quantization.prepared import PreparedModel as Prepared
+from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 
 BITS = (2, 3, 4, 5, 6, 7, 8)  # the paper's candidates
 MODELS_FILE = Path(__file__).parents[2] / "shared" / "data" / "real_models.py"
@@ -50,7 +50,7 @@ class Case:
     tight: float  # the one at which criteria differ
     bits: tuple[int, ...] = BITS
     slices: int = 256
-    encoder: infoq_fx.encoders.Encoder | None = None
+    encoder: infoq_fx.scoring.information.encoders.Encoder | None = None
     image_counts: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
     device: str = "cpu"
 
@@ -270,7 +270,7 @@ def show_sizes(lab: Laboratory, prepared: Prepared, tables: dict) -> None:
         uniform = {site.name: int(bits) if site.kind == "weight" else 8 for site in prepared.inventory.sites}
         allocations.append(("uniform", Allocation(bits=uniform)))
     for name, allocation in allocations:
-        cost = infoq_fx.cost.measure_cost(prepared.inventory, allocation.bits)
+        cost = infoq_fx.allocation.cost.measure_cost(prepared.inventory, allocation.bits)
         top1, error = evaluate(lab.case, infoq_fx.convert(prepared, allocation))
         row = {"criterion": name, "megabytes": cost.size_bytes / 1e6, "mean bits": cost.weight_bits}
         rows.append(row | {"compression": cost.compression, "top-1": top1, "standard error": error})

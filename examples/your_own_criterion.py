@@ -8,8 +8,8 @@ is less sensitive. The integer program takes the sum over the sites, and only ho
 
 import infoq_fx
 from infoq_fx.demo import digits, train_digits_net
-from infoq_fx.interpreter import read_weights
-from infoq_fx.runs import compute_logits
+from infoq_fx.graph.float_interpreter import read_weights
+from infoq_fx.runtime.forward import compute_logits
 
 (images, labels), (test_images, test_labels) = digits()
 model = train_digits_net(images, labels, epochs=4)

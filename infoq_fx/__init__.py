@@ -1,27 +1,13 @@
-"""infoq_fx: every layer's bit-width by information flow, as a torch.fx compiler pass.
+"""infoq_fx finds the bit-width of every layer of a trained network, as a ``torch.fx`` compiler pass.
 
 quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
 infoq_fx.export_onnx(quantized, "model.onnx")
+
+The public names are listed in ``__init__.pyi``. Each is imported when it is first used (PEP 562): the help of the command
+line, and an allocation on a laptop, do not wait for torch.
 """
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-# The command's help and completion, and an allocation on a laptop, must not wait for torch.
-_IS_COMMAND = Path("".join(sys.argv[:1])).stem == "infoq-fx"
-
-if TYPE_CHECKING or not _IS_COMMAND:
-    from infoq_fx.names import *  # noqa: F403
-    from infoq_fx.names import __all__ as __all__
-    from infoq_fx.names import __version__ as __version__
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        import importlib.util
-
-        is_module = importlib.util.find_spec(f"{__name__}.{name}") is not None
-        if is_module or (name.startswith("__") and name != "__version__"):
-            raise AttributeError(name)  # an import of a module goes on behind this
-        return getattr(importlib.import_module("infoq_fx.names"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [name for name in __all__ if name != "InfoqQuantizer"]  # needs an extra: ``import *`` works without it

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,38 +10,41 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from infoq_fx.allocation import allocate, check_budget
-from infoq_fx.calibration import calibrate
-from infoq_fx.capture import CapturedModel, capture
-from infoq_fx.criteria import AnyCriterion, Criterion, InfoQ, InfoQPaper, find_criterion
-from infoq_fx.data import CalibrationData, read_data
-from infoq_fx.encoders import Encoder
+from infoq_fx.allocation.solver import allocate, check_budget
+from infoq_fx.conversion.conversion import check_allocation, convert_prepared
+from infoq_fx.conversion.quantized import QuantizedModule
+from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.passes import run_passes
-from infoq_fx.passes.add_head_dimension import add_head_dimension
-from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers
-from infoq_fx.passes.find_sites import find_sites
-from infoq_fx.passes.fold_batch_norm import fold_batch_norm
-from infoq_fx.passes.fold_constants import fold_constants
-from infoq_fx.passes.insert_observers import insert_observers
-from infoq_fx.passes.insert_quantizers import insert_quantizers
-from infoq_fx.prepared import PreparedModel
-from infoq_fx.quantized import Provenance, QuantizedModule, wrap_quantized
-from infoq_fx.recovery import AnyRecovery, find_candidates, find_steps, recover_accuracy
-from infoq_fx.refinement import choose_allocation
-from infoq_fx.runs import choose_batch_size
-from infoq_fx.sensitivity import Resources, measure_sensitivity
-from infoq_fx.spec import Allocation, Budget, Observer, check_bits
+from infoq_fx.graph.calibration import calibrate
+from infoq_fx.graph.capture import capture
+from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, fit_data, name_examples
+from infoq_fx.graph.passes.add_head_dimension import add_head_dimension
+from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
+from infoq_fx.graph.passes.fold_constants import fold_constants
+from infoq_fx.graph.passes.insert_observers import insert_observers
+from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
+from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
+from infoq_fx.graph.sites import find_sites
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
+from infoq_fx.runtime.forward import choose_batch_size
+from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
+from infoq_fx.scoring.criteria.infoq import InfoQ
+from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
+from infoq_fx.scoring.criterion import Criterion
+from infoq_fx.scoring.information.encoders import Encoder
+from infoq_fx.scoring.refinement import choose_allocation
+from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable
-from infoq_fx.targets import find_container
+from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
 __all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def quantize(
@@ -75,7 +75,7 @@ def quantize(
     Args:
         model: trained; an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
         budget: mean weight bit-width, or a :class:`Budget` with any number of limits.
-        calibration_data: about 1,000 samples, see :func:`infoq_fx.data.read_data`. Without labels the model's own
+        calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels the model's own
             predictions serve. None: weights only, by their relative error, with a warning.
         example_inputs: a batch for capture; needed only without data and without an exported program.
         bits: candidate bit-widths of weights, 2 to 8. None for all, or those that the budget's container stores.
@@ -85,7 +85,7 @@ def quantize(
             function of your own, see :class:`infoq_fx.FunctionCriterion`.
         observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQ` and
             :class:`infoq_fx.InfoQPaper`.
-        encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.encoders.encode_inputs`.
+        encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
         alpha: weight of activation scores against weight scores (Eq. 5).
         refine: choose among a few allocations by running them, see :func:`refine`; needs data.
         recovery: what is done for the accuracy at these bit-widths, see :func:`recover`; needs data.
@@ -134,14 +134,14 @@ def quantize(
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     table, _ = measure_sensitivity(prepared, fitting, chosen, resources, candidates)
     if fitting is None:
-        return _convert(prepared, allocate(table, budget, alpha=alpha), table)
+        return convert_prepared(prepared, allocate(table, budget, alpha=alpha), table)
     if refine:
         allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
     folder = None if cache_dir is None else Path(cache_dir)
     better = recover_accuracy(prepared, allocation.bits, fitting, steps, cache_dir=folder, progress=progress)
-    return _convert(better, allocation, table)
+    return convert_prepared(better, allocation, table)
 
 
 def prepare(
@@ -170,16 +170,16 @@ def prepare(
         raise CalibrationDataError(
             "activations cannot be quantized without calibration data: give data, or activation_bits=None"
         )
-    inputs = _example_inputs(model, data, example_inputs)
+    inputs = choose_example_inputs(model, data, example_inputs)
     captured = capture(model, inputs, device=device)
-    examples = _name_examples(captured, inputs, torch.device(device))
+    examples = name_examples(captured, inputs, torch.device(device))
     graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
         graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
     )
     if budget is not None:
         check_budget(plan.inventory, budget)
-    run_passes(graph_module, [_named(insert_quantizers, plan=plan), insert_observers])
+    run_passes(graph_module, [bind_options(insert_quantizers, plan=plan), insert_observers])
     prepared = PreparedModel(
         graph_module=graph_module,
         inventory=plan.inventory,
@@ -300,7 +300,7 @@ def recover(
         CalibrationDataError: the data cannot be used.
     """
     steps = find_steps(recovery)
-    _check_allocation(prepared, allocation)
+    check_allocation(prepared, allocation)
     data = fit_data(prepared, read_data(calibration_data))
     folder = None if cache_dir is None else Path(cache_dir)
     return recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
@@ -312,40 +312,13 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
-    return _convert(prepared, allocation, None)
-
-
-def _convert(prepared: PreparedModel, allocation: Allocation, table: SensitivityTable | None) -> QuantizedModule:
-    _check_allocation(prepared, allocation)
-    allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
-    graph_module = copy.deepcopy(prepared.graph_module)
-    passes = [remove_observers, _named(convert_quantizers, bits=allocation.bits), quantize_biases]
-    provenance = Provenance(
-        allocation,
-        prepared.example_inputs,
-        prepared.output_names,
-        batch_size=prepared.batch_size,
-        inventory=prepared.inventory,
-        table=table,
-        prepared=prepared.origin or prepared,
-    )
-    return wrap_quantized(run_passes(graph_module, passes), provenance)
+    return convert_prepared(prepared, allocation, None)
 
 
 def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
     """Bit-widths that make a difference: in a container of 4 and 8 bits, 3 take the place of 4 and are worse."""
     container = budget.container if isinstance(budget, Budget) else None
     return DEFAULT_BITS if container is None else find_container(container).weight_widths
-
-
-def _check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
-    for _, quantizer in prepared.quantizer_nodes():
-        name, known = quantizer.site.name, quantizer.calibrated_bits
-        if allocation.bits.get(name) not in known:
-            found = allocation.bits.get(name, "no bit-width")
-            raise OptionError(
-                f"the allocation gives site {name!r} {found}; take one that it was calibrated for, of {known}"
-            )
 
 
 def _make_criterion(
@@ -365,71 +338,3 @@ def _make_criterion(
             "observers and encoder belong to criterion='infoq' or 'infoq_paper'; give them to the criterion object"
         )
     return find_criterion(criterion)
-
-
-def _named(graph_pass: Any, **options: Any) -> Any:
-    bound = functools.partial(graph_pass, **options)
-    functools.update_wrapper(bound, graph_pass)
-    return bound
-
-
-def _example_inputs(
-    model: nn.Module | ExportedProgram, data: CalibrationData | None, example_inputs: Inputs | None
-) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    if data is not None:
-        return data.example_inputs
-    if example_inputs is not None:
-        batch = read_data(
-            example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
-        )
-        return batch.example_inputs
-    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
-        args, kwargs = model.example_inputs
-        return dict(kwargs) if kwargs else tuple(args)
-    raise OptionError(
-        "without calibration data no inputs are known; give example_inputs=(one batch) or an exported program"
-    )
-
-
-def _name_examples(
-    captured: CapturedModel, inputs: tuple[Tensor, ...] | dict[str, Tensor], device: torch.device
-) -> dict[str, Tensor]:
-    held = read_data(inputs if isinstance(inputs, dict) else [(inputs, None)]).named(captured.input_names)
-    _check_against_graph(captured.graph_module, held)
-    rows = torch.arange(captured.batch_size or max(2, held.samples)) % held.samples
-    return {name: x[rows.to(x.device)].to(device) for name, x in held.inputs.items()}
-
-
-def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
-    """Data by the model's input names, on its device, in whole batches where the graph is fixed to a size.
-
-    Raises:
-        CalibrationDataError: names, shapes or dtypes that the model does not take, or less than one batch.
-    """
-    named = data.named(prepared.input_names)
-    _check_against_graph(prepared.graph_module, named)
-    if prepared.batch_size is not None:
-        whole = named.samples - named.samples % prepared.batch_size
-        if whole == 0:
-            raise CalibrationDataError(
-                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples; "
-                "give at least one batch"
-            )
-        named = named.take(whole)
-    device = next(iter(prepared.example_inputs.values())).device
-    return named.to(device)
-
-
-def _check_against_graph(graph_module: fx.GraphModule, data: CalibrationData) -> None:
-    for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        wanted, found = node.meta["val"], data.inputs[str(node.target)]
-        fits = wanted.ndim == found.ndim and wanted.dtype == found.dtype
-        sizes = zip(wanted.shape[1:], found.shape[1:], strict=True) if fits else ()
-        if not fits or any(isinstance(w, int) and w != f for w, f in sizes):
-            shape = [size if isinstance(size, int) else "any" for size in wanted.shape]
-            raise CalibrationDataError(
-                f"input {node.target!r} takes {wanted.dtype} {['samples', *shape[1:]]}, the data has {found.dtype} "
-                f"{['samples', *found.shape[1:]]}: resize or convert the data"
-            )

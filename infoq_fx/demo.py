@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from infoq_fx.api import convert, prepare, recover, refine, score
-from infoq_fx.onnx_export import export_onnx
-from infoq_fx.prepared import PreparedModel
-from infoq_fx.spec import Allocation
+from infoq_fx.export.qdq_onnx.exporter import export_onnx
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.types import Allocation
 
 __all__ = ["DemoResult", "DigitsNet", "digits", "run_demo", "train_digits_net"]
 

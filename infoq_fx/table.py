@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.files import read_json, write_atomically
-from infoq_fx.spec import Inventory, Operation, QuantSite, Score
-from infoq_fx.tabular import align_rows, html_table
+from infoq_fx.types import Inventory, Operation, QuantSite, Score
 
 __all__ = ["SensitivityTable"]
 

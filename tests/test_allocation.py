@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from infoq_fx import integer_program
-from infoq_fx.allocation import allocate, check_budget
-from infoq_fx.cost import COSTS, measure_cost
+from infoq_fx.allocation import integer_program
+from infoq_fx.allocation.cost import COSTS, measure_cost
+from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
-from infoq_fx.spec import Budget, Cost, Inventory, Operation, QuantSite, Score
 from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Budget, Cost, Inventory, Operation, QuantSite, Score
 
 ALL_BITS = tuple(range(2, 9))
 
@@ -119,9 +119,9 @@ LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_byte
 def test_equals_brute_force(
     names: tuple[str, ...], branches: int, states: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", branches)
-    monkeypatch.setattr("infoq_fx.core_search._MAX_STATES", states)
-    monkeypatch.setattr("infoq_fx.core_search._FEW_STATES", 0)
+    monkeypatch.setattr("infoq_fx.allocation.core_problem._MAX_BRANCHES", branches)
+    monkeypatch.setattr("infoq_fx.allocation.core_problem._MAX_STATES", states)
+    monkeypatch.setattr("infoq_fx.allocation.core_problem._FEW_STATES", 0)
     rng = random.Random(str(names))
     infeasible = 0
     for trial in range(12):
@@ -183,7 +183,7 @@ def test_a_huge_score_to_be_avoided_does_not_hide_small_ones(seed: int) -> None:
 @pytest.fixture
 def only_cbc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is listed: CBC has to find all that the bound leaves."""
-    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", 0)
+    monkeypatch.setattr("infoq_fx.allocation.core_problem._MAX_BRANCHES", 0)
 
 
 @pytest.mark.usefixtures("only_cbc")
@@ -535,7 +535,7 @@ def test_nothing_to_search() -> None:
 def test_the_solver_is_silent_and_leaves_nothing(
     branches: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infoq_fx.core_search._MAX_BRANCHES", branches)
+    monkeypatch.setattr("infoq_fx.allocation.core_problem._MAX_BRANCHES", branches)
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -559,7 +559,7 @@ def test_a_solver_that_fails_is_reported(solver: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("only_cbc")
 def test_an_unproven_optimum_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infoq_fx.integer_program._CBC_OPTIONS", ("seconds 0",))
+    monkeypatch.setattr("infoq_fx.allocation.integer_program._CBC_OPTIONS", ("seconds 0",))
     with pytest.raises(InfoqError, match="no proven optimum"):
         allocate(resnet50_sized_table(1), 3)
 

@@ -7,10 +7,10 @@ import torch
 from conftest import ResidualNet, randomise_norms
 
 import infoq_fx
-from infoq_fx import sensitivity
-from infoq_fx.auditing import AuditRow
+from infoq_fx.auditing.result import AuditRow
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.runs import compute_logits
+from infoq_fx.runtime.forward import compute_logits
+from infoq_fx.scoring import sensitivity
 
 OPTIONS = dict(bits=(2, 3, 4, 8), progress=False)
 BUDGETS = [4.0, infoq_fx.Budget(compression=11.0)]
@@ -164,13 +164,13 @@ def test_a_second_audit_pays_only_for_what_is_new(model, samples, tmp_path, monk
     given = dict(cache_dir=tmp_path, **OPTIONS)
     first = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
     monkeypatch.setattr(sensitivity, "_measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr("infoq_fx.auditing.compute_logits", lambda *_, **__: pytest.fail("ran again"))
-    monkeypatch.setattr("infoq_fx.auditing.choose_allocation", lambda *_, **__: pytest.fail("refined again"))
+    monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr("infoq_fx.auditing.comparison.choose_allocation", lambda *_, **__: pytest.fail("refined again"))
     again = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
     assert str(again) == str(first)  # CPU seconds among it: those of the run that measured
     assert [row.allocations for row in again.rows] == [row.allocations for row in first.rows]
     # Criteria that read the same measurements share them.
-    monkeypatch.setattr("infoq_fx.auditing.compute_logits", compute_logits)
+    monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", compute_logits)
     more = infoq_fx.audit(model, samples, ["infoq", "output_kl", "loss", "accuracy"], BUDGETS[:1], **given)
     assert more.rows[0].hits["4 bits"].tolist() == first.rows[0].hits["4 bits"].tolist()
     assert more.rows[1].cpu_seconds == first.rows[0].cpu_seconds > 0

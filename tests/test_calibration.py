@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx.calibration import weight_digits
-from infoq_fx.histogram import Histogram, find_activation_scale, significant_bits_of
-from infoq_fx.passes.move_scales import find_scale_groups, move_scales
-from infoq_fx.spec import QuantSpec
+from infoq_fx.graph.calibration import weight_digits
+from infoq_fx.graph.passes.scale_equalization import equalize_scales, find_scale_groups
+from infoq_fx.quantization.histogram import Histogram, find_activation_scale, significant_bits_of
+from infoq_fx.types import QuantSpec
 
 
 class Bottleneck(nn.Module):
@@ -115,7 +115,7 @@ def test_moved_factors_multiply_the_activations_and_leave_the_outputs(found):
     for quantizer in bits.values():
         quantizer.calibrated_bits = ()  # as in float
     before = values_of(module, x)
-    move_scales(module, factors)
+    equalize_scales(module, factors)
     module.recompile()
     after = values_of(module, x)
     for node, value in before.items():
@@ -144,11 +144,11 @@ def test_a_tensor_with_a_factor_of_its_own_gets_its_best_scale(inputs):
     histogram.update(values)
     scale = find_activation_scale(histogram, spec)
     factor = 2.0 ** round(np.log2(scale)) / scale
-    qparams = infoq_fx.histogram.choose_activation_qparams(histogram, spec, factor=factor)
+    qparams = infoq_fx.quantization.histogram.choose_activation_qparams(histogram, spec, factor=factor)
     assert float(qparams.scale) == 2.0 ** round(np.log2(scale))
-    error = (infoq_fx.numerics.fake_quantize(values * factor, qparams) / factor - values).square().mean()
-    plain = infoq_fx.histogram.choose_activation_qparams(histogram, spec)
-    other = (infoq_fx.numerics.fake_quantize(values, plain) - values).square().mean()
+    error = (infoq_fx.quantization.numerics.fake_quantize(values * factor, qparams) / factor - values).square().mean()
+    plain = infoq_fx.quantization.histogram.choose_activation_qparams(histogram, spec)
+    other = (infoq_fx.quantization.numerics.fake_quantize(values, plain) - values).square().mean()
     assert float(error) <= 1.01 * float(other)
     assert scale <= histogram.maximum / 255
 

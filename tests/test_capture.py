@@ -5,8 +5,8 @@ import torch
 from conftest import ResidualNet, randomise_norms
 from torch import fx, nn
 
-from infoq_fx.capture import capture, export_quietly
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
+from infoq_fx.graph.capture import capture, export_quietly
 
 ATEN = torch.ops.aten
 

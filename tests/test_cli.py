@@ -108,7 +108,7 @@ def test_neither_help_nor_allocation_waits_for_torch(arguments, folder):
 def test_the_package_has_its_names_where_the_command_runs():
     code = "import infoq_fx; print(infoq_fx.Budget, infoq_fx.__version__, 'torch' in sys.modules)"
     found = started(f"{code}; infoq_fx.budget")
-    assert found.stdout.split() == ["<class", "'infoq_fx.spec.Budget'>", infoq_fx.__version__, "True"], found.stderr
+    assert found.stdout.split() == ["<class", "'infoq_fx.types.Budget'>", infoq_fx.__version__, "True"], found.stderr
     assert "has no attribute 'budget'" in found.stderr
 
 
@@ -296,7 +296,7 @@ def test_a_traceback_only_with_debug(folder, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the gears\njam")
 
-    monkeypatch.setattr("infoq_fx.allocation.allocate", fail)
+    monkeypatch.setattr("infoq_fx.allocation.solver.allocate", fail)
     plain = run("allocate", folder / "scores.json", "--budget", 4)
     assert plain.exit_code == cli.ExitCode.FAULT
     assert plain.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import infoq_fx
-from infoq_fx.spec import Allocation
+from infoq_fx.types import Allocation
 
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from infoq_fx import core_search
-from infoq_fx.core_search import search_core
-from infoq_fx.cost import CostRow
+from infoq_fx.allocation import core_problem as core_search
+from infoq_fx.allocation.core_problem import search_core
+from infoq_fx.allocation.cost import CostRow
 
 BITS = (2, 3, 4, 8)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infoq_fx.cost import (
+from infoq_fx.allocation.cost import (
     activation_bytes,
     broken_limits,
     build_cost_row,
@@ -17,7 +17,7 @@ from infoq_fx.cost import (
     weight_bytes,
 )
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Budget, Inventory, Operation, QuantSite
+from infoq_fx.types import Budget, Inventory, Operation, QuantSite
 
 BITS = tuple(range(2, 9))
 

@@ -8,13 +8,13 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx.criteria import CRITERIA, Work, find_criterion
-from infoq_fx.criteria.information import group_labels
-from infoq_fx.criteria.observers import choose_default_observers, pool_features
-from infoq_fx.data import read_data
-from infoq_fx.mutual_info import estimate_ksg, estimate_ross, unit_projections
-from infoq_fx.runs import compute_logits
-from infoq_fx.spec import Measurement, Observer
+from infoq_fx.core.data import read_data
+from infoq_fx.runtime.forward import RunOptions, compute_logits
+from infoq_fx.scoring.criteria import CRITERIA, find_criterion
+from infoq_fx.scoring.information.measurement import group_labels
+from infoq_fx.scoring.information.mutual_info import estimate_ksg, estimate_ross, unit_projections
+from infoq_fx.scoring.information.observers import choose_default_observers, pool_features
+from infoq_fx.types import Measurement, Observer
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def prepared_and_data():
 def measure(criterion, prepared, data, sites=None, batch_size=32):
     chosen = sites or [s for s in prepared.inventory.sites if s.is_searched and len(s.bits) > 1]
     steps = []
-    measured_by = criterion.begin(prepared, data, batch_size=batch_size, work=Work())
-    found = measured_by(prepared, data, chosen, Work(advance=steps.append))
+    measured_by = criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions())
+    found = measured_by(prepared, data, chosen, RunOptions(advance=steps.append))
     assert sum(steps) == pytest.approx(sum(len(site.bits) for site in chosen))
     return found
 
@@ -83,8 +83,8 @@ def by_equation(prepared, data, site, bits, observers, criterion):
             handle.remove()
         return seen
 
-    from infoq_fx.criteria.information import _mix
-    from infoq_fx.encoders import principal_components
+    from infoq_fx.scoring.information.encoders import principal_components
+    from infoq_fx.scoring.information.measurement import _mix
 
     features = principal_components(data.inputs).numpy()
     base, changed = activations(None), activations(site)

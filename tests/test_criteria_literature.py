@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx import numerics
-from infoq_fx.criteria import ALPS, LIMPQ, MPQCO, OMPQ, HAWQv2, Work
-from infoq_fx.criteria.alps import Finetuning
-from infoq_fx.criteria.ompq import orthogonality
-from infoq_fx.criteria.training import read_labelled, shuffled_batches
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.quantization import numerics
+from infoq_fx.runtime.forward import RunOptions
+from infoq_fx.scoring.criteria.alps import ALPS, Finetuning
+from infoq_fx.scoring.criteria.hawq_v2 import HAWQv2
+from infoq_fx.scoring.criteria.limpq import LIMPQ
+from infoq_fx.scoring.criteria.mpqco import MPQCO
+from infoq_fx.scoring.criteria.ompq import OMPQ, orthogonality
+from infoq_fx.scoring.gradients import read_labelled, shuffled_batches
 
 QUICK = {
     "hawq_v2": HAWQv2(samples=8),
@@ -46,10 +49,12 @@ def small():
     return model, x, labels, *prepare(model, x, labels, activation_bits=(2, 8))
 
 
-def measure(criterion, prepared, data, work=None, batch_size=8):
-    measured_by = pickle.loads(pickle.dumps(criterion.begin(prepared, data, batch_size=batch_size, work=Work())))
+def measure(criterion, prepared, data, run_options=None, batch_size=8):
+    measured_by = pickle.loads(
+        pickle.dumps(criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions()))
+    )
     sites = [s for s in prepared.inventory.sites if s.is_searched and s.kind in criterion.kinds and len(s.bits) > 1]
-    return criterion.score(prepared, measured_by(prepared, data, sites, work or Work()))
+    return criterion.score(prepared, measured_by(prepared, data, sites, run_options or RunOptions()))
 
 
 def weight_error(model, prepared, site, bits):
@@ -74,7 +79,7 @@ def exact_average_trace(model, x, labels, site):
 def test_hawq_v2_estimates_the_exact_trace(batch_size, small):
     model, x, labels, prepared, data = small
     criterion = HAWQv2(probes=300, samples=24)
-    found = criterion.begin(prepared, data, batch_size=batch_size, work=Work())
+    found = criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions())
     for site in WEIGHTS:
         error = found.standard_error[site]
         expected = exact_average_trace(model, x, labels, site)
@@ -85,7 +90,7 @@ def test_hawq_v2_estimates_the_exact_trace(batch_size, small):
 def test_hawq_v2_is_trace_times_squared_error(small):
     model, _, _, prepared, data = small
     criterion = HAWQv2(samples=24)
-    found = criterion.begin(prepared, data, batch_size=8, work=Work())
+    found = criterion.begin(prepared, data, batch_size=8, run_options=RunOptions())
     for site, by_bits in measure(criterion, prepared, data).items():
         for bits, score in by_bits.items():
             power = float(weight_error(model, prepared, site, bits).square().sum())
@@ -95,7 +100,7 @@ def test_hawq_v2_is_trace_times_squared_error(small):
 
 def test_the_standard_error_of_hawq_v2_is_the_spread_over_seeds(small):
     _, _, _, prepared, data = small
-    runs = [HAWQv2(seed=s, samples=16).begin(prepared, data, batch_size=4, work=Work()) for s in range(40)]
+    runs = [HAWQv2(seed=s, samples=16).begin(prepared, data, batch_size=4, run_options=RunOptions()) for s in range(40)]
     for site in WEIGHTS:
         spread = np.std([run.average_trace[site] for run in runs], ddof=1)
         claimed = math.sqrt(np.mean([run.standard_error[site] ** 2 for run in runs]))
@@ -105,7 +110,7 @@ def test_the_standard_error_of_hawq_v2_is_the_spread_over_seeds(small):
 def test_a_negative_trace_counts_as_none(small):
     _, _, _, prepared, _ = small
     found = [
-        infoq_fx.criteria.protocol.Measurement(
+        infoq_fx.scoring.criterion.Measurement(
             "0.weight", 2, {"average_trace": -1.0, "average_trace:standard_error": 0.5, "squared_error": 2.0}
         )
     ]
@@ -217,7 +222,7 @@ def test_ompq_is_the_definition(is_centred, monkeypatch):
         for bits in (2, 4, 8):
             # The 8-bit model's outputs are not quite the float model's.
             assert scores[site][bits].value == pytest.approx((8 - bits) * expected, rel=0.02)
-    monkeypatch.setattr("infoq_fx.criteria.ompq._GROUP_BYTES", 1)
+    monkeypatch.setattr("infoq_fx.scoring.criteria.ompq._GROUP_BYTES", 1)
     assert measure(OMPQ(beta=beta, is_centred=is_centred), prepared, data) == scores
 
 
@@ -338,7 +343,7 @@ def test_limpq_is_described_by_the_candidates_of_all_sites(small):
 def test_alps_without_training_is_the_increase_of_the_loss(small):
     _, _, _, prepared, data = small
     scores = measure(ALPS(steps=0), prepared, data)
-    expected = measure(infoq_fx.criteria.Loss(), prepared, data)
+    expected = measure(infoq_fx.scoring.criteria.Loss(), prepared, data)
     for site, by_bits in expected.items():
         for bits, score in by_bits.items():
             assert scores[site][bits].value == pytest.approx(score.value, abs=1e-4)
@@ -348,7 +353,7 @@ def test_alps_without_training_is_the_increase_of_the_loss(small):
 def test_alps_counts_the_accuracy_too(small):
     _, _, _, prepared, data = small
     scores = measure(ALPS(steps=0, by="accuracy"), prepared, data)
-    expected = measure(infoq_fx.criteria.Accuracy(), prepared, data)
+    expected = measure(infoq_fx.scoring.criteria.Accuracy(), prepared, data)
     assert {s: {b: v.value for b, v in by.items()} for s, by in scores.items()} == {
         s: {b: pytest.approx(v.value, abs=1e-6) for b, v in by.items()} for s, by in expected.items()
     }
@@ -380,10 +385,12 @@ def test_finetuning_makes_good_what_it_can():
     torch.manual_seed(4)
     model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(96, 6)
     prepared, data = prepare(model, x)
-    chosen = read_labelled("alps", prepared, data, 96, batch_size=32, work=Work())
+    chosen = read_labelled("alps", prepared, data, 96, batch_size=32, run_options=RunOptions())
     losses = [
         float(
-            Finetuning(steps, 32, 0.02, 0).run(prepared, chosen, {"0.weight": 2}, Work(), lambda share: None)[0].mean()
+            Finetuning(steps, 32, 0.02, 0)
+            .run(prepared, chosen, {"0.weight": 2}, RunOptions(), lambda share: None)[0]
+            .mean()
         )
         for steps in (0, 20)
     ]
@@ -401,11 +408,11 @@ def test_threads_and_the_global_generator_change_nothing(criterion, small):
     once = measure(criterion, prepared, data)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(12)
-    threaded = Work(threads=3)
+    threaded = RunOptions(threads=3)
     sites = [s for s in prepared.inventory.sites if s.is_searched and s.kind in criterion.kinds and len(s.bits) > 1]
     steps = []
-    measured_by = criterion.begin(prepared, data, batch_size=8, work=threaded)
-    found = measured_by(prepared, data, sites, Work(threads=3, advance=steps.append))
+    measured_by = criterion.begin(prepared, data, batch_size=8, run_options=threaded)
+    found = measured_by(prepared, data, sites, RunOptions(threads=3, advance=steps.append))
     assert criterion.score(prepared, found) == once
     assert sum(steps) == pytest.approx(sum(len(site.bits) for site in sites))
 
@@ -428,7 +435,7 @@ def test_seeds_decide(criteria, small):
 def test_no_data_is_refused(criterion, small):
     _, _, _, prepared, _ = small
     with pytest.raises(CalibrationDataError, match=criterion.name):
-        criterion.begin(prepared, None, batch_size=8, work=Work())
+        criterion.begin(prepared, None, batch_size=8, run_options=RunOptions())
 
 
 @pytest.mark.parametrize("name", [n for n in QUICK if n != "ompq"])
@@ -436,7 +443,7 @@ def test_labels_that_are_no_classes_are_refused(name, small):
     _, x, labels, prepared, _ = small
     data = read_data((x, labels + 7)).named(prepared.input_names)
     with pytest.raises(CalibrationDataError, match="labels range from 7"):
-        QUICK[name].begin(prepared, data, batch_size=8, work=Work())
+        QUICK[name].begin(prepared, data, batch_size=8, run_options=RunOptions())
 
 
 @pytest.mark.parametrize(
@@ -463,23 +470,23 @@ def test_a_training_that_diverges_says_so(small):
     _, _, _, prepared, data = small
     for criterion in (LIMPQ(learning_rate=1e30, steps=8), ALPS(learning_rate=1e30)):
         with pytest.raises(OptionError, match="lower it"):
-            criterion.begin(prepared, data, batch_size=8, work=Work())
+            criterion.begin(prepared, data, batch_size=8, run_options=RunOptions())
 
 
 @pytest.mark.parametrize("criterion", [LIMPQ(steps=10**7), ALPS(steps=10**7)], ids=["limpq", "alps"])
 def test_stop_ends_a_training(criterion, small):
     _, _, _, prepared, data = small
-    work = Work()
-    timer = threading.Timer(0.3, work.stop.set)
+    run_options = RunOptions()
+    timer = threading.Timer(0.3, run_options.stop.set)
     timer.start()
-    criterion.begin(prepared, data, batch_size=8, work=work)
+    criterion.begin(prepared, data, batch_size=8, run_options=run_options)
     timer.join()
 
 
 def test_without_labels_the_models_own_predictions_serve(small):
     model, x, _, prepared, _ = small
     data = read_data(x).named(prepared.input_names)
-    chosen = read_labelled("mpqco", prepared, data, 6, batch_size=8, work=Work())
+    chosen = read_labelled("mpqco", prepared, data, 6, batch_size=8, run_options=RunOptions())
     rows = torch.arange(6) * 24 // 6
     assert torch.equal(chosen.inputs[prepared.input_names[0]], x[rows])
     assert torch.equal(chosen.labels, model(x[rows]).argmax(1))

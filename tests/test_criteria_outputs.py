@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import infoq_fx
-from infoq_fx import criteria
-from infoq_fx.criteria import Work
-from infoq_fx.criteria.infoq import _shrink
-from infoq_fx.criteria.outputs import INFORMATION_LOSS, diverge
-from infoq_fx.data import read_data
-from infoq_fx.quantizers import Quantizer
-from infoq_fx.sensitivity import Resources, measure_sensitivity
-from infoq_fx.spec import Measurement, Score
+from infoq_fx.core.data import read_data
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.runtime.forward import RunOptions
+from infoq_fx.runtime.outputs import diverge
+from infoq_fx.scoring import criteria
+from infoq_fx.scoring.criteria.infoq import _shrink
+from infoq_fx.scoring.output_measure import INFORMATION_LOSS
+from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
+from infoq_fx.types import Measurement, Score
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +173,8 @@ def test_terms_of_the_papers_equation_add_up(case):
     found = {}
     for terms in ("both", "input", "task"):
         criterion = infoq_fx.InfoQPaper(observers=["blocks.1", "output"], slices=16, terms=terms, divide_by_bits=False)
-        measure = criterion.begin(prepared, data, batch_size=32, work=Work())
-        measured = measure(prepared, data, [site], Work())[0].values
+        measure = criterion.begin(prepared, data, batch_size=32, run_options=RunOptions())
+        measured = measure(prepared, data, [site], RunOptions())[0].values
         total = sum(v for k, v in measured.items() if k.endswith(":baseline"))
         change = sum(v for k, v in measured.items() if k.endswith(":change"))
         found[terms] = total, change
@@ -205,7 +206,7 @@ def test_weight_mse_is_relative_power():
 
 
 def spread_of_logits(prepared, data, site, bits):
-    from infoq_fx.runs import compute_logits
+    from infoq_fx.runtime.forward import compute_logits
 
     return float((compute_logits(prepared, data, {site.name: bits}) - compute_logits(prepared, data)).abs().max())
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import CalibrationDataError
 
 X, Y = torch.arange(24.0).reshape(12, 2), torch.arange(12) % 3
@@ -107,7 +107,7 @@ def test_much_data_is_spooled_to_disk_and_mapped(monkeypatch):
         ({"x": torch.randn(n, 3, 4), "t": torch.arange(n, dtype=torch.bfloat16)}, torch.arange(n)) for n in (5, 2, 7)
     ]
     expected = read_data(batches)
-    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 100)
+    monkeypatch.setattr("infoq_fx.core.data._HELD_BYTES", 100)
     found = read_data(iter(batches))
     assert all(
         torch.equal(found.inputs[name], x) and found.inputs[name].dtype == x.dtype
@@ -120,7 +120,7 @@ def test_much_data_is_spooled_to_disk_and_mapped(monkeypatch):
 
 
 def test_spooled_data_may_have_no_labels(monkeypatch):
-    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 10)
+    monkeypatch.setattr("infoq_fx.core.data._HELD_BYTES", 10)
     found = read_data([torch.ones(2, 3), torch.zeros(4, 3)])
     assert found.samples == 6
     assert found.labels is None
@@ -131,7 +131,7 @@ def test_a_full_disk_is_said(monkeypatch):
     def full(**_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("infoq_fx.data._HELD_BYTES", 10)
+    monkeypatch.setattr("infoq_fx.core.data._HELD_BYTES", 10)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(CalibrationDataError, match=r"No space left.*TMPDIR"):
         read_data([torch.ones(2, 3), torch.zeros(4, 3)])

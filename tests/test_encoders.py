@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from infoq_fx.encoders import encode_inputs, load_dinov2, principal_components
 from infoq_fx.errors import EncoderUnavailableError, OptionError
+from infoq_fx.scoring.information.encoders import encode_inputs, load_dinov2, principal_components
 
 
 def test_principal_components_are_scikit_learns_up_to_sign():
@@ -17,9 +17,9 @@ def test_principal_components_are_scikit_learns_up_to_sign():
 def test_many_samples_and_features_are_done_in_parts(monkeypatch):
     x = torch.randn(90, 3, 4) * torch.tensor([5.0, 2.0, 1.0])[:, None]
     expected = principal_components({"x": x}, components=4)
-    monkeypatch.setattr("infoq_fx.encoders._PART_FEATURES", 5)
+    monkeypatch.setattr("infoq_fx.scoring.information.encoders._PART_FEATURES", 5)
     torch.testing.assert_close(principal_components({"x": x}, components=4), expected, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr("infoq_fx.encoders._COMPONENT_SAMPLES", 60)
+    monkeypatch.setattr("infoq_fx.scoring.information.encoders._COMPONENT_SAMPLES", 60)
     fitted = PCA(4, svd_solver="full").fit(x[:60].flatten(1).numpy())
     found = principal_components({"x": x}, components=4).numpy()
     np.testing.assert_allclose(np.abs(found), np.abs(fitted.transform(x.flatten(1).numpy())), rtol=1e-2, atol=1e-2)

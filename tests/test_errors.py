@@ -11,9 +11,9 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx import errors
-from infoq_fx.data import read_data
-from infoq_fx.model_files import load_model, load_samples
-from infoq_fx.spec import check_bits
+from infoq_fx.cli.model_files import load_model, load_samples
+from infoq_fx.core.data import read_data
+from infoq_fx.types import check_bits
 
 PACKAGE = Path(infoq_fx.__file__).parent
 KINDS = {name for name in errors.__all__ if name.endswith("Error")}
@@ -31,7 +31,7 @@ REASONS_IN = {"allocation_file.py", "files.py", "cache.py", "quantized_files.py"
 def raised():
     """(file, line, message with {} for what is filled in) of every error that the package raises itself."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.runner(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call = node.exc
                 if isinstance(call.func, ast.Name) and call.func.id in KINDS:

@@ -6,7 +6,7 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx.spec import Allocation
+from infoq_fx.types import Allocation
 
 pytest.importorskip("executorch", reason="ExecuTorch is not installed: pip install executorch")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -17,18 +17,18 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import infoq_fx
-from infoq_fx import numerics
-from infoq_fx import training_loop as loop
+from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.demo import digits, train_digits_net
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.finetuning import _count_returns, finetune
-from infoq_fx.histogram import scale_significant_bits, significant_bits_of
-from infoq_fx.quantized import provenance_of
-from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op
-from infoq_fx.retraining import BiasQuantizer, TrainableModule, to_quantized, to_trainable
-from infoq_fx.spec import Allocation, QParams, QuantSite, QuantSpec
-from infoq_fx.trainable import LearnedStepQuantizer, float_copy
-from infoq_fx.training_data import Form, Samples, open_source
+from infoq_fx.finetuning import training_loop as loop
+from infoq_fx.finetuning.finetuning import _count_returns, finetune
+from infoq_fx.finetuning.retraining import BiasQuantizer, TrainableModule, to_quantized, to_trainable
+from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy
+from infoq_fx.finetuning.training_data import Form, Samples, open_source
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
+from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
+from infoq_fx.types import Allocation, QParams, QuantSite, QuantSpec
 
 IMAGES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -483,7 +483,7 @@ class Stop:
                 raise KeyboardInterrupt
             return measure(*arguments)
 
-        monkeypatch.setattr("infoq_fx.finetuning.measure_loss", count)
+        monkeypatch.setattr("infoq_fx.finetuning.finetuning.measure_loss", count)
 
 
 def loader_of(x):

@@ -9,17 +9,18 @@ from torch import fx, nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx import integer_convolution, numerics
-from infoq_fx.integer_convolution import (
+from infoq_fx.quantization import numerics
+from infoq_fx.runtime import integer_convolution
+from infoq_fx.runtime.integer_convolution import (
     can_convolve_integers,
     convolve,
     find_integer_nodes,
     quantize_activation,
     quantize_weight,
 )
-from infoq_fx.interpreter import SiteInterpreter
-from infoq_fx.run_plan import plan_perturbed_run, plan_whole_run
-from infoq_fx.spec import QParams, QuantSpec
+from infoq_fx.runtime.interpreter import SiteInterpreter
+from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.types import QParams, QuantSpec
 
 exact_here = pytest.mark.skipif(not can_convolve_integers(), reason="8-bit products saturate on this processor")
 

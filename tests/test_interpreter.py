@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import CalibrationDataError
-from infoq_fx.interpreter import SiteInterpreter
-from infoq_fx.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.runtime.interpreter import SiteInterpreter
+from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
 
 
 class Chain(nn.Module):

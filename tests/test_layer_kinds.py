@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx.passes.layers import LAYER_OPS
-from infoq_fx.quantizers import dequantize_op, quantize_dequantize_op
-from infoq_fx.spec import Allocation
+from infoq_fx.graph.layers import LAYER_OPS
+from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
+from infoq_fx.types import Allocation
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 INTEGERS = (np.int8, np.uint8)

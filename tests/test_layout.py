@@ -67,7 +67,7 @@ def room(path):
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.runner(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module == "infoq_fx" else [node.module])

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoq_fx import machine
-from infoq_fx.machine import available_memory_bytes, one_torch_thread, thread_map
+from infoq_fx.core import memory
+from infoq_fx.core.memory import available_memory_bytes
+from infoq_fx.core.threads import one_torch_thread, thread_map
 
 
 @pytest.fixture
@@ -62,14 +63,14 @@ def test_results_come_in_order(threads):
 def test_leaving_by_an_exception_stops_what_runs_and_what_waits():
     stop, begun = threading.Event(), []
 
-    def work(item):
+    def run_options(item):
         begun.append(item)
         if item == 0:
             raise KeyboardInterrupt
         stop.wait(20)
 
     with pytest.raises(KeyboardInterrupt), thread_map(2, stop) as spread:
-        list(spread(work, range(50)))
+        list(spread(run_options, range(50)))
     assert stop.is_set()
     assert len(begun) < 10
 
@@ -79,7 +80,7 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     assert free > 0
     limit = tmp_path / "memory.max"
     limit.write_text("max\n")
-    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (limit, Path("no such file")))
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, Path("no such file")))
     assert available_memory_bytes() > free // 2
     limit.write_text("1000\n")
     assert available_memory_bytes() == 0

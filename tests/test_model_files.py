@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
+from infoq_fx.cli.model_files import load_model, load_samples
 from infoq_fx.errors import CalibrationDataError, InfoqError, OptionError
-from infoq_fx.model_files import load_model, load_samples
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from scipy.special import digamma
 from scipy.stats import norm
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 
-from infoq_fx import mutual_info
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.mutual_info import (
+from infoq_fx.scoring.information import mutual_info
+from infoq_fx.scoring.information.mutual_info import (
     absolute_change,
     class_samples,
     estimate_ksg,

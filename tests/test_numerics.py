@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from infoq_fx.errors import CalibrationDataError, OptionError, UnsupportedModelError
-from infoq_fx.histogram import (
+from infoq_fx.quantization.histogram import (
     MAX_BINS,
     MAX_VALUES_PER_SAMPLE,
     Histogram,
     choose_activation_qparams,
     scale_significant_bits,
 )
-from infoq_fx.numerics import (
+from infoq_fx.quantization.numerics import (
     choose_weight_qparams,
     dequantize,
     fake_quantize,
     fake_quantize_ste,
     quantize,
 )
-from infoq_fx.spec import QParams, QuantSpec
+from infoq_fx.types import QParams, QuantSpec
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.errors import ExportError, OptionError
-from infoq_fx.onnx_export import METADATA_KEY
-from infoq_fx.spec import Allocation
+from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY
+from infoq_fx.types import Allocation
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 
@@ -215,7 +215,7 @@ def test_a_failed_check_leaves_no_file_and_keeps_the_old_one(exported, tmp_path,
 
 def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, monkeypatch):
     quantized, _, _ = exported
-    from infoq_fx.onnx_export import lowering
+    from infoq_fx.export.qdq_onnx import lowering
 
     lower = lowering._lower_dequantize
 
@@ -359,7 +359,7 @@ def test_a_relu_that_something_else_reads_stays_in_a_packed_file(tmp_path):
 
 @pytest.mark.parametrize("container", ["int8", "packed"])
 def test_large_models_go_out_with_external_data(container, tmp_path, monkeypatch):
-    from infoq_fx.onnx_export import writing
+    from infoq_fx.export.qdq_onnx import writing
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4))

@@ -19,14 +19,14 @@ import torch
 import torchvision
 
 from infoq_fx import Budget, SensitivityTable, allocate
-from infoq_fx.capture import capture
-from infoq_fx.cost import broken_limits, measure_cost
-from infoq_fx.passes import run_passes
-from infoq_fx.passes.add_head_dimension import add_head_dimension
-from infoq_fx.passes.find_sites import find_sites
-from infoq_fx.passes.fold_batch_norm import fold_batch_norm
-from infoq_fx.passes.fold_constants import fold_constants
-from infoq_fx.spec import Inventory, Score
+from infoq_fx.allocation.cost import broken_limits, measure_cost
+from infoq_fx.graph.capture import capture
+from infoq_fx.graph.passes.add_head_dimension import add_head_dimension
+from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
+from infoq_fx.graph.passes.fold_constants import fold_constants
+from infoq_fx.graph.passes.pass_manager import run_passes
+from infoq_fx.graph.sites import find_sites
+from infoq_fx.types import Inventory, Score
 
 BITS = tuple(range(2, 9))  # the paper's candidates, for weights and for activations
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")

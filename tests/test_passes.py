@@ -7,17 +7,19 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import infoq_fx
-from infoq_fx.capture import capture
 from infoq_fx.errors import OptionError, UnsupportedModelError
-from infoq_fx.passes import run_passes
-from infoq_fx.passes.add_head_dimension import add_head_dimension
-from infoq_fx.passes.convert import convert_quantizers, quantize_biases, remove_observers
-from infoq_fx.passes.find_sites import find_sites
-from infoq_fx.passes.fold_batch_norm import fold_batch_norm
-from infoq_fx.passes.fold_constants import fold_constants
-from infoq_fx.passes.insert_observers import insert_observers
-from infoq_fx.passes.insert_quantizers import insert_quantizers
-from infoq_fx.quantizers import Observe, Quantizer
+from infoq_fx.graph.capture import capture
+from infoq_fx.graph.passes.add_head_dimension import add_head_dimension
+from infoq_fx.graph.passes.convert_quantizers import convert_quantizers
+from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
+from infoq_fx.graph.passes.fold_constants import fold_constants
+from infoq_fx.graph.passes.insert_observers import insert_observers
+from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
+from infoq_fx.graph.passes.pass_manager import run_passes
+from infoq_fx.graph.passes.quantize_biases import quantize_biases
+from infoq_fx.graph.passes.remove_observers import remove_observers
+from infoq_fx.graph.sites import find_sites
+from infoq_fx.quantization.quantizers import Observe, Quantizer
 
 ATEN = torch.ops.aten
 NORM = ATEN._native_batch_norm_legit_no_training.default

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infoq_fx import numerics
-from infoq_fx.pointwise import draw_share, fake_quantize_but_share, fake_quantize_flat, project_rows
-from infoq_fx.spec import QParams, QuantSpec
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share, fake_quantize_flat, project_rows
+from infoq_fx.types import QParams, QuantSpec
 
 
 def affine(bits, scale, zero_point):

@@ -8,9 +8,9 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx import numerics
-from infoq_fx.interpreter import read_weight
-from infoq_fx.spec import Allocation, QuantSpec
+from infoq_fx.graph.float_interpreter import read_weight
+from infoq_fx.quantization import numerics
+from infoq_fx.types import Allocation, QuantSpec
 
 pytest.importorskip("torchao", reason="the extra infoq-fx[torchao] is not installed")
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -183,9 +183,9 @@ def test_without_torchao_the_extra_is_named(monkeypatch):
             raise ImportError("No module named 'torchao'")
         return find(name, *arguments, **options)
 
-    monkeypatch.delitem(sys.modules, "infoq_fx.pt2e")
+    monkeypatch.delitem(sys.modules, "infoq_fx.export.pt2e")
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(infoq_fx.MissingExtraError, match=r'pip install "infoq-fx\[torchao\]"'):
-        importlib.import_module("infoq_fx.pt2e")
+        importlib.import_module("infoq_fx.export.pt2e")
     with pytest.raises(AttributeError, match="no attribute 'InfoqQuantiser'"):
         _ = infoq_fx.InfoqQuantiser

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import infoq_fx
-from infoq_fx.spec import Allocation, Cost, Score
+from infoq_fx.types import Allocation, Cost, Score
 
 
 class TwoInputs(nn.Module):

@@ -9,8 +9,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import infoq_fx
-from infoq_fx.quantizers import _decompose_quantize_dequantize, dequantize_op, quantize_dequantize_op
-from infoq_fx.spec import Allocation
+from infoq_fx.quantization.custom_ops import _decompose_quantize_dequantize, dequantize_op, quantize_dequantize_op
+from infoq_fx.types import Allocation
 
 
 @pytest.fixture(scope="module")

@@ -12,32 +12,30 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import infoq_fx
-from infoq_fx.criteria.outputs import diverge, measure_spread
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
-from infoq_fx.numerics import fake_quantize
-from infoq_fx.quantizers import Quantizer
-from infoq_fx.recovery import (
-    RECOVERY_STEPS,
-    Bench,
-    BiasCorrection,
-    BlockReconstruction,
-    OutputTuning,
-    SecondOrderRounding,
-    find_steps,
-    recover_accuracy,
-)
-from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
-from infoq_fx.recovery.operands import input_rows, rows_to_weight, weight_to_rows
-from infoq_fx.recovery.reconstruction import _Block
+from infoq_fx.finetuning.training_loop import Moments
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.numerics import fake_quantize
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.input_moments import average_moments, measure_moments
+from infoq_fx.recovery.ladder import RECOVERY_STEPS, find_steps, recover_accuracy
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
+from infoq_fx.recovery.parameters import fork, set_parameter
 from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
 from infoq_fx.recovery.segments import find_segments
-from infoq_fx.recovery.soft_rounding import _DropQuantize
-from infoq_fx.recovery.walk import Walk, fork, read_parameter, set_parameter
-from infoq_fx.runs import Work, compute_float_logits, compute_logits
-from infoq_fx.spec import QParams, QuantSpec
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps.adaround import _DropQuantize
+from infoq_fx.recovery.steps.bias_correction import BiasCorrection
+from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction, _Block
+from infoq_fx.recovery.steps.output_tuning import OutputTuning
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
+from infoq_fx.recovery.unfolding import input_rows, rows_to_weight, weight_to_rows
+from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
+from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.types import QParams, QuantSpec
 
-BENCH = Bench(batch_size=16)
+BENCH = StepContext(batch_size=16)
 
 
 def prepare(model, x, **options):
@@ -137,9 +135,9 @@ def test_long_segments_are_cut():
     prepared, data = prepare(Wide(), torch.randn(4, 2, 2, 2))
     segments = find_segments(prepared)
     assert max(len(segment.layers) for segment in segments) <= 8
-    walk = Walk(fork(prepared), {}, data, BENCH)
-    for segment in walk.segments:
-        walk.advance(segment)
+    runner = LayerwiseRunner(fork(prepared), {}, data, BENCH)
+    for segment in runner.segments:
+        runner.advance(segment)
 
 
 @pytest.mark.parametrize("name", ["residual", "branches"])
@@ -147,13 +145,13 @@ def test_a_walk_ends_where_whole_runs_end(name, request):
     case = request.getfixturevalue(name)
     prepared, data = case[:2]
     bits = case[2] if len(case) > 2 else {s.name: 4 for s in prepared.inventory.sites if s.kind == "weight"}
-    walk = Walk(fork(prepared), bits, data, BENCH)
-    *most, last = walk.segments
+    runner = LayerwiseRunner(fork(prepared), bits, data, BENCH)
+    *most, last = runner.segments
     for segment in most:
-        walk.advance(segment)
+        runner.advance(segment)
     output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
     node = next(n for n in last.nodes if n.name == output)
-    pairs = walk.collect(last, node, lambda _, pair: pair)
+    pairs = runner.collect(last, node, lambda _, pair: pair)
     in_float = compute_float_logits(prepared, data, batch_size=16)
     assert torch.allclose(torch.cat([pair.reference for pair in pairs]), in_float, atol=1e-5)
     assert torch.allclose(
@@ -171,16 +169,16 @@ class ActivationsOnly(fx.Interpreter):
 def test_a_reference_with_float_weights_has_quantized_activations(residual):
     prepared, data, bits = residual
     changed = fork(prepared)
-    walk = Walk(changed, bits, data, BENCH, reference="float_weights")
-    for segment in walk.segments:  # what is rounded on the way is not the reference's
+    runner = LayerwiseRunner(changed, bits, data, BENCH, reference="float_weights")
+    for segment in runner.segments:  # what is rounded on the way is not the reference's
         for layer in segment.layers:
-            set_parameter(changed, layer.weight, 2 * read_parameter(changed, layer.weight))
-    *most, last = walk.segments
+            set_parameter(changed, layer.weight, 2 * read_tensor(changed.graph_module, layer.weight))
+    *most, last = runner.segments
     for segment in most:
-        walk.advance(segment)
+        runner.advance(segment)
     output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
     node = next(n for n in last.nodes if n.name == output)
-    found = torch.cat([pair.reference for pair in walk.collect(last, node, lambda _, pair: pair)])
+    found = torch.cat([pair.reference for pair in runner.collect(last, node, lambda _, pair: pair)])
     with torch.inference_mode():
         expected = ActivationsOnly(prepared.graph_module).run(*data.inputs.values())
     assert torch.allclose(found, expected, atol=1e-5)
@@ -192,28 +190,28 @@ def test_a_reference_with_float_weights_has_quantized_activations(residual):
 
 def test_rows_give_the_layers_outputs(branches):
     prepared, data = branches
-    walk = Walk(fork(prepared), {}, data, BENCH)
+    runner = LayerwiseRunner(fork(prepared), {}, data, BENCH)
     seen = 0
-    for segment in walk.segments:
+    for segment in runner.segments:
         for layer in segment.layers:
             if not layer.op.is_transposed:
-                rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
+                rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
                 pairs = zip(
-                    walk.collect(segment, layer.source, lambda _, pair: pair.reference),
-                    walk.collect(segment, layer.node, lambda _, pair: pair.reference),
+                    runner.collect(segment, layer.source, lambda _, pair: pair.reference),
+                    runner.collect(segment, layer.node, lambda _, pair: pair.reference),
                     strict=True,
                 )
                 for x, y in pairs:
                     found = input_rows(layer, x, 10**6) @ rows.mT  # groups, places, channels
                     y = y.movedim(1, -1) if layer.op.is_convolution else y
                     found = found.transpose(0, 1).reshape(-1, y.shape[-1])
-                    bias = 0 if layer.bias is None else read_parameter(prepared, layer.bias)
+                    bias = 0 if layer.bias is None else read_tensor(prepared.graph_module, layer.bias)
                     assert torch.allclose(found + bias, y.reshape(-1, y.shape[-1]), atol=1e-5)
-                assert torch.equal(rows_to_weight(layer, rows), read_parameter(prepared, layer.weight))
+                assert torch.equal(rows_to_weight(layer, rows), read_tensor(prepared.graph_module, layer.weight))
                 assert len(set(map(tuple, input_rows(layer, x, 3)[0].tolist()))) <= 3 * len(x)
                 assert input_rows(layer, x, 3).shape[1] <= 3 * len(x)
                 seen += 1
-        walk.advance(segment)
+        runner.advance(segment)
     assert seen == 6
 
 
@@ -230,8 +228,8 @@ def test_rows_give_the_layers_outputs(branches):
 def test_rows_of_any_padding_give_the_outputs(convolution):
     x = torch.randn(12, 2, 7, 9, generator=torch.Generator().manual_seed(0))
     prepared, data = prepare(convolution, x)
-    (layer,) = [layer for segment in Walk(prepared, {}, data, BENCH).segments for layer in segment.layers]
-    rows = weight_to_rows(layer, read_parameter(prepared, layer.weight))
+    (layer,) = [layer for segment in LayerwiseRunner(prepared, {}, data, BENCH).segments for layer in segment.layers]
+    rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
     found = (input_rows(layer, x, 10**6) @ rows.mT).transpose(0, 1)
     with torch.no_grad():
         expected = convolution(x).movedim(1, -1)
@@ -240,12 +238,12 @@ def test_rows_of_any_padding_give_the_outputs(convolution):
 
 def test_moments_are_those_of_numpy(residual):
     prepared, data, bits = residual
-    walk = Walk(fork(prepared), bits, data, BENCH)
-    walk.advance(walk.segments[0])
-    segment, layer = walk.segments[1], walk.segments[1].layers[1]
-    halves = measure_moments(walk, segment, layer, 10**9)
+    runner = LayerwiseRunner(fork(prepared), bits, data, BENCH)
+    runner.advance(runner.segments[0])
+    segment, layer = runner.segments[1], runner.segments[1].layers[1]
+    halves = measure_moments(runner, segment, layer, 10**9)
     found = average_moments(halves).centre()
-    rows = walk.collect(
+    rows = runner.collect(
         segment,
         layer.source,
         lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6)),
@@ -383,7 +381,9 @@ def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     prepared, data, bits = residual
     before = state_of(prepared)
     shares = []
-    recovered = step.recover(prepared, bits, data, Bench(batch_size=16, work=Work(advance=shares.append)))
+    recovered = step.recover(
+        prepared, bits, data, StepContext(batch_size=16, run_options=RunOptions(advance=shares.append))
+    )
     after = prepared.graph_module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert math.isclose(sum(shares), 1)
@@ -399,7 +399,8 @@ def test_a_step_changes_a_copy_and_only_numbers(residual, step):
 def test_threads_change_nothing(residual, step):
     prepared, data, bits = residual
     one, three = (
-        step.recover(prepared, bits, data, Bench(batch_size=8, work=Work(threads=threads))) for threads in (1, 3)
+        step.recover(prepared, bits, data, StepContext(batch_size=8, run_options=RunOptions(threads=threads)))
+        for threads in (1, 3)
     )
     other = state_of(three)
     assert all(torch.equal(value, other[name]) for name, value in state_of(one).items())
@@ -415,7 +416,7 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
         assert int(q.min()) >= -(1 << (bits[name] - 1))
         assert int(q.max()) < 1 << (bits[name] - 1)
         scale = quantized.state_dict()[f"{name}_scale"].reshape(-1, *[1] * (q.ndim - 1))
-        assert torch.allclose(q * scale, read_parameter(recovered, name), atol=1e-6)
+        assert torch.allclose(q * scale, read_tensor(recovered.graph_module, name), atol=1e-6)
     x = data.inputs["x"]
     with torch.no_grad():  # biases, too, are already what conversion stores
         assert torch.allclose(quantized(x), compute_logits(recovered, data, bits), atol=1e-5)
@@ -434,13 +435,13 @@ def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(
         for node, quantizer in prepared.quantizer_nodes():
             if quantizer.site.kind == "weight":
                 path = str(node.all_input_nodes[0].target)
-                set_parameter(prepared, path, quantizer.quantize_at(read_parameter(prepared, path), 8))
+                set_parameter(prepared, path, quantizer.quantize_at(read_tensor(prepared.graph_module, path), 8))
     bits = {site.name: site.bits[0] for site in prepared.inventory.sites}
     moved = {}
     for reference in ("float_weights", "float_model"):
         recovered = SecondOrderRounding(reference=reference).recover(prepared, bits, data, BENCH)
         moved[reference] = max(
-            float((read_parameter(recovered, path) - read_parameter(prepared, path)).abs().max())
+            float((read_tensor(recovered.graph_module, path) - read_tensor(prepared.graph_module, path)).abs().max())
             for path in ("0.bias", "2.bias", "4.bias")
         )
     assert moved["float_model"] > 0.001
@@ -456,10 +457,15 @@ def test_second_order_rounding_takes_every_kind_of_layer(branches):
     bits["transposed.weight"] = 8
     recovered = SecondOrderRounding().recover(prepared, bits, data, BENCH)
     assert nats(recovered, data, bits) < 0.6 * nats(prepared, data, bits)
-    assert torch.equal(read_parameter(recovered, "transposed.weight"), read_parameter(prepared, "transposed.weight"))
+    assert torch.equal(
+        read_tensor(recovered.graph_module, "transposed.weight"),
+        read_tensor(prepared.graph_module, "transposed.weight"),
+    )
     for name in ("first", "grouped", "depthwise", "tokens", "sequence", "head"):
         weight = f"{name}.weight"
-        assert not torch.equal(read_parameter(recovered, weight), read_parameter(prepared, weight)), weight
+        assert not torch.equal(
+            read_tensor(recovered.graph_module, weight), read_tensor(prepared.graph_module, weight)
+        ), weight
 
 
 def test_dead_inputs_do_no_harm():
@@ -501,7 +507,7 @@ def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step):
     bits = {site.name: 2 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     recovered = recover_accuracy(prepared, bits, data, [step], progress=False)
     assert recovered.recovered_by in ((step.name,), ())
-    step.recover(prepared, bits, data, Bench(batch_size=6))
+    step.recover(prepared, bits, data, StepContext(batch_size=6))
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels last", "strided"])
@@ -541,7 +547,7 @@ def test_a_block_is_judged_on_what_it_does_not_learn_from(residual, monkeypatch,
 
 def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
     prepared, data, bits = residual
-    step, kept = BlockReconstruction(epochs=1), Bench(batch_size=16, cache_dir=tmp_path)
+    step, kept = BlockReconstruction(epochs=1), StepContext(batch_size=16, cache_dir=tmp_path)
     whole = state_of(step.recover(prepared, bits, data, BENCH))
     learned = []
 
@@ -554,7 +560,9 @@ def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        step.recover(prepared, bits, data, Bench(batch_size=16, cache_dir=tmp_path, work=Work(advance=stop)))
+        step.recover(
+            prepared, bits, data, StepContext(batch_size=16, cache_dir=tmp_path, run_options=RunOptions(advance=stop))
+        )
     files = sorted(tmp_path.rglob("*.pt"))
     assert 0 < len(files) < 4
     files[0].write_bytes(b"cut short")
@@ -576,10 +584,10 @@ def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
 class Worse:
     name = "worse"
 
-    def recover(self, prepared, bits, data, bench):
+    def recover(self, prepared, bits, data, context):
         changed = fork(prepared)
         with torch.no_grad():
-            set_parameter(changed, "head.weight", -read_parameter(changed, "head.weight"))
+            set_parameter(changed, "head.weight", -read_tensor(changed.graph_module, "head.weight"))
         return changed
 
 
@@ -600,7 +608,7 @@ def test_held_back_samples_are_not_fitted(residual):
     seen = []
 
     class Look(Worse):
-        def recover(self, prepared, bits, data, bench):
+        def recover(self, prepared, bits, data, context):
             seen.append(data.inputs["x"])
             return prepared
 

@@ -6,13 +6,13 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx.criteria.outputs import diverge, measure_spread
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
-from infoq_fx.numerics import dequantize
-from infoq_fx.recovery import Candidates
-from infoq_fx.recovery.walk import fork, set_parameter
-from infoq_fx.runs import Work, compute_float_logits, compute_logits
+from infoq_fx.quantization.numerics import dequantize
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.parameters import fork, set_parameter
+from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
+from infoq_fx.runtime.outputs import diverge, measure_spread
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def mean_nats(prepared, data, bits):
 
 def test_rounded_weights_are_integers_of_their_width_and_lose_less_than_the_nearest(residual):
     prepared, data = residual
-    rounded = Candidates(prepared, data).round(prepared.inventory.sites, Work())
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions())
     sites = weights_of(prepared)
     assert set(rounded.rounded) == {(site.name, bits) for site in sites for bits in (2, 3)}
     for (name, bits), found in rounded.rounded.items():
@@ -51,7 +51,7 @@ def test_scores_are_those_of_the_rounded_weights_put_in_place(residual):
     prepared, data = residual
     table = infoq_fx.score(prepared, data, criterion="output_kl", progress=False)
     nearest = infoq_fx.score(prepared, data, criterion="output_kl", recovery="none", progress=False)
-    rounded = Candidates(prepared, data).round(prepared.inventory.sites, Work()).rounded
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded
     base = compute_logits(prepared, data, batch_size=16)
     for node, quantizer in prepared.quantizer_nodes():
         name = quantizer.site.name
@@ -89,14 +89,14 @@ def test_a_finished_table_is_read_without_rounding_again(residual, tmp_path, mon
 
 def test_a_missing_bit_width_is_rounded_as_among_all_others(residual, tmp_path):
     prepared, data = residual
-    whole = Candidates(prepared, data).round(prepared.inventory.sites, Work(threads=2)).rounded
+    whole = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions(threads=2)).rounded
     candidates, (_, second, *_) = Candidates(prepared, data), weights_of(prepared)
-    alone = candidates.round([second], Work()).rounded
+    alone = candidates.round([second], RunOptions()).rounded
     assert {name for name, _ in alone} == {second.name}
     for key, found in alone.items():
         assert torch.equal(found.q, whole[key].q)
         assert torch.equal(found.qparams.scale, whole[key].qparams.scale)
-    assert candidates.round([second], Work()).rounded[second.name, 2] is alone[second.name, 2]
+    assert candidates.round([second], RunOptions()).rounded[second.name, 2] is alone[second.name, 2]
     assert candidates.cpu_seconds > 0
 
 
@@ -111,7 +111,7 @@ def test_refine_compares_what_recovery_would_leave(residual):
     prepared, data = residual
     table = infoq_fx.score(prepared, data, progress=False)
     chosen = infoq_fx.refine(prepared, table, 2.5, data)
-    rounded = Candidates(prepared, data).round(prepared.inventory.sites, Work())
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions())
     assert chosen.lost_nats == pytest.approx(float(mean_nats(rounded, data, chosen.bits)), rel=1e-6)
     assert chosen.lost_nats < infoq_fx.refine(prepared, table, 2.5, data, recovery="none").lost_nats
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_rounded_so_is_rounded_to_nearest():
     images = torch.randn(32, 2, 2, 2)
     prepared = infoq_fx.prepare(model, images, bits=(2, 8))
     data = read_data(images).named(prepared.input_names)
-    assert {name for name, _ in Candidates(prepared, data).round(prepared.inventory.sites, Work()).rounded} == {
+    assert {name for name, _ in Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded} == {
         "3.weight"
     }
     assert infoq_fx.score(prepared, images, progress=False).scores["0.weight"][2].value > 0

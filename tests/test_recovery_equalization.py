@@ -6,14 +6,16 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
-from infoq_fx.histogram import significant_bits_of
-from infoq_fx.interpreter import read_weight
-from infoq_fx.recovery import BiasCorrection, SecondOrderRounding, recover_accuracy
-from infoq_fx.recovery.equalization import RangeEqualization
-from infoq_fx.recovery.protocol import Bench
-from infoq_fx.runs import Work, compute_float_logits, compute_logits
+from infoq_fx.graph.float_interpreter import read_weight
+from infoq_fx.quantization.histogram import significant_bits_of
+from infoq_fx.recovery.ladder import recover_accuracy
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps.bias_correction import BiasCorrection
+from infoq_fx.recovery.steps.range_equalization import RangeEqualization
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
+from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
 
 STEP = RangeEqualization()
 
@@ -31,8 +33,8 @@ def prepare(model, x):
     return prepared, read_data(x).named(prepared.input_names)
 
 
-def equalize(prepared, data, bits=None, step=STEP, work=None):
-    return step.recover(prepared, bits or {}, data, Bench(batch_size=16, work=work or Work()))
+def equalize(prepared, data, bits=None, step=STEP, run_options=None):
+    return step.recover(prepared, bits or {}, data, StepContext(batch_size=16, run_options=run_options or RunOptions()))
 
 
 def float_weights(prepared):
@@ -193,7 +195,7 @@ def test_a_pair_is_refused_where_it_does_not_help(monkeypatch):
     assert find_changed(prepared, found) == set()
     assert found.origin is prepared
     assert measure_error(found, data, bits) == measure_error(prepared, data, bits)
-    monkeypatch.setattr("infoq_fx.recovery.equalization._LEAST_GAIN", -1e6)
+    monkeypatch.setattr("infoq_fx.recovery.steps.range_equalization._LEAST_GAIN", -1e6)
     forced = equalize(prepared, data, bits)
     assert len(find_changed(prepared, forced)) == 2
     assert measure_error(forced, data, bits) > 1.02 * measure_error(prepared, data, bits)
@@ -246,7 +248,7 @@ def test_clamps_and_other_axes_let_no_factor_through(images):
     for model in models:
         prepared, data = prepare(model, unequal)
         shares = []
-        found = equalize(prepared, data, work=Work(advance=shares.append))
+        found = equalize(prepared, data, run_options=RunOptions(advance=shares.append))
         assert find_changed(prepared, found) == set()
         assert found.origin is prepared
         assert sum(shares) == pytest.approx(1.0)
@@ -255,12 +257,12 @@ def test_clamps_and_other_axes_let_no_factor_through(images):
 def test_it_comes_before_other_steps(images):
     prepared, data = prepare(make_unbalanced(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), images[0])
     bits = dict.fromkeys(float_weights(prepared), 4)
-    bench = Bench(batch_size=16)
+    context = StepContext(batch_size=16)
     with pytest.raises(OptionError, match="put it first in the list"):
-        equalize(BiasCorrection().recover(prepared, bits, data, bench), data, bits)
+        equalize(BiasCorrection().recover(prepared, bits, data, context), data, bits)
     once = equalize(prepared, data, bits)
     assert_same_float(prepared, equalize(once, data, bits), data)
-    corrected = BiasCorrection().recover(once, bits, data, bench)
+    corrected = BiasCorrection().recover(once, bits, data, context)
     assert corrected.origin is once.origin
     assert measure_error(corrected, data, bits) <= measure_error(once, data, bits)
 
@@ -287,7 +289,7 @@ def test_residual_net_is_not_harmed_and_results_repeat(residual_net, images):
     prepared, data = prepare(residual_net, images[0])
     bits = {site.name: 4 for site in prepared.inventory.sites if site.kind == "weight"}
     shares = []
-    found = equalize(prepared, data, bits, work=Work(threads=2, advance=shares.append))
+    found = equalize(prepared, data, bits, run_options=RunOptions(threads=2, advance=shares.append))
     again = equalize(prepared, data, bits)
     assert sum(shares) == pytest.approx(1.0)
     assert find_changed(found, again) == set()

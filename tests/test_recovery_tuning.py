@@ -4,13 +4,16 @@ from conftest import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
-from infoq_fx.data import read_data
-from infoq_fx.histogram import significant_bits_of
-from infoq_fx.recovery import Bench, OutputTuning, SecondOrderRounding, tuning
-from infoq_fx.runs import compute_logits
-from infoq_fx.training_loop import update
+from infoq_fx.core.data import read_data
+from infoq_fx.finetuning.training_loop import update
+from infoq_fx.quantization.histogram import significant_bits_of
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps import output_tuning as tuning
+from infoq_fx.recovery.steps.output_tuning import OutputTuning
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
+from infoq_fx.runtime.forward import compute_logits
 
-BENCH = Bench(batch_size=16)
+BENCH = StepContext(batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +85,12 @@ def test_biases_alone_find_a_shift_that_was_hidden():
     data = torch.randn(256, 4)
     prepared = infoq_fx.prepare(model, data, bits=8)
     bits = {site.name: 8 for site in prepared.inventory.sites}
-    from infoq_fx.recovery.walk import fork, read_parameter, set_parameter
+    from infoq_fx.graph.layers import read_tensor
+    from infoq_fx.recovery.parameters import fork, set_parameter
 
     spoiled = fork(prepared)
-    set_parameter(spoiled, "bias", read_parameter(prepared, "bias") + torch.tensor([0.5, -0.5, 0.0]))
+    set_parameter(spoiled, "bias", read_tensor(prepared.graph_module, "bias") + torch.tensor([0.5, -0.5, 0.0]))
     named = read_data(data).named(prepared.input_names)
     tuned = OutputTuning(epochs=60, learning_rate=0.05, scale_rate=0.0).recover(spoiled, bits, named, BENCH)
-    found = read_parameter(tuned, "bias") - read_parameter(prepared, "bias")
+    found = read_tensor(tuned.graph_module, "bias") - read_tensor(prepared.graph_module, "bias")
     assert (found - found.mean()).abs().max() < 0.02  # outputs are logits: a common shift changes nothing

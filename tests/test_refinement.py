@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import infoq_fx
-from infoq_fx.allocation import propose
-from infoq_fx.spec import Score
+from infoq_fx.allocation.solver import propose
+from infoq_fx.types import Score
 
 
 @pytest.fixture(scope="module")

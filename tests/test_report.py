@@ -19,11 +19,11 @@ from test_allocation import SMALL, make_table, weight
 
 import infoq_fx
 from infoq_fx import Allocation, Budget, allocate
-from infoq_fx.auditing import AuditRow
-from infoq_fx.cost import measure_cost, weight_bytes
+from infoq_fx.allocation.cost import measure_cost, weight_bytes
+from infoq_fx.auditing.result import AuditRow
 from infoq_fx.report import page
 from infoq_fx.report.curve import container_bytes, damage_scale, describe_allocation, find_uniforms, trace_curve
-from infoq_fx.spec import Score
+from infoq_fx.types import Score
 
 REPORT = pytest.importorskip("vl_convert", reason='the page needs "infoq-fx[report]"') and infoq_fx.write_report
 

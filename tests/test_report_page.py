@@ -11,7 +11,7 @@ from test_report import REPORT, AuditRow, read
 import infoq_fx
 from infoq_fx import Allocation, Budget, allocate
 from infoq_fx.report.curve import container_bytes, find_uniforms
-from infoq_fx.spec import Score
+from infoq_fx.types import Score
 
 expect = pytest.importorskip("playwright.sync_api", reason='no browser driver: pip install "infoq-fx[test]"').expect
 

@@ -9,9 +9,9 @@ from test_report import AuditRow
 
 import infoq_fx
 from infoq_fx import Allocation, Budget, allocate
-from infoq_fx.report import plot_allocation, plot_correlation, plot_pareto, plot_sensitivity
 from infoq_fx.report.curve import find_uniforms, trace_curve
-from infoq_fx.spec import Score
+from infoq_fx.report.plots import plot_allocation, plot_correlation, plot_pareto, plot_sensitivity
+from infoq_fx.types import Score
 
 pytest.importorskip("matplotlib", reason='pictures need "infoq-fx[plots]"')
 

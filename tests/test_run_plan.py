@@ -3,7 +3,7 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
 
 
 class Block(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import infoq_fx
-from infoq_fx.data import read_data
-from infoq_fx.quantizers import Quantizer
-from infoq_fx.runs import Work, choose_batch_size, compute_float_logits, compute_logits
+from infoq_fx.core.data import read_data
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_logits_at_any_bits_are_those_of_the_prepared_module(threads, prepared_a
     prepared, data = prepared_and_data
     searched = [site for site in prepared.inventory.sites if len(site.bits) > 1]
     bits = {site.name: site.bits[index % len(site.bits)] for index, site in enumerate(searched)}
-    found = compute_logits(prepared, data, bits, batch_size=24, work=Work(threads=threads))
+    found = compute_logits(prepared, data, bits, batch_size=24, run_options=RunOptions(threads=threads))
     module = copy.deepcopy(prepared.graph_module)
     for quantizer in module.modules():
         if isinstance(quantizer, Quantizer):
@@ -38,7 +38,7 @@ def test_unnamed_sites_are_at_8_bits(prepared_and_data):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_float_logits_are_the_models_own(threads, prepared_and_data, residual_net, images):
     prepared, data = prepared_and_data
-    found = compute_float_logits(prepared, data, batch_size=20, work=Work(threads=threads))
+    found = compute_float_logits(prepared, data, batch_size=20, run_options=RunOptions(threads=threads))
     with torch.no_grad():
         torch.testing.assert_close(found, residual_net(images[0]), rtol=1e-4, atol=1e-5)
 

@@ -20,13 +20,12 @@ import torch
 from conftest import ResidualNet, randomise_norms
 
 import infoq_fx
-from infoq_fx import workers
-from infoq_fx.criteria import Work
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
-from infoq_fx.runs import choose_batch_size
-from infoq_fx.sensitivity import Resources, measure_sensitivity
-from infoq_fx.spec import Measurement, Score
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size
+from infoq_fx.scoring import workers
+from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
+from infoq_fx.types import Measurement, Score
 
 BITS = (2, 4, 8)
 SCORING = """
@@ -207,13 +206,13 @@ def test_a_broken_pool_is_carried_on_here(prepared_and_data, table, caplog):
 
 
 def count_measured(monkeypatch):
-    from infoq_fx.criteria.information import InformationMeasure
+    from infoq_fx.scoring.information.measurement import InformationMeasure
 
     measured, original = [], InformationMeasure.__call__
 
-    def call(self, prepared, data, sites, work):
+    def call(self, prepared, data, sites, run_options):
         measured.extend((site.name, bits) for site in sites for bits in site.bits)
-        return original(self, prepared, data, sites, work)
+        return original(self, prepared, data, sites, run_options)
 
     monkeypatch.setattr(InformationMeasure, "__call__", call)
     return measured
@@ -275,7 +274,7 @@ def change_the_encoder(prepared, data, options):
 
 
 def change_the_version(prepared, data, options):
-    options["monkeypatch"].setattr("infoq_fx.cache.__version__", "0.0.9")
+    options["monkeypatch"].setattr("infoq_fx.scoring.cache.__version__", "0.0.9")
 
 
 CHANGES = [value for name, value in sorted(globals().items()) if name.startswith("change_")]
@@ -383,9 +382,9 @@ def test_an_interrupt_ends_soon_and_says_how_to_go_on(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_without_a_cache_an_interrupted_run_leaves_one(threads, prepared_and_data, table, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("infoq_fx.sensitivity._BLOCK_RUNS", 4)
+    monkeypatch.setattr("infoq_fx.scoring.sensitivity._BLOCK_RUNS", 4)
     calls = []
-    real = infoq_fx.criteria.information._Projections.add
+    real = infoq_fx.scoring.information.measurement._Projections.add
 
     def project(self, *args):
         calls.append(1)
@@ -397,7 +396,7 @@ def test_without_a_cache_an_interrupted_run_leaves_one(threads, prepared_and_dat
     torch.set_num_threads(threads)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("infoq_fx.criteria.information._Projections.add", project)
+            patch.setattr("infoq_fx.scoring.information.measurement._Projections.add", project)
             with pytest.raises(
                 KeyboardInterrupt, match=r"of 18 bit-widths were scored and are kept.*cache_dir='(.*)'"
             ) as found:
@@ -412,7 +411,7 @@ def test_without_a_cache_an_interrupted_run_leaves_one(threads, prepared_and_dat
 
 
 def test_an_error_is_noted_with_what_is_kept(prepared_and_data, monkeypatch, tmp_path):
-    monkeypatch.setattr("infoq_fx.criteria.information._Projections.add", lambda *_: 1 / 0)
+    monkeypatch.setattr("infoq_fx.scoring.information.measurement._Projections.add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as found:
         score(*prepared_and_data, cache_dir=tmp_path)
     assert "before anything was finished" in found.value.__notes__[0]
@@ -429,7 +428,7 @@ class Halves:
     def describe(self, prepared, data):
         return {}
 
-    def begin(self, prepared, data, *, batch_size, work):
+    def begin(self, prepared, data, *, batch_size, run_options):
         return HalvesMeasure()
 
     def score(self, prepared, measurements):
@@ -442,8 +441,8 @@ class Halves:
 class HalvesMeasure:
     run_bytes = 0
 
-    def __call__(self, prepared, data, sites, work):
-        work.advance(sum(len(site.bits) for site in sites))
+    def __call__(self, prepared, data, sites, run_options):
+        run_options.advance(sum(len(site.bits) for site in sites))
         return [Measurement(site.name, bits, {"half": bits / 2}) for site in sites for bits in site.bits]
 
 
@@ -460,7 +459,7 @@ def test_a_criterion_that_cannot_be_sent_is_refused(prepared_and_data):
         pass
 
     class Unsendable(Halves):
-        def begin(self, prepared, data, *, batch_size, work):
+        def begin(self, prepared, data, *, batch_size, run_options):
             return Local()
 
     with ThreadPoolExecutor(1) as executor, pytest.raises(OptionError, match="leave executor out"):
@@ -468,11 +467,11 @@ def test_a_criterion_that_cannot_be_sent_is_refused(prepared_and_data):
 
 
 def test_blocks_keep_within_the_memory(prepared_and_data):
-    from infoq_fx.sensitivity import _cut_blocks
+    from infoq_fx.scoring.sensitivity import _cut_blocks
 
     prepared, data = prepared_and_data
     named = read_data(data).named(prepared.input_names)
-    measure = CRITERION.begin(prepared, named, batch_size=32, work=Work())
+    measure = CRITERION.begin(prepared, named, batch_size=32, run_options=RunOptions())
     sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
     runs = sum(bits != 8 for site in sites for bits in site.bits)
     for room in (0, 3 * measure.run_bytes + 30_000, 1 << 40):

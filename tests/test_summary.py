@@ -10,7 +10,7 @@ from test_allocation import SMALL
 
 import infoq_fx
 from infoq_fx import Allocation, Budget, allocate, summarize
-from infoq_fx.cost import measure_cost
+from infoq_fx.allocation.cost import measure_cost
 
 
 @pytest.fixture(scope="module")

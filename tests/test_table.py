@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Inventory, Operation, QuantSite, Score
 from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Inventory, Operation, QuantSite, Score
 
 INVENTORY = Inventory(
     sites=(

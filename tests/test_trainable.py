@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
-from infoq_fx import numerics
-from infoq_fx.data import read_data
+from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
-from infoq_fx.quantizers import Observe, Quantizer
-from infoq_fx.runs import compute_logits
-from infoq_fx.spec import QParams, QuantSite, QuantSpec
-from infoq_fx.trainable import LearnedStepQuantizer, float_copy, trainable_copy, weights_by_site
+from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy, trainable_copy, weights_by_site
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.quantizers import Observe, Quantizer
+from infoq_fx.runtime.forward import compute_logits
+from infoq_fx.types import QParams, QuantSite, QuantSpec
 
 
 class Attention(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
-from infoq_fx.spec import Allocation
-from infoq_fx.verification import LevelResult, _find_problem
+from infoq_fx.export.verification import LevelResult, _find_problem
+from infoq_fx.types import Allocation
 
 
 def quantize_by_hand(model, data, bits=4):

@@ -19,8 +19,8 @@ import typer
 from typer.core import TyperGroup
 
 from infoq_fx.cli.configuration import write_configuration
+from infoq_fx.core.version import __version__
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
-from infoq_fx.version import __version__
 
 __all__ = ["ExitCode", "Result", "app", "check_output", "command", "main", "say"]
 

@@ -37,10 +37,10 @@ from infoq_fx.cli.options import (
     read_numbers,
     read_pins,
 )
-from infoq_fx.files import write_atomically
+from infoq_fx.core.atomic_files import write_atomically
 
 if TYPE_CHECKING:
-    from infoq_fx.auditing import Audit
+    from infoq_fx.auditing.result import Audit
 
 
 @command
@@ -86,15 +86,15 @@ def audit(
     debug: Debug = False,
 ) -> Result:
     """Compare criteria on a model, by what their allocations reach on samples that they did not see."""
-    import infoq_fx.auditing
-    from infoq_fx.model_files import load_model
+    import infoq_fx.auditing.comparison
+    from infoq_fx.cli.model_files import load_model
 
     if output is not None:
         check_output(output)
     limits = read_numbers(budgets, "--budgets")
     read = read_samples(ctx.params)
     with make_workers(workers) as executor:
-        found = infoq_fx.auditing.audit(
+        found = infoq_fx.auditing.comparison.audit(
             load_model(model, weights=weights),
             read,
             criteria.split(","),
@@ -136,8 +136,8 @@ def report(
     debug: Debug = False,
 ) -> Result:
     """Write one HTML page about a table of scores: layers, bit-widths, and the curve over budgets with a slider."""
-    from infoq_fx.allocation_file import load_allocation
-    from infoq_fx.report import write_report
+    from infoq_fx.allocation.allocation_file import load_allocation
+    from infoq_fx.report.page import write_report
     from infoq_fx.table import SensitivityTable
 
     write_report(

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
+from infoq_fx.core.atomic_files import write_atomically
+from infoq_fx.core.version import __version__
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.files import write_atomically
-from infoq_fx.version import __version__
 
 __all__ = ["read_configuration", "write_configuration"]
 

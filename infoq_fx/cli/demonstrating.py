@@ -23,8 +23,8 @@ def demo(
     debug: Debug = False,
 ) -> Result:
     """Train a small network on handwritten digits, quantize it, export it and run it. Nothing is downloaded."""
+    from infoq_fx.allocation.summary import summarize_allocation
     from infoq_fx.demo import run_demo
-    from infoq_fx.summary import summarize_allocation
 
     if output is not None:
         check_output(output)

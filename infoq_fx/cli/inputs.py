@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from infoq_fx.cli.application import say
 from infoq_fx.cli.options import read_bits, read_numbers, read_pins
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Budget, Inventory
+from infoq_fx.types import Budget, Inventory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from infoq_fx.prepared import PreparedModel
+    from infoq_fx.quantization.prepared import PreparedModel
 
 __all__ = [
     "DEFAULT_ACTIVATION_BITS",
@@ -33,7 +33,7 @@ DEFAULT_BITS, DEFAULT_ACTIVATION_BITS = "2,3,4,5,6,7,8", "8"
 
 def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[Tensor, Tensor | None]:
     """The samples of a command's DATA, or of another path, as its options say."""
-    from infoq_fx.model_files import load_samples
+    from infoq_fx.cli.model_files import load_samples
 
     return load_samples(
         path or options["data"],
@@ -54,7 +54,7 @@ def prepare_model(
     Where the budget counts weights as a container stores them, those are what the container stores.
     """
     from infoq_fx.api import default_bits, prepare
-    from infoq_fx.model_files import load_model
+    from infoq_fx.cli.model_files import load_model
 
     options["bits"] = options["bits"] or ",".join(map(str, default_bits(budget)))
     options["activation_bits"] = options["activation_bits"] or DEFAULT_ACTIVATION_BITS

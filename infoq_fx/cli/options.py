@@ -9,7 +9,7 @@ import typer
 
 from infoq_fx.cli.configuration import read_configuration
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Budget
+from infoq_fx.types import Budget
 
 __all__ = [
     "ActivationBits",

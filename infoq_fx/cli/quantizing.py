@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infoq_fx.allocation_file import describe_allocation, load_allocation
+from infoq_fx.allocation.allocation_file import describe_allocation, load_allocation
 from infoq_fx.cli.application import ExitCode, Result, check_output, command, say
 from infoq_fx.cli.inputs import check_same_sites, make_workers, prepare_model, read_samples, take_bits
 from infoq_fx.cli.options import (
@@ -47,15 +47,15 @@ from infoq_fx.cli.options import (
     read_limits,
 )
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Allocation, Budget
 from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Allocation, Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from infoq_fx.prepared import PreparedModel
-    from infoq_fx.quantized import QuantizedModule
-    from infoq_fx.recovery import RecoveryStep
+    from infoq_fx.conversion.quantized import QuantizedModule
+    from infoq_fx.quantization.prepared import PreparedModel
+    from infoq_fx.recovery.step import RecoveryStep
 
 Container = Annotated[
     str | None,
@@ -122,8 +122,8 @@ def quantize(
     The scores are kept beside the file: another budget is the same command with --scores model.onnx.scores.json.
     """
     from infoq_fx import api
-    from infoq_fx.criteria import find_criterion
-    from infoq_fx.recovery import find_steps
+    from infoq_fx.recovery.ladder import find_steps
+    from infoq_fx.scoring.criteria import find_criterion
 
     options = ctx.params
     check_output(output)
@@ -162,7 +162,7 @@ def quantize(
     if kept is not None:
         text += f"\nkept the scores in {kept}; another budget: the same command with --scores {kept}"
     if report is not None and table is not None:
-        from infoq_fx.report import write_report
+        from infoq_fx.report.page import write_report
 
         write_report(table, report, allocation=fixed)
         text += f"\nwrote {report}"
@@ -187,8 +187,8 @@ def export(
 
     Then:  infoq-fx verify model.onnx model.pt2 DATA
     """
-    from infoq_fx.onnx_export import export_onnx
-    from infoq_fx.quantized_files import load_quantized
+    from infoq_fx.export.qdq_onnx.exporter import export_onnx
+    from infoq_fx.export.quantized_files import load_quantized
 
     check_output(output)
     export_onnx(load_quantized(quantized), output, container=container, target=target)
@@ -218,8 +218,8 @@ def verify(
 
     Exit code 3 says that it is not.
     """
-    from infoq_fx.quantized_files import load_quantized
-    from infoq_fx.verification import verify_onnx
+    from infoq_fx.export.quantized_files import load_quantized
+    from infoq_fx.export.verification import verify_onnx
 
     if not onnx_file.is_file():
         raise OptionError(f"no file {str(onnx_file)!r}; write one with infoq-fx export or infoq-fx quantize")
@@ -259,7 +259,7 @@ def _choose(
     steps: Sequence[RecoveryStep],
 ) -> Allocation:
     from infoq_fx import api
-    from infoq_fx.allocation import allocate
+    from infoq_fx.allocation.solver import allocate
 
     if not options["refine"]:
         return allocate(table, limits, alpha=options["alpha"])
@@ -273,14 +273,14 @@ def _write(
     """Write the module in the format that the path asks for; text, document and exit code."""
     output: Path = options["output"]
     if output.suffix == ".pt2":
-        from infoq_fx.quantized_files import save_quantized
+        from infoq_fx.export.quantized_files import save_quantized
 
         save_quantized(quantized, output)
         size = output.stat().st_size
         text = f"wrote {output} ({size:,} bytes); next: infoq-fx export {output} -o {output.with_suffix('.onnx')}"
         return text, {"file_bytes": size}, ExitCode.DONE
-    from infoq_fx.onnx_export import export_onnx
-    from infoq_fx.verification import verify_onnx
+    from infoq_fx.export.qdq_onnx.exporter import export_onnx
+    from infoq_fx.export.verification import verify_onnx
 
     export_onnx(quantized, output, container=options["container"], target=options["target"])
     size = output.stat().st_size
@@ -292,6 +292,6 @@ def _write(
 
 
 def _summarize(allocation: Allocation, prepared: PreparedModel) -> str:
-    from infoq_fx.summary import summarize_allocation
+    from infoq_fx.allocation.summary import summarize_allocation
 
     return str(summarize_allocation(allocation, prepared.inventory))

@@ -80,8 +80,8 @@ def score(
     Then:  infoq-fx allocate scores.json --budget 4 -o allocation.json
     """
     from infoq_fx import api
-    from infoq_fx.criteria import find_criterion
-    from infoq_fx.recovery import find_steps
+    from infoq_fx.recovery.ladder import find_steps
+    from infoq_fx.scoring.criteria import find_criterion
 
     check_output(output)
     find_criterion(criterion)
@@ -129,14 +129,14 @@ def allocate(
 
     Then:  infoq-fx quantize MODEL DATA --allocation allocation.json -o model.onnx
     """
-    import infoq_fx.allocation
-    from infoq_fx.allocation_file import describe_allocation, save_allocation
-    from infoq_fx.summary import summarize_allocation
+    import infoq_fx.allocation.solver
+    from infoq_fx.allocation.allocation_file import describe_allocation, save_allocation
+    from infoq_fx.allocation.summary import summarize_allocation
     from infoq_fx.table import SensitivityTable
 
     limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
     table = SensitivityTable.load(scores)
-    found = infoq_fx.allocation.allocate(table, limits, alpha=alpha, pin=read_pins(pin))
+    found = infoq_fx.allocation.solver.allocate(table, limits, alpha=alpha, pin=read_pins(pin))
     text = str(summarize_allocation(found, table.inventory))
     if output is not None:
         save_allocation(found, check_output(output))

@@ -8,19 +8,21 @@ from dataclasses import replace
 
 import torch
 
-from infoq_fx.cache import digest_run
-from infoq_fx.data import CalibrationData
-from infoq_fx.machine import thread_map
-from infoq_fx.prepared import PreparedModel
-from infoq_fx.recovery.moments import Moments, average_moments, measure_moments
-from infoq_fx.recovery.operands import can_unfold, columns_of, rows_to_weight, weight_to_rows
-from infoq_fx.recovery.protocol import Bench
-from infoq_fx.recovery.rounding import MOST_COLUMNS, add_ridge, scale_choices
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import thread_map
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.input_moments import InputMoments, average_moments, measure_moments
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, choose_samples
+from infoq_fx.recovery.parameters import fork, read_qparams
 from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.walk import Walk, choose_samples, fork, read_parameter, read_qparams
-from infoq_fx.runs import Work, choose_batch_size
-from infoq_fx.spec import BASELINE_BITS, QParams, QuantSite, RoundedWeight
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps.second_order_rounding import MOST_COLUMNS, add_ridge, scale_choices
+from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
+from infoq_fx.runtime.digest import digest_run
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size
+from infoq_fx.types import BASELINE_BITS, QParams, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
 
@@ -62,7 +64,7 @@ class Candidates:
             "rounded on": digest_run(self._prepared, self._data, {}, batch_size=self._batch_size)[:20],
         }
 
-    def round(self, sites: Iterable[QuantSite], work: Work) -> PreparedModel:
+    def round(self, sites: Iterable[QuantSite], run_options: RunOptions) -> PreparedModel:
         """The prepared model with these sites' weights rounded at all their candidates below 8 bits.
 
         Cost: a forward pass of the model in float and at 8 bits for every two layers, and for every weight and
@@ -76,35 +78,37 @@ class Candidates:
         if missing:
             start = time.process_time()
             with torch.inference_mode():
-                self._round(missing, Work(threads=work.threads, stop=work.stop))
+                self._round(missing, RunOptions(threads=run_options.threads, stop=run_options.stop))
             self.cpu_seconds += time.process_time() - start
         return replace(self._prepared, rounded=dict(self._rounded))
 
-    def _round(self, missing: Mapping[str, list[int]], work: Work) -> None:
-        walk = Walk(fork(self._prepared), {}, self._data, Bench(batch_size=self._batch_size, work=work))
-        left = {layer.site.name for segment in walk.segments for layer in segment.layers} & set(missing)
-        with thread_map(work.threads, work.stop) as spread:
-            for segment in walk.segments:
+    def _round(self, missing: Mapping[str, list[int]], run_options: RunOptions) -> None:
+        runner = LayerwiseRunner(
+            fork(self._prepared), {}, self._data, StepContext(batch_size=self._batch_size, run_options=run_options)
+        )
+        left = {layer.site.name for segment in runner.segments for layer in segment.layers} & set(missing)
+        with thread_map(run_options.threads, run_options.stop) as spread:
+            for segment in runner.segments:
                 for layer in segment.layers:
                     name, columns = layer.site.name, columns_of(layer)
                     if name not in left or not can_unfold(layer) or columns > MOST_COLUMNS:
                         continue
-                    moments = average_moments(measure_moments(walk, segment, layer, max(_ROWS, 16 * columns)))
+                    moments = average_moments(measure_moments(runner, segment, layer, max(_ROWS, 16 * columns)))
 
-                    def run(bits: int, layer: Layer = layer, moments: Moments = moments) -> RoundedWeight:
+                    def run(bits: int, layer: Layer = layer, moments: InputMoments = moments) -> RoundedWeight:
                         with torch.inference_mode():
-                            return _round_layer(walk.prepared, layer, moments, bits)
+                            return _round_layer(runner.prepared, layer, moments, bits)
 
                     for bits, found in zip(missing[name], spread(run, missing[name]), strict=True):
                         self._rounded[name, bits] = found
                 left -= {layer.site.name for layer in segment.layers}
                 if not left:
                     break
-                walk.advance(segment)
+                runner.advance(segment)
 
 
-def _round_layer(prepared: PreparedModel, layer: Layer, moments: Moments, bits: int) -> RoundedWeight:
-    rows = weight_to_rows(layer, read_parameter(prepared, layer.weight)).double()
+def _round_layer(prepared: PreparedModel, layer: Layer, moments: InputMoments, bits: int) -> RoundedWeight:
+    rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight)).double()
     qparams = read_qparams(prepared, layer, bits)
     spec, choices = qparams.spec, scale_choices(prepared, layer, bits, rows)
     second = add_ridge(moments, _DAMPING)

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infoq_fx.error_feedback import descend, pass_errors_on
-from infoq_fx.recovery.moments import Moments
+from infoq_fx.recovery.error_feedback import descend, pass_errors_on
+from infoq_fx.recovery.input_moments import InputMoments
 
 __all__ = ["ideal_rows", "quadratic_error", "round_rows"]
 
 
-def ideal_rows(rows: Tensor, moments: Moments, ridge: Tensor) -> Tensor:
+def ideal_rows(rows: Tensor, moments: InputMoments, ridge: Tensor) -> Tensor:
     """The real-valued rows that come closest to the reference's output, given what really arrives.
 
     They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the reference's input and x^ the quantized one.

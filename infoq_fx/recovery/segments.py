@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.interpreter import FloatInterpreter
-from infoq_fx.passes.layers import LAYER_OPS, LayerOp
-from infoq_fx.prepared import PreparedModel
-from infoq_fx.spec import QuantSite
+from infoq_fx.graph.float_interpreter import FloatInterpreter
+from infoq_fx.graph.layers import LAYER_OPS, LayerOp
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.types import QuantSite
 
 __all__ = ["Layer", "Segment", "find_segments"]
 

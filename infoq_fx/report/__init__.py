@@ -1,6 +1,9 @@
-"""What was found, to look at: one page with a budget slider, and pictures."""
+"""What was found, to look at: one HTML page with a budget slider, and figures.
 
-from infoq_fx.report.page import write_report
-from infoq_fx.report.plots import plot_allocation, plot_correlation, plot_pareto, plot_sensitivity
+In: a :class:`~infoq_fx.SensitivityTable` or a quantized module. Out: a page that needs nothing else, or matplotlib
+figures.
+"""
 
-__all__ = ["plot_allocation", "plot_correlation", "plot_pareto", "plot_sensitivity", "write_report"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from infoq_fx.allocation import allocate
-from infoq_fx.cost import measure_cost
+from infoq_fx.allocation.cost import measure_cost
+from infoq_fx.allocation.solver import allocate
+from infoq_fx.core.targets import DEFAULT_TARGET, TARGETS
 from infoq_fx.errors import OptionError
-from infoq_fx.spec import Allocation, Budget, Cost, Inventory
 from infoq_fx.table import SensitivityTable
-from infoq_fx.targets import DEFAULT_TARGET, TARGETS
+from infoq_fx.types import Allocation, Budget, Cost, Inventory
 
 __all__ = [
     "CONTAINERS",
@@ -36,7 +36,7 @@ _DECADES = 6
 class Curve:
     """Allocations of least score along one limit.
 
-    ``limits`` are ascending whole numbers in the unit of ``name``, a field of :class:`~infoq_fx.spec.Budget`;
+    ``limits`` are ascending whole numbers in the unit of ``name``, a field of :class:`~infoq_fx.types.Budget`;
     ``allocations`` are what :func:`infoq_fx.allocate` finds for each.
     """
 

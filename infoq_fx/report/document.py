@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from infoq_fx.auditing import Audit
-from infoq_fx.cost import weight_bytes
+from infoq_fx.allocation.cost import weight_bytes
+from infoq_fx.auditing.result import Audit
 from infoq_fx.errors import OptionError
 from infoq_fx.report.curve import (
     Curve,
@@ -18,8 +18,8 @@ from infoq_fx.report.curve import (
     find_uniforms,
     trace_curve,
 )
-from infoq_fx.spec import FLOAT_BITS, Allocation, Inventory, QuantSite, Score
 from infoq_fx.table import SensitivityTable
+from infoq_fx.types import FLOAT_BITS, Allocation, Inventory, QuantSite, Score
 
 __all__ = ["build_document"]
 

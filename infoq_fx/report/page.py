@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
-from infoq_fx.auditing import Audit
+from infoq_fx.auditing.result import Audit
+from infoq_fx.conversion.quantized import QuantizedModule, provenance_of
+from infoq_fx.core.atomic_files import write_atomically
+from infoq_fx.core.tabular import html_table
+from infoq_fx.core.version import __version__
 from infoq_fx.errors import ExportError, MissingExtraError, OptionError
-from infoq_fx.files import write_atomically
-from infoq_fx.quantized import QuantizedModule, provenance_of
 from infoq_fx.report.document import build_document
-from infoq_fx.spec import Allocation
 from infoq_fx.table import SensitivityTable
-from infoq_fx.tabular import html_table
-from infoq_fx.version import __version__
+from infoq_fx.types import Allocation
 
 __all__ = ["write_report"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from infoq_fx.auditing import Audit
+from infoq_fx.auditing.result import Audit
 from infoq_fx.errors import MissingExtraError, OptionError, unknown_name_error
 from infoq_fx.report.curve import choose_unit, cost_of, damage_scale, describe_allocation, find_uniforms, trace_curve
-from infoq_fx.spec import Allocation, Inventory
 from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Allocation, Inventory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

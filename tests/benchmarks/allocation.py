@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_allocation import resnet50_sized_table, size_and_bitops_budgets, solve_pairs_with_highs
 
-from infoq_fx.allocation import allocate
-from infoq_fx.cost import broken_limits, measure_cost
+from infoq_fx.allocation.cost import broken_limits, measure_cost
+from infoq_fx.allocation.solver import allocate
 
 
 def cpu_seconds():

@@ -22,7 +22,7 @@ import torch
 from real_models import LEVELS, load_case, load_real_models
 
 import infoq_fx
-from infoq_fx.cost import measure_cost
+from infoq_fx.allocation.cost import measure_cost
 
 BITS = (2, 3, 4, 5, 6, 8)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import infoq_fx
-from infoq_fx.cost import measure_cost
+from infoq_fx.allocation.cost import measure_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_models import load_case, load_real_models, predict, top1

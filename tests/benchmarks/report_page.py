@@ -23,8 +23,8 @@ from test_allocation import resnet50_sized_table
 
 import infoq_fx
 from infoq_fx.demo import digits, train_digits_net
-from infoq_fx.report import plot_pareto
 from infoq_fx.report.page import _load_library
+from infoq_fx.report.plots import plot_pareto
 
 LOADS = 5
 

@@ -42,18 +42,18 @@ import numpy as np
 import torch
 
 import infoq_fx
-from infoq_fx import integer_convolution
-from infoq_fx.criteria import Work
-from infoq_fx.criteria.information import InformationMeasure
-from infoq_fx.criteria.observers import choose_default_observers, pool_features
-from infoq_fx.data import read_data
-from infoq_fx.integer_convolution import find_integer_nodes
-from infoq_fx.interpreter import SiteInterpreter, first_output
-from infoq_fx.machine import one_torch_thread
-from infoq_fx.mutual_info import estimate_ksg, estimate_ross, rank_samples, unit_projections
-from infoq_fx.run_plan import plan_whole_run
-from infoq_fx.runs import choose_batch_size
-from infoq_fx.sensitivity import Resources, measure_sensitivity
+from infoq_fx.core.data import read_data
+from infoq_fx.core.threads import one_torch_thread
+from infoq_fx.runtime import integer_convolution
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size
+from infoq_fx.runtime.integer_convolution import find_integer_nodes
+from infoq_fx.runtime.interpreter import SiteInterpreter
+from infoq_fx.runtime.outputs import first_output
+from infoq_fx.runtime.run_plan import plan_whole_run
+from infoq_fx.scoring.information.measurement import InformationMeasure
+from infoq_fx.scoring.information.mutual_info import estimate_ksg, estimate_ross, rank_samples, unit_projections
+from infoq_fx.scoring.information.observers import choose_default_observers, pool_features
+from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "real_models.py"
 SAMPLES, SLICES = 1024, 256
@@ -84,18 +84,19 @@ def run_kernel():
         x = generator.standard_normal((slices, samples)).astype(np.float32)
         y = (0.5 * x + generator.standard_normal(x.shape)).astype(np.float32)
         labels, ranked = generator.integers(0, 10, samples), rank_samples(x)
-        work = {
+        run_options = {
             "argsort": lambda x=x: [np.argsort(row) for row in x],
             "KSG, x sorted once": lambda ranked=ranked, y=y: estimate_ksg(ranked, y, threads=1),
             "KSG with the sort": lambda x=x, y=y: estimate_ksg(x, y, threads=1),
             "Ross": lambda x=x, labels=labels: estimate_ross(x, labels, threads=1),
         }
         for _ in range(200):
-            for name, function in work.items():
+            for name, function in run_options.items():
                 took = cpu_seconds(function)[0] / slices
                 least[samples, name] = min(took, least.get((samples, name), took))
         cells = [
-            f"{n} {1e6 * least[samples, n]:.0f} ({least[samples, n] / least[samples, 'argsort']:.1f})" for n in work
+            f"{n} {1e6 * least[samples, n]:.0f} ({least[samples, n] / least[samples, 'argsort']:.1f})"
+            for n in run_options
         ]
         print(f"  N = {samples}: " + ", ".join(cells), flush=True)
     growth = np.log(least[8192, "KSG, x sorted once"] / least[1024, "KSG, x sorted once"]) / np.log(8)
@@ -123,7 +124,7 @@ def run_resnet20(real):
     InformationMeasure._run = timed
     criterion = infoq_fx.InfoQPaper(slices=SLICES)
     with one_torch_thread():
-        criterion.begin(prepared, data.take(64), batch_size=64, work=Work())  # kernels compiled or loaded
+        criterion.begin(prepared, data.take(64), batch_size=64, run_options=RunOptions())  # kernels compiled or loaded
     ours, _ = cpu_seconds(measure_sensitivity, prepared, data, criterion, Resources(progress=False))
     InformationMeasure._run = run
     module_pass, seen = cpu_seconds(run_whole, prepared, data)
@@ -219,7 +220,7 @@ def run_tried(real):
             f"{'equal' if torch.equal(found, expected) else 'NOT equal'} ({len(integers)} nodes)"
         )
         interpreter, plan = SiteInterpreter(prepared), plan_whole_run(prepared, [first_output(prepared)])
-        import infoq_fx.interpreter as module
+        import infoq_fx.runtime.interpreter as module
 
         module._channels_last = lambda x: x.contiguous()
         interpreter = SiteInterpreter(prepared)

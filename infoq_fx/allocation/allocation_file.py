@@ -1,0 +1,80 @@
+"""An allocation as a file: found on one machine, used on another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.errors import OptionError
+from infoq_fx.types import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
+
+__all__ = ["decode_allocation", "describe_allocation", "load_allocation", "save_allocation"]
+
+_FORMAT = "infoq_fx.Allocation"
+_VERSION = 1
+
+
+def describe_allocation(allocation: Allocation) -> dict[str, Any]:
+    """An allocation as plain values that JSON holds."""
+    return asdict(allocation)
+
+
+def decode_allocation(held: Mapping[str, Any]) -> Allocation:
+    """The allocation that :func:`describe_allocation` made plain.
+
+    Raises:
+        OptionError: a bit-width that is none.
+        KeyError, TypeError, ValueError, AttributeError: the values are not those of an allocation.
+    """
+    values = dict(held)
+    for name, width in values["bits"].items():
+        if type(width) is not int or not MIN_BITS <= width <= MAX_BITS:
+            raise OptionError(f"its allocation gives site {name!r} {width!r} bits")
+    values["budget"] = None if values["budget"] is None else Budget(**values["budget"])
+    values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
+    values["recovered_by"] = tuple(values["recovered_by"])
+    values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
+    return Allocation(**values)
+
+
+def save_allocation(allocation: Allocation, path: str | os.PathLike[str]) -> None:
+    """Write an allocation as readable JSON: the whole file or nothing.
+
+    Args:
+        allocation: what :func:`infoq_fx.allocate` or :func:`infoq_fx.refine` found.
+        path: file to write, replaced if it exists.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
+    document = {"format": _FORMAT, "version": _VERSION, **describe_allocation(allocation)}
+    try:
+        write_atomically(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OptionError(
+            f"cannot write the allocation {os.fspath(path)!r}: {error.strerror}; give a path in a folder that exists"
+        ) from error
+
+
+def load_allocation(path: str | os.PathLike[str]) -> Allocation:
+    """Read what :func:`save_allocation` wrote; every number comes back exactly.
+
+    Raises:
+        OptionError: the file cannot be read, or is none that :func:`save_allocation` wrote.
+    """
+    try:
+        held = read_json(Path(path), _FORMAT, _VERSION)
+        return decode_allocation({key: value for key, value in held.items() if key not in ("format", "version")})
+    except OptionError as error:
+        reason = str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"damaged: {type(error).__name__}: {error}"
+    raise OptionError(
+        f"cannot read an allocation from {os.fspath(path)!r}: {reason}; make one with infoq-fx allocate, or "
+        "infoq_fx.save_allocation"
+    )

@@ -1,0 +1,362 @@
+"""What bit-widths cost, and what a budget leaves for them: bytes and BitOps in exact integers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from numbers import Real
+from typing import Any, Protocol, TypeAlias
+
+from infoq_fx.core.targets import find_container
+from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.types import FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
+
+__all__ = [
+    "COSTS",
+    "CostRow",
+    "OperationCost",
+    "activation_bytes",
+    "bound_own_cost",
+    "broken_limits",
+    "build_cost_row",
+    "measure_cost",
+    "operation_bitops",
+    "weight_bytes",
+]
+
+_SCALE_BYTES = 4
+
+
+_Products: TypeAlias = Mapping[tuple[str, str], Mapping[tuple[int, int], int]]
+
+
+class OperationCost(Protocol):
+    """A cost of your own, such as a latency that was measured: what one operation costs at the bits of its operands.
+
+    The cost of an allocation is the sum over the operations. Numbers are taken as their decimal notation says, so that
+    sums and limits are exact; short ones keep the integer program fast. Nothing is assumed of how the cost changes
+    with the bits.
+    """
+
+    def __call__(self, operation: Operation, left_bits: int | None, right_bits: int | None, /) -> float:
+        """A finite number of at least 0, the same for the same arguments.
+
+        Args:
+            operation: its ``name`` is the layer's module path, ``macs`` its multiply-accumulates for one sample.
+            left_bits: of the weight, or of the first activation of a matrix product; None is float.
+            right_bits: of the activation that enters, or of the second one of a matrix product; None is float.
+        """
+        ...
+
+
+COSTS: dict[str, OperationCost] = {}
+"""Costs of your own by name; ``Budget(costs={name: limit})`` limits them."""
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One limit in exact integers: ``sum(linear) + sum(pairs * left bits * right bits) + sum(products) <= limit``.
+
+    ``linear`` is the cost of a (site, bit-width), ``pairs`` the multiply-accumulates that two sites share, ``products``
+    the cost of two sites at (left bits, right bits) where it is of another form. ``unit`` integers are one of the cost.
+    """
+
+    limit: int
+    linear: Mapping[tuple[str, int], int]
+    pairs: Mapping[tuple[str, str], int]
+    products: _Products = field(default_factory=dict)
+    unit: int = 1
+
+    @property
+    def grows_with_bits(self) -> bool:
+        """Whether no site costs more at fewer bits; products are not looked into and count as such that may."""
+        by_site: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for (site, bits), cost in self.linear.items():
+            by_site[site].append((bits, cost))
+        rising = all(a[1] <= b[1] for held in by_site.values() for a, b in itertools.pairwise(sorted(held)))
+        return rising and not self.products
+
+    @property
+    def least(self) -> int:
+        """No allocation costs less of what the limit is on: the sum of every site's and every product's least."""
+        low: dict[object, int] = {}
+        for (site, _), cost in self.linear.items():
+            low[site] = min(cost, low.get(site, cost))
+        return sum(low.values()) + sum(min(table.values()) for table in self.products.values())
+
+
+def weight_bytes(site: QuantSite, bits: int) -> int:
+    """Bytes of a weight packed at ``bits``, with its scales (float32, one a channel or one in all)."""
+    channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
+    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels
+
+
+def activation_bytes(site: QuantSite, bits: int) -> int:
+    """Bytes of one sample's activation packed at ``bits``."""
+    return _packed_bytes(site.numel, bits)
+
+
+def operation_bitops(operation: Operation, left_bits: int | None, right_bits: int | None) -> int:
+    """Multiply-accumulates times the bits of both operands, one sample; None is an operand in float.
+
+    Reference:
+        InfoQ, Eq. 2.
+    """
+    left = FLOAT_BITS if left_bits is None else left_bits
+    right = FLOAT_BITS if right_bits is None else right_bits
+    return operation.macs * left * right
+
+
+def measure_cost(
+    inventory: Inventory, bits: Mapping[str, int], container: str | None = None, names: Iterable[str] = ()
+) -> Cost:
+    """Every cost of giving each site its bits.
+
+    A model without quantized weights stays as it is: ``weight_bits`` 32 and ``compression`` 1.
+
+    Args:
+        inventory: what the prepared model holds.
+        bits: bit-width by site name, for all sites.
+        container: count weights as this container stores them; None counts their own bits. BitOps stay those of the
+            bit-widths.
+        names: costs in :data:`COSTS` to measure as well.
+
+    Returns:
+        The costs in the units of :class:`~infoq_fx.types.Budget`; both ratios are correctly rounded quotients
+        of exact integers.
+
+    Raises:
+        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, an unknown container,
+            or a cost of your own that is not there or no number.
+    """
+    stored = _stored_bits(container)
+    weights = [site for site in inventory.sites if site.kind == "weight"]
+    activations = [site for site in inventory.sites if site.kind == "activation" and site.is_searched]
+    numel = sum(site.numel for site in weights)
+    total_bits = sum(site.numel * stored(_look_up(bits, site.name)) for site in weights)
+    float_bits = FLOAT_BITS * (numel + inventory.ignored_weights)
+    stored_bits = total_bits + FLOAT_BITS * inventory.ignored_weights
+    return Cost(
+        weight_bits=total_bits / numel if numel else float(FLOAT_BITS),
+        compression=float_bits / stored_bits if stored_bits else 1.0,
+        size_bytes=sum(weight_bytes(site, stored(bits[site.name])) for site in weights) + inventory.float_bytes,
+        bitops=sum(
+            operation_bitops(operation, _operand_bits(bits, operation.left), _operand_bits(bits, operation.right))
+            for operation in inventory.operations
+        ),
+        activation_bytes=sum(activation_bytes(site, _look_up(bits, site.name)) for site in activations),
+        costs={name: float(_measure_own(inventory, bits, name)) for name in names},
+    )
+
+
+def build_cost_row(
+    inventory: Inventory,
+    name: str,
+    limit: float,
+    choices: Mapping[str, tuple[int, ...]],
+    container: str | None = None,
+) -> CostRow:
+    """A limit of the budget as a row over the sites that have several choices.
+
+    What all the others cost is taken off the limit.
+
+    Args:
+        inventory: what the prepared model holds.
+        name: the limit, a field of :class:`~infoq_fx.types.Budget` or one of its ``costs``.
+        limit: its value.
+        choices: bit-widths open to each site, for all sites.
+        container: as for :func:`measure_cost`.
+    """
+    if name not in Budget.__dataclass_fields__:
+        return _build_own_row(inventory, name, limit, choices)
+    stored = _stored_bits(container)
+    costs: defaultdict[tuple[str | None, int], int] = defaultdict(int)
+    pairs: defaultdict[tuple[str, str], int] = defaultdict(int)
+    if name == "bitops":
+        _count_bitops(inventory, choices, costs, pairs)
+    else:
+        kind, measure = _SITE_COSTS[name]
+        for site in inventory.sites:
+            if site.kind == kind and (site.is_searched or kind == "weight"):
+                width = stored if kind == "weight" else int
+                costs.update({(site.name, b): measure(site, width(b)) for b in choices[site.name]})
+    linear: dict[tuple[str, int], int] = {}
+    remaining = _integer_limit(inventory, name, limit)
+    for (site_name, b), cost in costs.items():
+        if site_name is None or len(choices[site_name]) == 1:
+            remaining -= cost
+        else:
+            linear[site_name, b] = cost
+    return CostRow(remaining, linear, pairs)
+
+
+def broken_limits(cost: Cost, budget: Budget) -> list[str]:
+    """Names of the limits that a cost does not meet.
+
+    Costs are correctly rounded, as a limit that someone wrote down is: 33 bits in 10 weights meet 3.3.
+    """
+    return [
+        name
+        for name, limit in budget.limits.items()
+        if (cost[name] < limit if name == "compression" else cost[name] > limit)
+    ]
+
+
+def bound_own_cost(row: CostRow, limit: float) -> float:
+    """What a cost of your own is at least, whatever the bits, from its row and the limit that the row was built for."""
+    return float(Fraction(_largest_rounded(limit, row.unit) - row.limit + row.least, row.unit))
+
+
+_SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
+    "weight_bits": ("weight", lambda site, bits: site.numel * bits),
+    "compression": ("weight", lambda site, bits: site.numel * bits),
+    "size_bytes": ("weight", weight_bytes),
+    "activation_bytes": ("activation", activation_bytes),
+}
+
+
+def _stored_bits(container: str | None) -> Callable[[int], int]:
+    return int if container is None else find_container(container).stored_bits
+
+
+def _packed_bytes(numel: int, bits: int) -> int:
+    return (numel * bits + 7) // 8
+
+
+def _operand_bits(bits: Mapping[str, int], name: str | None) -> int | None:
+    return None if name is None else _look_up(bits, name)
+
+
+def _look_up(bits: Mapping[str, int], name: str) -> int:
+    if name not in bits:
+        raise unknown_name_error("site without bits", name, bits)
+    return bits[name]
+
+
+def _count_bitops(
+    inventory: Inventory,
+    choices: Mapping[str, tuple[int, ...]],
+    costs: dict[tuple[str | None, int], int],
+    pairs: dict[tuple[str, str], int],
+) -> None:
+    for operation in inventory.operations:
+        left, right = operation.left, operation.right
+        lefts = (FLOAT_BITS,) if left is None else choices[left]
+        rights = (FLOAT_BITS,) if right is None else choices[right]
+        if left is not None and left == right:
+            for b in lefts:
+                costs[left, b] += operation_bitops(operation, b, b)
+        elif left is not None and right is not None and len(lefts) > 1 and len(rights) > 1:
+            pairs[min(left, right), max(left, right)] += operation.macs
+        elif len(rights) == 1:
+            for b in lefts:
+                costs[left, b] += operation_bitops(operation, b, rights[0])
+        else:
+            for b in rights:
+                costs[right, b] += operation_bitops(operation, lefts[0], b)
+
+
+def _integer_limit(inventory: Inventory, name: str, limit: float) -> int:
+    """The largest whole total that meets a limit, in the units of the row: bits, bytes or BitOps."""
+    numel = sum(site.numel for site in inventory.sites if site.kind == "weight")
+    ignored_bits = FLOAT_BITS * inventory.ignored_weights
+    float_bits = FLOAT_BITS * numel + ignored_bits
+    if name == "weight_bits":
+        return _largest(math.floor(numel * Fraction(limit)), lambda total: total / numel <= limit)
+    if name == "compression":
+        return (
+            _largest(math.floor(float_bits / Fraction(limit)), lambda total: float_bits / total >= limit) - ignored_bits
+        )
+    return math.floor(limit) - (inventory.float_bytes if name == "size_bytes" else 0)
+
+
+def _largest(start: int, fits: Callable[[int], bool]) -> int:
+    while not fits(start):
+        start -= 1
+    while fits(start + 1):
+        start += 1
+    return start
+
+
+def _measure_own(inventory: Inventory, bits: Mapping[str, int], name: str) -> Fraction:
+    operands = ((op, _operand_bits(bits, op.left), _operand_bits(bits, op.right)) for op in inventory.operations)
+    return sum((_evaluate(name, *given) for given in operands), Fraction(0))
+
+
+def _evaluate(name: str, operation: Operation, left_bits: int | None, right_bits: int | None) -> Fraction:
+    """A cost of the user's own as the decimal number that it is written as."""
+    if name not in COSTS:
+        raise OptionError(
+            f"Budget limits {name!r}, which is no known cost; put a function (operation, left_bits, right_bits) -> "
+            f"cost into infoq_fx.COSTS[{name!r}] first"
+        )
+    value: Any = COSTS[name](operation, left_bits, right_bits)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise OptionError(
+            f"cost {name!r} is {value!r} for {operation.name!r} at {left_bits} and {right_bits} bits; return a finite "
+            "number of at least 0"
+        )
+    return Fraction(str(float(value)))
+
+
+def _build_own_row(inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]) -> CostRow:
+    """A limit on a cost of the user's own, in the largest unit that all its numbers are multiples of."""
+    constant = Fraction(0)
+    linear: defaultdict[tuple[str, int], Fraction] = defaultdict(Fraction)
+    products: dict[tuple[str, str], defaultdict[tuple[int, int], Fraction]] = {}
+    for operation in inventory.operations:
+        left, right = operation.left, operation.right
+        lefts = (None,) if left is None else choices[left]
+        rights = (None,) if right is None else choices[right]
+        table: dict[tuple[Any, Any], Fraction]
+        if left is not None and left == right:
+            table = {(b, b): _evaluate(name, operation, b, b) for b in choices[left]}
+        else:
+            table = {(i, j): _evaluate(name, operation, i, j) for i in lefts for j in rights}
+        if left is not None and right is not None and left != right and len(lefts) > 1 and len(rights) > 1:
+            key = min(left, right), max(left, right)
+            held = products.setdefault(key, defaultdict(Fraction))
+            for (i, j), cost in table.items():
+                held[(i, j) if key[0] == left else (j, i)] += cost
+        elif len(lefts) > 1 or len(rights) > 1:
+            for (i, j), cost in table.items():
+                site, b = (left, i) if len(lefts) > 1 else (right, j)
+                linear[str(site), int(b or 0)] += cost
+        else:
+            constant += sum(table.values())
+    for key in [key for key, held in products.items() if _is_separable(held)]:
+        held = products.pop(key)
+        first, second = min(held)
+        for (i, j), cost in held.items():
+            if j == second:
+                linear[key[0], i] += cost
+            if i == first:
+                linear[key[1], j] += cost - held[first, second]
+    values = [constant, *linear.values(), *(cost for held in products.values() for cost in held.values())]
+    unit = math.lcm(*(value.denominator for value in values))
+    return CostRow(
+        _largest_rounded(limit, unit) - int(constant * unit),
+        {key: int(cost * unit) for key, cost in linear.items()},
+        {},
+        {key: {bits: int(cost * unit) for bits, cost in held.items()} for key, held in products.items()},
+        unit,
+    )
+
+
+def _is_separable(table: Mapping[tuple[int, int], Fraction]) -> bool:
+    """Whether a cost of two sites is a sum of one of each."""
+    first, second = min(table)
+    return all(c - table[first, j] - table[i, second] + table[first, second] == 0 for (i, j), c in table.items())
+
+
+def _largest_rounded(limit: float, unit: int) -> int:
+    """The largest total of so many units to one whose rounded value meets the limit."""
+    exact = Fraction(limit)
+    total = math.floor((exact + (Fraction(math.nextafter(limit, math.inf)) - exact) / 2) * unit)
+    while float(Fraction(total, unit)) > limit:
+        total -= 1
+    return total

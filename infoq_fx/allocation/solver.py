@@ -1,0 +1,331 @@
+"""A bit-width for every site: the integer program of Eq. 5 over a sensitivity table, solved exactly."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from infoq_fx.allocation.core_problem import search_core
+from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
+from infoq_fx.allocation.integer_program import build_rows, solve_with_cbc
+from infoq_fx.allocation.lagrangian_bound import CandidateScores
+from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
+from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
+
+__all__ = ["allocate", "check_budget", "find_uniform", "propose"]
+
+_POWERS = (1.0, 0.75, 0.5, 0.25)
+_LOGGER = logging.getLogger(__name__)
+
+# The objective is the excess of a score over its site's best, scaled so that the best known allocation has
+# this much: CBC's absolute tolerances (1e-7) are then 1e-12 of it. _RESCALE is the improvement from which on
+# the scale no longer suits.
+_OBJECTIVE_SCALE = 1e5
+_RESCALE = 1e-3
+
+_Bits = dict[str, int]
+
+
+def allocate(
+    table: SensitivityTable,
+    budget: float | Budget,
+    *,
+    alpha: float = 1.0,
+    pin: Mapping[str, int] | None = None,
+) -> Allocation:
+    """The allocation of least total score among all that meet every limit of the budget.
+
+    Of two bit-widths of a site with equal scores only the smaller, cheaper one is considered. The same
+    arguments give the same result.
+
+    Args:
+        table: scores of every site with more than one candidate.
+        budget: the limits; a number is the mean weight bit-width.
+        alpha: weight of the activations' scores against those of the weights.
+        pin: bit-widths fixed beforehand, one of the site's candidates by site name.
+
+    Returns:
+        Bits of every site, the score with its standard error (the sites' errors taken as independent), the
+        cost, and the largest uniform weight bit-width within the same budget, scored by the same table. With
+        it, searched activations have their largest candidate or, where that does not fit, the weights' bits.
+
+    Raises:
+        OptionError: an argument cannot be used, or a candidate has no score.
+        InfeasibleBudgetError: a limit is out of reach; the message says what is reachable.
+        InfoqError: the solver did not run, or did not finish.
+
+    Reference:
+        InfoQ, Eq. 5.
+    """
+    return next(_propose(table, budget, alpha, pin or {}, (1.0,)))
+
+
+def propose(
+    table: SensitivityTable,
+    budget: float | Budget,
+    *,
+    alpha: float = 1.0,
+    pin: Mapping[str, int] | None = None,
+    second: Mapping[str, Mapping[int, float]] | None = None,
+) -> list[Allocation]:
+    """A few different allocations within the budget, of which the best can be found by running them.
+
+    Scores of single sites add up as long as the damage is small. Where it is not, the largest of them say too much:
+    they level off, and the sum with them. So there is :func:`allocate`'s own, then those of least total of the scores'
+    powers 0.75, 0.5 and 0.25, that of ``second``, other scores of all searched sites, where they are given, and last
+    the uniform allocation of the largest bit-width that fits.
+
+    Other arguments and errors are those of :func:`allocate`. All are described by the table's own scores.
+    """
+    found: list[Allocation] = []
+    for allocation in _propose(table, budget, alpha, pin or {}, _POWERS, second):
+        if all(allocation.bits != other.bits for other in found):
+            found.append(allocation)
+    return found
+
+
+def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
+    """The budget as a :class:`Budget`, known to be within reach of the sites' candidate bit-widths.
+
+    Args:
+        inventory: what the prepared model holds.
+        budget: the limits; a number is the mean weight bit-width.
+
+    Raises:
+        OptionError: not a budget.
+        InfeasibleBudgetError: no allocation meets the limits.
+    """
+    limits = _read_budget(budget)
+    # Costs of this package grow with every bit-width: this one allocation reaches the extreme of all at once.
+    cost = measure_cost(
+        inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container, limits.costs
+    )
+    broken = broken_limits(cost, limits)
+    choices = {site.name: site.bits for site in inventory.sites}
+    own = {
+        name: build_cost_row(inventory, name, limits.costs[name], choices) for name in broken if name in limits.costs
+    }
+    free = {name: row for name, row in own.items() if not row.grows_with_bits}
+    if beyond := [name for name in broken if name not in free or free[name].least > free[name].limit]:
+        reached = {name: bound_own_cost(row, limits.costs[name]) for name, row in own.items()}
+        raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, n, reached) for n in beyond))
+    if broken and _find_fitting(inventory, limits) is None:
+        raise InfeasibleBudgetError(
+            f"no allocation meets {limits} at once, though one alone can be met; raise one of the limits, or allow "
+            "other bits"
+        )
+    return limits
+
+
+def _propose(
+    table: SensitivityTable,
+    budget: float | Budget,
+    alpha: float,
+    pin: Mapping[str, int],
+    powers: Iterable[float],
+    second: Mapping[str, Mapping[int, float]] | None = None,
+) -> Iterator[Allocation]:
+    _check_alpha(alpha)
+    inventory = _pin_sites(table.inventory, pin)
+    limits = check_budget(inventory, budget)
+    candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
+    uniform_bits, uniform = find_uniform(inventory, limits)
+    smallest = {site.name: site.bits[0] for site in inventory.sites}
+    known = [bits for bits in (smallest, uniform) if bits is not None and _fits(inventory, limits, bits)]
+    known = known or [bits for bits in (_find_fitting(inventory, limits),) if bits is not None]
+    of_uniform = None if uniform is None else _total_score(candidates, uniform)
+
+    def describe(bits: _Bits) -> Allocation:
+        return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
+
+    for power in powers:
+        # Scores below 0 are a user's own criterion's; their order is kept.
+        raised = {n: {b: math.copysign(abs(v) ** power, v) for b, v in d.items()} for n, d in candidates.items()}
+        yield describe(_minimize_score(inventory, limits, raised if power != 1 else candidates, known))
+    if second is not None:
+        others = {s.name: {b: second.get(s.name, {}).get(b, 0.0) for b in s.bits} for s in inventory.sites}
+        yield describe(_minimize_score(inventory, limits, others, known))
+    if uniform is not None:
+        yield describe(uniform)
+
+
+def _describe(
+    table: SensitivityTable,
+    inventory: Inventory,
+    limits: Budget,
+    candidates: CandidateScores,
+    bits: _Bits,
+    alpha: float,
+    uniform: tuple[int | None, float | None],
+) -> Allocation:
+    chosen = {name: table.scores[name][b] for name, b in bits.items() if b in table.scores.get(name, {})}
+    weights = {site.name: 1.0 if site.kind == "weight" else alpha for site in inventory.sites}
+    return Allocation(
+        bits=bits,
+        criterion=table.criterion,
+        budget=limits,
+        score=_total_score(candidates, bits),
+        standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
+        cost=measure_cost(inventory, bits, limits.container, limits.costs),
+        uniform_bits=uniform[0],
+        uniform_score=uniform[1],
+        scores=chosen,
+    )
+
+
+def _check_alpha(alpha: Any) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
+        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
+
+
+def _read_budget(budget: Any) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise OptionError(
+            f"budget={budget!r} is neither a number nor a Budget; give mean weight bits, such as 3.0, or a Budget"
+        )
+    return Budget(weight_bits=float(budget))
+
+
+def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
+    """The inventory with the pinned sites' candidates narrowed to one."""
+    names = [site.name for site in inventory.sites]
+    fixed = {}
+    for name, bits in pin.items():
+        if name not in names:
+            raise unknown_name_error("site in pin", name, names)
+        (fixed[name],) = check_bits(bits, f"pin[{name!r}]")
+        if bits not in inventory[name].bits:
+            raise OptionError(
+                f"pin[{name!r}]={bits} is not among the site's candidates; take one of {inventory[name].bits}"
+            )
+    sites = tuple(replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites)
+    return replace(inventory, sites=sites)
+
+
+def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict[int, float]:
+    """Weighted scores of a site's candidates; a site with one candidate need not be scored."""
+    scores: Mapping[int, Score] = table.scores.get(site.name, {})
+    if not scores and len(site.bits) == 1:
+        return {site.bits[0]: 0.0}
+    for bits in site.bits:
+        if bits not in scores:
+            known = ", ".join(map(str, sorted(scores))) or "none"
+            raise OptionError(
+                f"the table has no score for {site.name!r} at {bits} bits; scored there: {known}; score it, or pin "
+                "the site"
+            )
+    weight = 1.0 if site.kind == "weight" else alpha
+    return {bits: weight * scores[bits].value for bits in site.bits}
+
+
+def _total_score(candidates: CandidateScores, bits: Mapping[str, int]) -> float:
+    return math.fsum(candidates[name][b] for name, b in bits.items())
+
+
+def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str, own: Mapping[str, float]) -> str:
+    kinds = {"bitops": ("weight", "activation"), "activation_bytes": ("activation",)}.get(name, ("weight",))
+    fewest = {site.bits[0] for site in inventory.sites if site.kind in kinds and site.is_searched}
+    how = f"all layers at {fewest.pop()} bits" if len(fewest) == 1 else "every layer at its fewest bits"
+    side = "above the largest" if name == "compression" else "below the smallest"
+    if name in own:
+        how = "every operation at its cheapest bits"
+    asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
+    counted = "" if budget.container is None else f", as stored in {budget.container!r}"
+    remedy = (
+        "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
+    )
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted}); {remedy}"
+
+
+def _exact_text(value: float) -> str:
+    """A number that reads back exactly: the reachable value copied into a budget has to work."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:
+    """The largest bit-width that all searched weights can have within the budget, and the bits it means.
+
+    Searched activations have their largest candidate or, where that does not fit, the weights' bits.
+    """
+    free = [site for site in inventory.sites if len(site.bits) > 1]
+    candidates = [set(site.bits) for site in free if site.kind == "weight"]
+    common = set.intersection(*candidates) if candidates else set()
+    largest = {site.name: site.bits[-1] for site in inventory.sites}
+    for bits in sorted(common, reverse=True):
+        wide = {**largest, **{site.name: bits for site in free if site.kind == "weight"}}
+        choices = [wide]
+        if all(bits in site.bits for site in free):
+            choices.append({**largest, **{site.name: bits for site in free}})
+        for choice in choices:
+            if _fits(inventory, budget, choice):
+                return bits, choice
+    return None, None
+
+
+def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateScores, known: Iterable[_Bits]) -> _Bits:
+    """The best allocation within the budget; the ``known`` ones, which fit, bound what is worth searching."""
+    rows = build_rows(inventory, budget, candidates)
+    grows = all(row.grows_with_bits for row in rows)
+    efficient = {name: _drop_dominated(scores) if grows else dict(scores) for name, scores in candidates.items()}
+    floor = {name: min(scores.values()) for name, scores in efficient.items()}
+    excess = {name: {b: s - floor[name] for b, s in scores.items()} for name, scores in efficient.items()}
+    unlimited = {name: min(scores, key=lambda b: (scores[b], b)) for name, scores in efficient.items()}
+    if _fits(inventory, budget, unlimited):
+        return unlimited
+    lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
+    best = min(lowered, key=lambda bits: _total_score(excess, bits))
+    while True:
+        span = _total_score(excess, best)
+        # A candidate whose own excess is above the span cannot be part of anything better.
+        scaled = {
+            name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
+            for name, scores in excess.items()
+        }
+        found = _solve(inventory, budget, scaled, best)
+        if _total_score(excess, found) < span:
+            best = found
+        if _total_score(excess, best) > _RESCALE * span:
+            return best
+        _LOGGER.debug("scores span many orders of magnitude: solving again around the best found")
+
+
+def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
+    """Only the candidates that score below every smaller one: all costs grow with the bits."""
+    efficient: dict[int, float] = {}
+    for bits in sorted(scores):
+        if not efficient or scores[bits] < min(efficient.values()):
+            efficient[bits] = scores[bits]
+    return efficient
+
+
+def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known: _Bits) -> _Bits:
+    """One candidate a site, least total score, every limit met; the ``known`` one meets them."""
+    rows = build_rows(inventory, budget, scores)
+    best, rest = known, scores
+    if all(row.grows_with_bits for row in rows):
+        bits, core = search_core(rows, scores, _total_score(scores, known))
+        best = {**known, **bits}
+        if core is None or all(len(by_bits) == 1 for by_bits in core.values()):
+            return best
+        _LOGGER.debug("too many allocations near the bound to list them: CBC searches the rest")
+        rest = {name: dict(by_bits) for name, by_bits in core.items()}
+    found = solve_with_cbc(inventory, budget, rest)
+    if found is None:
+        raise InfoqError(f"CBC found no proven optimum for {budget}; try a budget near it")
+    return min(best, found, key=lambda bits: _total_score(scores, bits))
+
+
+def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
+    return not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget)
+
+
+def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:
+    """Any allocation within the budget, for costs that do not grow with the bits."""
+    return solve_with_cbc(inventory, budget, {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites})

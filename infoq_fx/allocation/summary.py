@@ -1,0 +1,80 @@
+"""An allocation beside the sites that it is for: as text, and as a table in a notebook."""
+
+from __future__ import annotations
+
+from infoq_fx.allocation.cost import measure_cost, weight_bytes
+from infoq_fx.core.tabular import align_rows, html_table
+from infoq_fx.core.targets import DEFAULT_TARGET, TARGETS
+from infoq_fx.types import Allocation, Cost, Inventory, QuantSite
+
+__all__ = ["Summary", "summarize_allocation"]
+
+_HEAD = ("layer", "kind", "elements", "bits", "score", "± error", "share of size")
+_TEXT_COLUMNS = 2
+
+
+class Summary(str):
+    """Text that a notebook shows as a table."""
+
+    html: str
+
+    def __new__(cls, text: str, html: str) -> Summary:
+        """The text, and the same as HTML."""
+        made = super().__new__(cls, text)
+        made.html = html
+        return made
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def summarize_allocation(allocation: Allocation, inventory: Inventory) -> Summary:
+    """A table of the allocation: its sites, its cost, and how the uniform bit-width compares.
+
+    Args:
+        allocation: bits for every site of the inventory.
+        inventory: what the prepared model holds.
+
+    Returns:
+        One line a weight site and one a searched activation site, then two of totals. ``share of size`` is that of the
+        bytes of ``Cost.size_bytes``; beside these the totals give what containers take.
+    """
+    is_own = allocation.budget is None or allocation.budget.container is None
+    cost = (is_own and allocation.cost) or measure_cost(inventory, allocation.bits)
+    shown = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
+    rows = [_HEAD, *(_describe_site(site, allocation, cost) for site in shown)]
+    notes = _describe_totals(allocation, inventory, cost)
+    text = "\n".join([*align_rows(rows, left=_TEXT_COLUMNS), *notes])
+    caption = "Bit-widths" if allocation.budget is None else f"Bit-widths within {allocation.budget}"
+    return Summary(text, html_table(caption, rows, notes, left=_TEXT_COLUMNS))
+
+
+def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple[str, ...]:
+    bits, score = allocation.bits[site.name], allocation.scores.get(site.name)
+    share = f"{100 * weight_bytes(site, bits) / cost.size_bytes:.1f} %" if site.kind == "weight" else "-"
+    value, error = ("-", "-") if score is None else (f"{score.value:.3g}", f"{score.standard_error:.2g}")
+    return site.name, site.kind, f"{site.numel:,}", str(bits), value, error, share
+
+
+def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost) -> list[str]:
+    containers = TARGETS[DEFAULT_TARGET].containers
+    stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
+    lines = [
+        f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
+        f"{cost.size_bytes:,} bytes (stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, "
+        f"{cost.activation_bytes:,} bytes of activations"
+    ]
+    if allocation.score is not None:
+        spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
+        lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
+    if allocation.lost_nats is not None:
+        lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
+    if allocation.recovered_by:
+        lines.append(f"recovered by {', '.join(allocation.recovered_by)}")
+    return lines
+
+
+def _describe_uniform(allocation: Allocation) -> str:
+    if allocation.uniform_bits is None or allocation.uniform_score is None:
+        return "no uniform bit-width fits the budget"
+    return f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"

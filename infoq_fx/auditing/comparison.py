@@ -1,0 +1,402 @@
+"""Which criterion to take for a model: all of them on equal terms, judged by what their allocations reach."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+from torch.export import ExportedProgram
+from tqdm.auto import tqdm
+
+from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
+from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
+from infoq_fx.api import DEFAULT_BITS, prepare
+from infoq_fx.auditing.result import Audit, AuditRow, Hits, Nats
+from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.threads import one_torch_thread
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.graph.model_inputs import fit_data
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
+from infoq_fx.recovery.step import RecoveryStep
+from infoq_fx.runtime.digest import digest_run
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
+from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
+from infoq_fx.scoring.criterion import Criterion, Measure, Plain
+from infoq_fx.scoring.output_measure import ACCURACY_DROP
+from infoq_fx.scoring.refinement import choose_allocation
+from infoq_fx.scoring.sensitivity import Resources, describe_measurements, measure_sensitivity, runs_weights
+from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Allocation, Budget, Score
+
+__all__ = ["Audit", "AuditRow", "audit"]
+
+DEFAULT_CRITERIA = (
+    "infoq",
+    "infoq_paper",
+    "eagl",
+    "weight_mse",
+    "output_sqnr",
+    "output_kl",
+    "hawq_v2",
+    "mpqco",
+    "ompq",
+)
+_LOW_BITS = 4
+_FORMAT = "infoq_fx.audit"
+_VERSION = 1
+
+
+def audit(
+    model: nn.Module | ExportedProgram,
+    calibration_data: Any,
+    criteria: Sequence[AnyCriterion] = DEFAULT_CRITERIA,
+    budgets: Sequence[float | Budget] = (5.0, 4.0, 3.0),
+    *,
+    evaluation_data: Any = None,
+    correlate: bool = True,
+    bits: int | Sequence[int] = DEFAULT_BITS,
+    activation_bits: int | Sequence[int] | None = 8,
+    ignore: Sequence[str] = (),
+    pin: Mapping[str, int] | None = None,
+    recovery: AnyRecovery = "none",
+    device: torch.device | str = "cpu",
+    executor: Executor | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
+    progress: bool = True,
+) -> Audit:
+    """Compare criteria on a model: same quantizers, same data, same integer program.
+
+    For each criterion: how its scores correlate with the accuracy drop of every layer at 4 bits and fewer, the top-1 of
+    its allocation at every budget, the nats that are lost there, and what it cost. Accuracy is that of the quantized
+    model, by default with weights rounded to nearest, on samples that no criterion saw; without labels, agreement with
+    the float model. Nats are the mean KL divergence from the float model's outputs on the same samples. Beside the
+    criteria stand the uniform allocation and, where ``"infoq"`` takes part, what :func:`infoq_fx.quantize` allocates by
+    default.
+
+    Deterministic but for the CPU times. With ``cache_dir`` an audit that was stopped goes on where it was, and another
+    criterion or budget costs only itself.
+
+    Args:
+        model: as for :func:`infoq_fx.quantize`.
+        calibration_data: what the criteria see.
+        criteria: names, objects or functions. The default leaves out those that train (``"limpq"``, ``"alps"``) and
+            those that need labels (``"loss"``, ``"accuracy"``).
+        budgets: mean weight bit-widths or :class:`Budget`.
+        evaluation_data: what the accuracy is measured on; None keeps every second calibration sample for it.
+        correlate: measure the accuracy drop of every layer at 4 bits and fewer and correlate scores with it; it takes
+            about half as long as scoring does.
+        bits: this and all that follow are as for :func:`infoq_fx.quantize`.
+        activation_bits: candidates of activations; criteria that score weights alone need a single one.
+        ignore: layers left in float.
+        pin: bit-widths fixed beforehand.
+        recovery: what each allocation is measured behind, see :func:`infoq_fx.recover`, and scored for, see
+            :func:`infoq_fx.score`; ``"fast"`` is what :func:`infoq_fx.quantize` does, and costs its time for every row
+            and budget.
+        device: where the work is done.
+        executor: workers for the scoring.
+        cache_dir: folder that keeps everything finished.
+        memory_limit: bytes that scoring may take in a process.
+        progress: show progress bars on standard error.
+
+    Raises:
+        OptionError: an argument cannot be used, a criterion stands there twice, or scores no activations that are
+            searched.
+        CalibrationDataError: the data cannot be used.
+        InfeasibleBudgetError: a budget is out of reach.
+    """
+    chosen, steps = _read_criteria(criteria), find_steps(recovery)
+    calibration, evaluation = _split(read_data(calibration_data), evaluation_data)
+    prepared = prepare(
+        model, calibration, bits=bits, activation_bits=activation_bits, ignore=ignore, pin=pin, device=device
+    )
+    limits = {_name_budget(budget): check_budget(prepared.inventory, budget) for budget in budgets}
+    if not limits:
+        raise OptionError("audit got no budget; give at least one, such as budgets=[4.0, 3.0]")
+    calibration, evaluation = (fit_data(prepared, data) for data in (calibration, evaluation))
+    with _kept_folder(cache_dir) as folder:
+        resources = Resources(executor=executor, cache_dir=folder, memory_limit=memory_limit, progress=progress)
+        drops = _measure_drops(prepared, evaluation, resources) if correlate else {}
+        judge = _Judge(prepared, evaluation, calibration, steps, folder, progress)
+        candidates = find_candidates(prepared, calibration, steps)
+        tables, rows = {}, []
+        for criterion in chosen:
+            table, seconds = _score(prepared, calibration, criterion, resources, folder, candidates)
+            tables[criterion.name] = table
+            allocations = {name: allocate(table, limit) for name, limit in limits.items()}
+            r, error, rank = _correlate(table, drops)
+            rows.append(
+                replace(
+                    judge(criterion.name, allocations),
+                    correlation=r,
+                    correlation_error=error,
+                    rank_correlation=rank,
+                    cpu_seconds=seconds,
+                    images=_count_images(criterion, calibration),
+                )
+            )
+        uniform = {name: find_uniform(prepared.inventory, limit)[1] for name, limit in limits.items()}
+        fitting = {name: Allocation(bits=bits) for name, bits in uniform.items() if bits is not None}
+        rows.append(judge("uniform", fitting))
+        if "infoq" in tables:
+            refined = {
+                name: _refine(prepared, tables["infoq"], limit, calibration, candidates, folder)
+                for name, limit in limits.items()
+            }
+            rows.append(judge("infoq, refined", refined))
+    return Audit(
+        rows=tuple(rows),
+        budgets=tuple(limits),
+        tables=tables,
+        accuracy_drops=drops,
+        float_top1=100 * float(judge.float_hits.mean()),
+        evaluation_samples=evaluation.samples,
+    )
+
+
+class _Judge:
+    """Runs allocations over the evaluation samples, each once; what was found is kept in the folder."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        data: CalibrationData,
+        calibration: CalibrationData,
+        steps: Sequence[RecoveryStep],
+        folder: Path,
+        progress: bool,
+    ) -> None:
+        self._prepared, self._data, self._folder, self._progress = prepared, data, folder, progress
+        self._calibration, self._steps = calibration, steps
+        self._batch_size = choose_batch_size(prepared)
+        settings: dict[str, Plain] = {"measure": "audit"}
+        if steps:
+            fitted = digest_run(prepared, calibration, {}, batch_size=self._batch_size)
+            settings |= {"recovery": ", ".join(map(repr, steps)), "fitted": fitted}
+        self._key = digest_run(prepared, data, settings, batch_size=self._batch_size)
+        with one_torch_thread() as threads:
+            logits = compute_float_logits(prepared, data, batch_size=self._batch_size, run_options=self._work(threads))
+        data.check_labels(logits.shape[1])
+        self._labels = logits.argmax(1) if data.labels is None else data.labels.cpu()
+        self._float_logits, self._spread = logits, measure_spread(logits)
+        self.float_hits: Hits = (logits.argmax(1) == self._labels).numpy()
+
+    def __call__(self, name: str, allocations: Mapping[str, Allocation]) -> AuditRow:
+        shown = tqdm(allocations.items(), desc=f"top-1 ({name})", unit="budget", disable=not self._progress)
+        found = {budget: self._run(allocation) for budget, allocation in shown}
+        return AuditRow(
+            name=name,
+            hits={budget: hits for budget, (hits, _) in found.items()},
+            nats={budget: nats for budget, (_, nats) in found.items()},
+            allocations=allocations,
+        )
+
+    def _run(self, allocation: Allocation) -> tuple[Hits, Nats]:
+        described = json.dumps(dict(sorted(allocation.bits.items())))
+        path = _path(self._folder, f"{self._key} {described}")
+        if (kept := self._read(path)) is not None:
+            return kept
+        model = recover_accuracy(
+            self._prepared, allocation.bits, self._calibration, self._steps, cache_dir=self._folder, progress=False
+        )
+        with one_torch_thread() as threads:
+            logits = compute_logits(
+                model, self._data, allocation.bits, batch_size=self._batch_size, run_options=self._work(threads)
+            )
+        hits: Hits = (logits.argmax(1) == self._labels).numpy()
+        nats: Nats = diverge(self._float_logits, logits, self._spread).numpy()
+        _store(path, {"hits": "".join("1" if hit else "0" for hit in hits), "nats": nats.tolist()})
+        return hits, nats
+
+    def _read(self, path: Path) -> tuple[Hits, Nats] | None:
+        kept = _load(path)
+        hits, nats = kept.get("hits"), kept.get("nats")
+        if not isinstance(hits, str) or not isinstance(nats, list) or {len(hits), len(nats)} != {self._data.samples}:
+            return None
+        return np.array([hit == "1" for hit in hits]), np.array(nats)
+
+    def _work(self, threads: int) -> RunOptions:
+        on_cpu = self._prepared.device.type == "cpu"
+        return RunOptions(threads=threads if on_cpu else 1)
+
+
+def _score(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    criterion: Criterion,
+    resources: Resources,
+    folder: Path,
+    candidates: Candidates | None,
+) -> tuple[SensitivityTable, float]:
+    """The table and the CPU seconds of all runs that went into it, those of earlier audits included."""
+    settings = describe_measurements(criterion, prepared, data, candidates)
+    key = digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared))
+    path = _path(folder, f"seconds {key}")
+    before, timed = float(_load(path).get("seconds", 0.0)), _Timed(criterion, candidates)
+    try:
+        table, _ = measure_sensitivity(prepared, data, timed, resources, candidates)
+    finally:
+        seconds = before + timed.seconds()
+        _store(path, {"seconds": seconds})
+    return table, seconds
+
+
+def _refine(
+    prepared: PreparedModel,
+    table: SensitivityTable,
+    limit: float | Budget,
+    data: CalibrationData,
+    candidates: Candidates | None,
+    folder: Path,
+) -> Allocation:
+    """What ``quantize()`` takes under a limit; kept, since with candidates the weights are rounded for it once more."""
+    # The first proposal holds the limit, and differs where costs of the user's own do.
+    first = json.dumps(describe_allocation(allocate(table, limit)))
+    settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "first": first}
+    if candidates is not None:
+        settings |= candidates.describe()
+    path = _path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
+    with suppress(OptionError, KeyError, TypeError, ValueError, AttributeError):  # nothing kept, or damaged
+        return decode_allocation(_load(path)["allocation"])
+    found = choose_allocation(prepared, table, limit, data, candidates=candidates)
+    _store(path, {"allocation": describe_allocation(found)})
+    return found
+
+
+class _Timed:
+    """A criterion that tells the CPU seconds since it began to measure: none where all was in the cache.
+
+    Rounding the weights counts in full for every criterion that is given them, though it is done once.
+    """
+
+    def __init__(self, criterion: Criterion, candidates: Candidates | None) -> None:
+        self._criterion, self._candidates, self._start = criterion, candidates, math.nan
+        self.name, self.needs_data, self.kinds = criterion.name, criterion.needs_data, criterion.kinds
+        self.runs_weights = runs_weights(criterion)
+        self.describe, self.score = criterion.describe, criterion.score
+
+    def begin(
+        self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
+    ) -> Measure:
+        self._start = time.process_time()
+        return self._criterion.begin(prepared, data, batch_size=batch_size, run_options=run_options)
+
+    def seconds(self) -> float:
+        if math.isnan(self._start):
+            return 0.0
+        rounding = self._candidates.cpu_seconds if self._candidates is not None and self.runs_weights else 0.0
+        return time.process_time() - self._start + rounding
+
+
+def _measure_drops(
+    prepared: PreparedModel, evaluation: CalibrationData, resources: Resources
+) -> dict[str, dict[int, Score]]:
+    sites = [
+        replace(site, bits=tuple(sorted({*(b for b in site.bits if b <= _LOW_BITS), site.bits[-1]})))
+        for site in prepared.inventory.sites
+    ]
+    low = replace(prepared, inventory=replace(prepared.inventory, sites=tuple(sites)))
+    _, measurements = measure_sensitivity(low, evaluation, "accuracy", resources)
+    drops: dict[str, dict[int, Score]] = {}
+    for found in measurements:
+        value, error = found.values[ACCURACY_DROP], found.values[f"{ACCURACY_DROP}:standard_error"]
+        drops.setdefault(found.site, {})[found.bits] = Score(value, error)
+    return drops
+
+
+def _correlate(
+    table: SensitivityTable, drops: Mapping[str, Mapping[int, Score]]
+) -> tuple[float | None, float | None, float | None]:
+    """Pearson's r over (site, low bits), its standard error (1 - r^2) / sqrt(n - 1), and Spearman's."""
+    pairs = [
+        (score.value, drops[site][bits].value)
+        for site, by_bits in table.scores.items()
+        for bits, score in by_bits.items()
+        if bits <= _LOW_BITS and bits in drops.get(site, {})
+    ]
+    scores, measured = np.array(pairs).reshape(-1, 2).T
+    if len(pairs) < 3 or np.ptp(scores) == 0 or np.ptp(measured) == 0:
+        return None, None, None
+    r = float(np.corrcoef(scores, measured)[0, 1])
+    return r, (1 - r * r) / math.sqrt(len(pairs) - 1), float(stats.spearmanr(scores, measured).statistic)
+
+
+def _read_criteria(criteria: Sequence[AnyCriterion]) -> list[Criterion]:
+    if isinstance(criteria, str) or not isinstance(criteria, Sequence) or not criteria:
+        raise OptionError(f"criteria={criteria!r}; give a list of names, criterion objects or functions")
+    chosen = [find_criterion(criterion) for criterion in criteria]
+    names = [criterion.name for criterion in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"criterion {name!r} stands there twice; give one of them another name")
+    return chosen
+
+
+def _split(calibration: CalibrationData, evaluation_data: Any) -> tuple[CalibrationData, CalibrationData]:
+    if evaluation_data is not None:
+        return calibration, read_data(evaluation_data)
+    if calibration.samples < 4:
+        raise CalibrationDataError(
+            f"an audit without evaluation_data needs 4 samples, found {calibration.samples}; give more"
+        )
+    return calibration.select(torch.arange(0, calibration.samples, 2)), calibration.select(
+        torch.arange(1, calibration.samples, 2)
+    )
+
+
+def _count_images(criterion: Criterion, data: CalibrationData) -> int:
+    if not criterion.needs_data:
+        return 0
+    samples = getattr(criterion, "samples", None)
+    return min(data.samples, samples) if isinstance(samples, int) else data.samples
+
+
+def _name_budget(budget: float | Budget) -> str:
+    return str(budget) if isinstance(budget, Budget) else f"{budget:g} bits"
+
+
+@contextmanager
+def _kept_folder(cache_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """The user's folder, or one for this audit alone: criteria share measurements through it."""
+    if cache_dir is not None:
+        yield Path(cache_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="infoq_fx_audit_") as folder:
+        yield Path(folder)
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / "audit" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, _FORMAT, _VERSION) if path.exists() else {}
+    except OptionError:  # cut short or of another release: it is found again
+        return {}
+
+
+def _store(path: Path, document: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"format": _FORMAT, "version": _VERSION, **document}) + "\n")
+    except OSError as error:
+        raise OptionError(f"cannot write the cache {str(path.parent)!r}: {error}; give another cache_dir") from error

@@ -1,0 +1,146 @@
+"""What an audit finds: a row for each way to allocate, and which criterion to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infoq_fx.core.tabular import align_rows
+from infoq_fx.table import SensitivityTable
+from infoq_fx.types import Allocation, Score
+
+__all__ = ["Audit", "AuditRow", "Hits", "Nats"]
+
+Hits: TypeAlias = NDArray[np.bool_]
+"""Whether each evaluation sample is predicted right."""
+Nats: TypeAlias = NDArray[np.float64]
+"""KL divergence of the quantized model's output from the float model's, of each evaluation sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    """What one way to allocate reaches.
+
+    ``hits`` are right predictions of the evaluation samples, by budget, and ``nats`` what their outputs lose against
+    the float model's: it tells allocations apart that a top-1 does not. ``correlation`` is Pearson's r between score
+    and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is Spearman's.
+    ``cpu_seconds`` is what scoring took, whichever run did it (killed ones and workers apart); ``images`` is how
+    many it looked at. These five are None for rows without a criterion of their own.
+    """
+
+    name: str
+    hits: Mapping[str, Hits]
+    allocations: Mapping[str, Allocation]
+    correlation: float | None = None
+    correlation_error: float | None = None
+    rank_correlation: float | None = None
+    cpu_seconds: float | None = None
+    images: int | None = None
+    nats: Mapping[str, Nats] = field(default_factory=dict)
+
+    def top1(self, budget: str) -> Score | None:
+        """Percent of right predictions and its standard error; None where nothing fits the budget."""
+        if budget not in self.hits:
+            return None
+        share, samples = float(self.hits[budget].mean()), len(self.hits[budget])
+        return Score(100 * share, 100 * math.sqrt(share * (1 - share) / samples))
+
+    def lost_nats(self, budget: str) -> Score | None:
+        """Mean of ``nats`` over the samples and its standard error; None where nothing fits the budget."""
+        if budget not in self.nats:
+            return None
+        nats = self.nats[budget]
+        return Score(float(nats.mean()), float(nats.std() / math.sqrt(len(nats))))
+
+    @property
+    def mean_top1(self) -> float:
+        """Mean over the budgets."""
+        return float(np.mean([100 * hits.mean() for hits in self.hits.values()]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """The rows, one a criterion, then ``"uniform"`` and, where InfoQ took part, ``"infoq, refined"``.
+
+    ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
+    ``float_top1`` is the float model's.
+    """
+
+    rows: tuple[AuditRow, ...]
+    budgets: tuple[str, ...]
+    tables: Mapping[str, SensitivityTable]
+    accuracy_drops: Mapping[str, Mapping[int, Score]]
+    float_top1: float
+    evaluation_samples: int
+
+    @property
+    def leader(self) -> AuditRow:
+        """The row of the criterion with the best mean top-1; of equals the one that costs less."""
+        return max(self._candidates(), key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
+
+    @property
+    def recommended(self) -> AuditRow:
+        """The leader, or the one that loses the fewest nats (geometric mean over budgets) of those level with it."""
+        leader, level = self.leader, self.indistinguishable()
+        rows = [leader, *(row for row in self._candidates() if row.name in level)]
+        return leader if any(not row.nats for row in rows) else min(rows, key=_mean_log_nats)
+
+    def lead_over(self, name: str) -> Score:
+        """How far the leader is ahead of another row: points of mean top-1, and the paired standard error."""
+        best, other = self.leader, next(row for row in self.rows if row.name == name)
+        shared = [budget for budget in self.budgets if budget in best.hits and budget in other.hits]
+        if not shared:
+            return Score(0.0)
+        difference = np.mean([100.0 * best.hits[b] - 100.0 * other.hits[b] for b in shared], axis=0)
+        return Score(float(difference.mean()), float(difference.std() / math.sqrt(len(difference))))
+
+    def indistinguishable(self) -> list[str]:
+        """Names of the other criteria whose top-1 is within two standard errors of the leader's."""
+        leader = self.leader
+        others = [row.name for row in self._candidates() if row is not leader]
+        return [name for name in others if (lead := self.lead_over(name)).value <= 2 * lead.standard_error]
+
+    def __str__(self) -> str:
+        cells = [["criterion", "r", "rank r", *(f"top-1, {b}" for b in self.budgets), "lead lost", "CPU s", "images"]]
+        for row in self.rows:
+            lead = self.lead_over(row.name)
+            r = "-" if row.correlation is None else f"{row.correlation:.2f} ± {row.correlation_error:.2f}"
+            found = [row.top1(b) for b in self.budgets]
+            cells.append(
+                [
+                    row.name,
+                    r,
+                    "-" if row.rank_correlation is None else f"{row.rank_correlation:.2f}",
+                    *("-" if t is None else f"{t.value:.1f} ± {t.standard_error:.1f}" for t in found),
+                    "-" if row is self.leader else f"{lead.value:.1f} ± {lead.standard_error:.1f}",
+                    "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f}",
+                    "-" if row.images is None else str(row.images),
+                ]
+            )
+        lost = [["nats lost", *self.budgets]]
+        for row in self.rows:
+            nats = [row.lost_nats(b) for b in self.budgets]
+            lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
+        head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
+        return "\n".join([head, *align_rows(cells), "", *align_rows(lost), "", self._advise()])
+
+    def _advise(self) -> str:
+        best = self.recommended.name
+        level = [self.leader.name, *self.indistinguishable()]
+        if len(level) == 1:
+            return f"take {best!r}"
+        return (
+            f"take {best!r}: it loses the fewest nats of those level in top-1 (2 standard errors): {', '.join(level)}"
+        )
+
+    def _candidates(self) -> list[AuditRow]:
+        return [row for row in self.rows if row.name != "uniform" and len(row.hits) == len(self.budgets)]
+
+
+def _mean_log_nats(row: AuditRow) -> float:
+    return float(np.mean([math.log(max(nats.mean(), 1e-300)) for nats in row.nats.values()]))

@@ -1,0 +1,20 @@
+from .atomic_files import (
+    read_json as read_json,
+    write_atomically as write_atomically,
+)
+from .data import (
+    CalibrationData as CalibrationData,
+    read_data as read_data,
+)
+from .memory import available_memory_bytes as available_memory_bytes
+from .targets import (
+    CONTAINERS as CONTAINERS,
+    TARGETS as TARGETS,
+    Container as Container,
+    Target as Target,
+)
+from .threads import (
+    one_torch_thread as one_torch_thread,
+    thread_map as thread_map,
+)
+from .version import __version__ as __version__

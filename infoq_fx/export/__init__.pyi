@@ -1,0 +1,13 @@
+from .dynamo_backend import backend as backend
+from .fx_pass import InfoqPass as InfoqPass
+from .pt2e import InfoqQuantizer as InfoqQuantizer
+from .qdq_onnx.exporter import export_onnx as export_onnx
+from .quantized_files import (
+    load_quantized as load_quantized,
+    save_quantized as save_quantized,
+)
+from .verification import (
+    LevelResult as LevelResult,
+    Verification as Verification,
+    verify_onnx as verify_onnx,
+)

@@ -1,0 +1,41 @@
+"""Quantization as a pass of ``torch.fx`` pass managers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from infoq_fx.export.quantize_target import check_options, quantize_target
+from infoq_fx.graph.passes.annotate_bits import read_bits
+from infoq_fx.types import Allocation, Budget
+
+__all__ = ["InfoqPass"]
+
+
+class InfoqPass(PassBase):
+    """Quantization as a pass: ``PassManager([InfoqPass(3.0, calibration_data=loader)])(graph_module)``.
+
+    A graph that is quantized already is returned as it is, so that a manager with several ``steps`` comes to an end.
+
+    Args:
+        target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an :class:`infoq_fx.Allocation` found before.
+        calibration_data: see :func:`infoq_fx.quantize`.
+        options: those of :func:`infoq_fx.quantize`; with an allocation only ``example_inputs``, ``recovery``,
+            ``device``, ``cache_dir`` and ``progress``.
+
+    Raises:
+        OptionError: an argument cannot be used. Errors of the run are those of :func:`infoq_fx.quantize`; a manager
+            wraps them and keeps them as the cause.
+    """
+
+    def __init__(self, target: float | Budget | Allocation, calibration_data: Any = None, **options: Any) -> None:
+        check_options("InfoqPass", target, options)
+        self._target, self._options = target, {"calibration_data": calibration_data, **options}
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """The quantized module of a float graph, traced or exported; the float graph stays as it was."""
+        if read_bits(graph_module.graph):
+            return PassResult(graph_module, False)
+        return PassResult(quantize_target(graph_module, self._target, self._options), True)

@@ -1,0 +1,320 @@
+"""An allocation as a quantizer of torchao's PT2E flow, which ExecuTorch and Inductor start from; needs torchao."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from infoq_fx.conversion.quantized import QuantizedModule, allocation_of
+from infoq_fx.errors import MissingExtraError, OptionError, UnsupportedModelError, nearest_names
+from infoq_fx.graph.clamps import CLAMPS, read_bounds, set_bounds
+from infoq_fx.graph.layers import LAYER_OPS, read_tensor
+from infoq_fx.graph.operands import Placement
+from infoq_fx.graph.sites import find_sites
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
+from infoq_fx.quantization.quantizers import spec_of
+from infoq_fx.types import MAX_BITS, Allocation, check_bits
+
+try:
+    from torchao.quantization.pt2e.observer import HistogramObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e.quantizer import (
+        FixedQParamsQuantizationSpec,
+        QuantizationAnnotation,
+        QuantizationSpec,
+        QuantizationSpecBase,
+        Quantizer,
+    )
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+except ImportError as missing:
+    raise MissingExtraError(f'InfoqQuantizer needs torchao ({missing}): pip install "infoq-fx[torchao]"') from missing
+
+__all__ = ["InfoqQuantizer"]
+
+_ATEN = torch.ops.aten
+_OUT_OF_PLACE = {
+    _ATEN.add_.Tensor: _ATEN.add.Tensor,
+    _ATEN.relu_.default: _ATEN.relu.default,
+    _ATEN.hardtanh_.default: _ATEN.hardtanh.default,
+    _ATEN.clamp_.default: _ATEN.clamp.default,
+    _ATEN.relu6_.default: _ATEN.relu6.default,
+}
+_FIXED_OUTPUT = ".output"  # is in the names of sites that no allocation chooses
+
+
+class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no types
+    """Annotates every site of an allocation: ``prepare_pt2e(exported_module, InfoqQuantizer(allocation))``.
+
+    Weights are int8 within their bits (at 4 bits from -8 to 7), symmetric per output channel, with the scales of least
+    squared error that this package takes everywhere. Activations are affine per tensor, observed by a histogram.
+    Biases, and layers that the allocation does not know, stay in float.
+
+    Args:
+        source: bit-widths by site name; or a quantized module, whose weights (recovered ones too), biases and
+            ranges the flow then takes over; what torchao converts computes what that module computes.
+        activation_dtype: of the integers, ``torch.int8`` (ExecuTorch) or ``torch.uint8`` (Inductor on x86).
+        output_bits: where given, the output of a layer that no site stands behind (a classifier) is quantized to so
+            many bits; integer kernels of ExecuTorch's XNNPACK want 8.
+        convolution_bits: where given, the weights of convolutions are declared to have so many bits, though their
+            integers stay within their own: XNNPACK, which wants 8, knows 4 bits for linear layers only.
+
+    Raises:
+        OptionError: an argument cannot be used. ``prepare_pt2e`` raises it for an allocation of another model.
+    """
+
+    def __init__(
+        self,
+        source: Allocation | QuantizedModule,
+        *,
+        activation_dtype: torch.dtype = torch.int8,
+        output_bits: int | None = None,
+        convolution_bits: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(source, Allocation | QuantizedModule):
+            raise OptionError(
+                f"InfoqQuantizer() got a {type(source).__name__}; give an Allocation or what quantize() returned"
+            )
+        if activation_dtype not in (torch.int8, torch.uint8):
+            raise OptionError(f"activation_dtype is {activation_dtype}; give torch.int8 or torch.uint8")
+        self.allocation = source if isinstance(source, Allocation) else allocation_of(source)
+        self._known = _Known({}, {}, ()) if isinstance(source, Allocation) else _read_quantized(source)
+        for name, option in (("output_bits", output_bits), ("convolution_bits", convolution_bits)):
+            if option is not None:
+                check_bits(option, name)
+        self._is_signed = activation_dtype == torch.int8
+        self._output_bits, self._convolution_bits = output_bits, convolution_bits
+        self._observed: dict[int, QuantizationSpecBase] = {}
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Operations in place become plain ones where nothing else reads what they overwrite; known weights move in."""
+        for node in model.graph.nodes:
+            if node.target in _OUT_OF_PLACE and len(node.args[0].users) == 1:
+                node.target = _OUT_OF_PLACE[node.target]
+            op = LAYER_OPS.get(node.target)
+            layer = None if op is None else self._known.layers.get(str(getattr(node.args[op.weight], "target", None)))
+            if op is not None and layer is not None:
+                _put(model, node.args[op.weight], layer.weight)
+                bias = op.bias_of(node)
+                if layer.bias is not None and isinstance(bias, fx.Node) and bias.op == "get_attr":
+                    _put(model, bias, layer.bias)
+        if self._known.layers:
+            _take_bounds(model, self._known.bounds)
+        model.recompile()
+        return model
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Give every edge into a layer, and every tensor that integer kernels need, the bits of its site."""
+        bits = self.allocation.bits
+        plan = find_sites(model, _example_inputs(model), bits=(MAX_BITS,), activation_bits=(MAX_BITS,))
+        self._check({placement.site.name for placement in plan.placements})
+        known = _match_ranges(plan.placements, self._known.activations)
+        for placement in plan.placements:
+            site = placement.site
+            if site.is_searched and site.name not in bits:
+                continue
+            if site.kind == "weight":
+                spec = self._weight_spec(model, placement)
+            else:
+                spec = self._activation_spec(bits.get(site.name, MAX_BITS), known.get(placement.node))
+            for user in placement.users:
+                _annotation(user).input_qspec_map[placement.node] = spec
+        if self._output_bits is not None:
+            self._annotate_outputs(model)
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing: what cannot be annotated is refused while it is annotated."""
+
+    def _check(self, sites: set[str]) -> None:
+        chosen = [name for name in self.allocation.bits if _FIXED_OUTPUT not in name]
+        missing = [name for name in chosen if name not in sites]
+        if missing:
+            raise OptionError(
+                f"{len(missing)} of {len(chosen)} sites of the allocation are not in this model, as {missing[0]!r}; "
+                f"give one of this model; nearest there: {nearest_names(missing[0], sites)}"
+            )
+
+    def _weight_spec(self, model: fx.GraphModule, placement: Placement) -> QuantizationSpecBase:
+        site = placement.site
+        spec = declared = spec_of(site, self.allocation.bits[site.name])
+        layer = self._known.layers.get(site.name)
+        weight = read_tensor(model, placement.node)
+        qparams = numerics.choose_weight_qparams(weight, spec)
+        if layer is not None:
+            qparams = replace(qparams, scale=layer.scale)
+        if self._convolution_bits is not None and LAYER_OPS[placement.users[0].target].is_convolution:
+            declared = replace(spec, bits=max(spec.bits, self._convolution_bits))
+            # Clipped here: the declared range no longer does it.
+            _put(model, placement.node, numerics.fake_quantize(weight, qparams))
+        return QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=_FixedScaleObserver.with_args(scale=qparams.scale),
+            quant_min=declared.quant_min,
+            quant_max=declared.quant_max,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=site.channel_axis,
+        )
+
+    def _activation_spec(self, bits: int, known: tuple[float, int] | None) -> QuantizationSpecBase:
+        shift = 1 << (bits - 1) if self._is_signed else 0
+        options: dict[str, Any] = {
+            "dtype": torch.int8 if self._is_signed else torch.uint8,
+            "quant_min": -shift,
+            "quant_max": (1 << bits) - 1 - shift,
+            "qscheme": torch.per_tensor_affine,
+        }
+        if known is not None:
+            scale, zero_point = known
+            return FixedQParamsQuantizationSpec(scale=scale, zero_point=zero_point - shift, **options)
+        if bits not in self._observed:  # one object for all, so that readers of one tensor share an observer
+            observer = HistogramObserver.with_args(eps=2**-12)
+            self._observed[bits] = QuantizationSpec(observer_or_fake_quant_ctr=observer, **options)
+        return self._observed[bits]
+
+    def _annotate_outputs(self, model: fx.GraphModule) -> None:
+        assert self._output_bits is not None
+        for node in model.graph.nodes:
+            is_layer = node.target in LAYER_OPS and Q_ANNOTATION_KEY in node.meta
+            read = [Q_ANNOTATION_KEY in u.meta and node in u.meta[Q_ANNOTATION_KEY].input_qspec_map for u in node.users]
+            activated = any(user.target in _OUT_OF_PLACE.values() for user in node.users)
+            if is_layer and not any(read) and not activated:
+                _annotation(node).output_qspec = self._activation_spec(self._output_bits, None)
+
+
+class _FixedScaleObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
+    """Observes nothing: the scales ``[channels]`` are known."""
+
+    def __init__(self, *, scale: Tensor, **options: Any) -> None:
+        super().__init__(**options)
+        self._scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self._scale, torch.zeros_like(self._scale, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weight and bias of a quantized layer as its integers have them, and the weight's scales."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Layers by weight site, (scale, zero point) of unsigned activations by site, bounds of clamps in graph order.
+
+    The weights hold factors of the activations between them, which clamps there have to follow.
+    """
+
+    layers: Mapping[str, _Layer]
+    activations: Mapping[str, tuple[float, int]]
+    bounds: Sequence[tuple[Any, Any]]
+
+
+def _read_quantized(quantized: QuantizedModule) -> _Known:
+    layers, activations = {}, {}
+    for node in quantized.graph.nodes:
+        op, arguments = LAYER_OPS.get(node.target), node.args
+        if node.target is quantize_dequantize_op:
+            activations[str(arguments[4])] = float(arguments[1]), int(arguments[2])
+        elif op is not None and getattr(arguments[op.weight], "target", None) is dequantize_op:
+            weight = arguments[op.weight]
+            layers[str(weight.args[4])] = _Layer(
+                _dequantized(quantized, weight),
+                read_tensor(quantized, weight.args[1]),
+                _bias(quantized, op.bias_of(node)),
+            )
+    bounds = [read_bounds(node) for node in quantized.graph.nodes if node.target in CLAMPS]
+    return _Known(layers, activations, bounds)
+
+
+def _take_bounds(model: fx.GraphModule, bounds: Sequence[tuple[Any, Any]]) -> None:
+    clamps = [node for node in model.graph.nodes if node.target in CLAMPS]
+    if len(clamps) != len(bounds):
+        raise OptionError(
+            f"{len(clamps)} clamps are in this model, {len(bounds)} in the quantized module; "
+            "prepare the model that it was made from"
+        )
+    for node, (low, high) in zip(clamps, bounds, strict=True):
+        if (low, high) != read_bounds(node):
+            set_bounds(node, low, high)
+
+
+def _match_ranges(
+    placements: Iterable[Placement], ranges: Mapping[str, tuple[float, int]]
+) -> dict[fx.Node, tuple[float, int]]:
+    """Known ranges by node. A name that holds a node's number counts without it where nothing else is called so."""
+    ours, theirs = [p for p in placements if p.site.kind == "activation"], Counter(map(_without_number, ranges))
+    plain = {_without_number(name): found for name, found in ranges.items() if theirs[_without_number(name)] == 1}
+    counts = Counter(_without_number(p.site.name) for p in ours)
+    matched = {}
+    for placement in ours:
+        name = _without_number(placement.site.name)
+        if placement.site.name in ranges:
+            matched[placement.node] = ranges[placement.site.name]
+        elif name in plain and counts[name] == 1:
+            matched.setdefault(placement.node, plain[name])
+    return matched
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"_\d*(?=\.output)", "", name)
+
+
+def _bias(quantized: QuantizedModule, bias: Any) -> Tensor | None:
+    if not isinstance(bias, fx.Node):
+        return None
+    return _dequantized(quantized, bias) if bias.target is dequantize_op else read_tensor(quantized, bias)
+
+
+def _dequantized(quantized: QuantizedModule, node: fx.Node) -> Tensor:
+    arguments: Any = node.args
+    source, scale, *rest = arguments
+    value: Tensor = dequantize_op(read_tensor(quantized, source), read_tensor(quantized, scale), *rest)
+    return value
+
+
+def _put(model: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    """A parameter in the place of another; the model that was exported keeps its own."""
+    owner_path, _, name = str(node.target).rpartition(".")
+    owner = model.get_submodule(owner_path)
+    held = read_tensor(model, node)
+    if held.shape != value.shape:
+        raise OptionError(
+            f"{node.target!r} is {list(held.shape)} here, {list(value.shape)} in the quantized module; "
+            "prepare the model that it was made from"
+        )
+    if name in dict(owner.named_buffers(recurse=False)):
+        owner.register_buffer(name, value.to(held.device))
+    else:
+        setattr(owner, name, nn.Parameter(value.to(held.device), requires_grad=False))
+
+
+def _annotation(node: fx.Node) -> Any:
+    return node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation(_annotated=True))
+
+
+def _example_inputs(model: fx.GraphModule) -> dict[str, Tensor]:
+    """Zeros in the shapes that the model was exported with; only shapes are read from the run."""
+    examples = {}
+    for node in model.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            raise UnsupportedModelError(f"input {node.target!r} has no shape: export the model with torch.export first")
+        sizes = [size if isinstance(size, int) else int(size.node.hint or 2) for size in value.shape]
+        examples[str(node.target)] = torch.zeros(sizes, dtype=value.dtype, device=value.device)
+    return examples

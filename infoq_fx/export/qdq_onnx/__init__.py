@@ -1,0 +1,1 @@
+"""QDQ ONNX files: trace, lower, slim, finish, check, write."""

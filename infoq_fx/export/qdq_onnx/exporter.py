@@ -1,0 +1,84 @@
+"""Write a quantized module as a QDQ ONNX file that runtimes load; the only room that writes ONNX."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from infoq_fx.conversion.quantized import Provenance, provenance_of
+from infoq_fx.core.targets import DEFAULT_TARGET, Container, Target, find_container, find_target
+from infoq_fx.errors import OptionError
+from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
+from infoq_fx.export.qdq_onnx.lowering import lower
+from infoq_fx.export.qdq_onnx.tracing import trace
+from infoq_fx.export.qdq_onnx.writing import check_file, folder_beside, write_model
+
+__all__ = ["METADATA_KEY", "export_onnx"]
+
+
+def export_onnx(
+    quantized: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    container: str | None = None,
+    target: str = DEFAULT_TARGET,
+    external_data: bool = False,
+) -> Path:
+    """Write a quantized module as ONNX with a dynamic batch, its weights as integers and its biases as int32.
+
+    Containers, with opset and IR version:
+
+    - ``"int8"`` (18, 8): int8 with values within the bit-width; 8 bits may be uint8 around zero point 128.
+    - ``"packed"`` (21, 10): int4 for up to 4 bits, else as above.
+    - ``"int2"`` (25, 13): int2, int4, else as above; stock runtimes compute it wrongly: there is a warning.
+
+    An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. Initializers and
+    layers are named by module paths; the allocation stands as JSON in the metadata under ``METADATA_KEY``, beside
+    ``infoq.container`` and ``infoq.version``. The file is put in its place only after the ONNX checker and a run in
+    onnxruntime that agrees with the module.
+
+    Args:
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned.
+        path: of the file; its folder must exist.
+        container: of :data:`infoq_fx.CONTAINERS`; None for that of the allocation's budget or else the target's first.
+        target: the runtime of :data:`infoq_fx.TARGETS` that the file is for.
+        external_data: put tensors into ``<path>.data``; models above 2 GB do in any case.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: not a quantized module, an unknown container or target, or a container that the target does not
+            run (but for ``"int2"``).
+        ExportError: the path cannot be written, torch cannot export the graph, or a check failed; no file is left
+            and one that was there before stays as it was.
+    """
+    provenance = provenance_of(quantized)
+    if provenance is None:
+        raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
+    runtime = find_target(target)
+    chosen = _choose_container(container, runtime, provenance)
+    place = Path(path)
+    with folder_beside(place) as folder:
+        model = trace(quantized, provenance, chosen.opset_version)
+        lower(model, chosen, runtime)
+        finish(model, provenance.allocation, chosen)
+        write_model(model, folder / place.name, external_data=external_data)
+        check_file(folder / place.name, quantized, provenance)
+    return place
+
+
+def _choose_container(container: str | None, target: Target, provenance: Provenance) -> Container:
+    budget = provenance.allocation.budget
+    asked = container or (budget and budget.container) or target.containers[0]
+    found = find_container(asked)
+    if asked not in target.containers:
+        warnings.warn(
+            f"stock runtimes refuse container {asked!r} or compute it wrongly, as onnxruntime does at its default "
+            f"optimisation; containers that {target.name!r} runs: {', '.join(target.containers)}",
+            stacklevel=3,
+        )
+    return found

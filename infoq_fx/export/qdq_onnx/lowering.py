@@ -1,0 +1,268 @@
+"""Placeholders become the operators of ONNX, with integers in the container chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from infoq_fx.core.targets import Container, Target
+from infoq_fx.export.qdq_onnx.tracing import DOMAIN, find_placeholders
+from infoq_fx.types import MAX_BITS
+
+__all__ = ["lower"]
+
+_SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
+_VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"}
+_INTEGER_TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+def lower(model: ir.Model, container: Container, target: Target) -> None:
+    """Replace all placeholders, in place.
+
+    Weights are stored transposed where the graph would do it at run time. A weight takes the narrowest integer type of
+    the container; an activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a
+    Clip in float in front would keep integer kernels from fusing.
+    """
+    if not target.quantizes_before_parameters:
+        _drop_outputs_before_parameters(model)
+    _store_transposed(model)
+    _lower_dequantize(model, container, target)
+    _gather_integers(model)
+    _lower_quantize_dequantize(model, shares_scales=container.is_packed)
+    if container.is_packed:
+        _derive_bias_scales(model)
+
+
+def _drop_outputs_before_parameters(model: ir.Model) -> None:
+    """QuantizeDequantize of a convolution -> views -> Concat with a parameter: the Concat reads floats."""
+    for node in find_placeholders(model, "QuantizeDequantize"):
+        source, reader = node.inputs[0], node
+        assert source is not None
+        producer = source.producer()
+        while len(uses := reader.outputs[0].uses()) == 1 and (reader is node or reader.op_type in _VIEWS):
+            reader = next(iter(uses)).node
+        is_joined = reader.op_type == "Concat" and any(_is_parameter(value) for value in reader.inputs)
+        if producer is not None and producer.op_type == "Conv" and is_joined:
+            node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _is_parameter(value: ir.Value | None) -> bool:
+    while value is not None and (producer := value.producer()) is not None and producer.op_type in _VIEWS:
+        value = producer.inputs[0]
+    return value is not None and value.const_value is not None
+
+
+def _store_transposed(model: ir.Model) -> None:
+    """Transpose weights in the file where the graph would do it at run time.
+
+    1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
+    2. Dequantize -> Gemm(transB=1): the same, with transB=0.
+
+    Left alone: a weight that an embedding reads too, which stands in the file once.
+    """
+    for node in find_placeholders(model, "Dequantize"):
+        weight = node.outputs[0]
+        if any(reader.op_type == "Gather" for reader, _ in weight.uses()):
+            continue
+        moved: ir.Value | None = None
+        for reader, index in list(weight.uses()):
+            is_transpose = reader.op_type == "Transpose" and tuple(reader.attributes["perm"].as_ints()) == (1, 0)
+            is_gemm = reader.op_type == "Gemm" and index == 1 and reader.attributes.get_int("transB", 0) == 1
+            if not (is_transpose or is_gemm):
+                continue
+            if moved is None:
+                moved = _transposed(model, node)
+            if is_transpose:
+                reader.outputs[0].replace_all_uses_with(moved, replace_graph_outputs=False)
+                reader.graph.remove(reader, safe=True)  # type: ignore[union-attr]
+            else:
+                reader.replace_input_with(1, moved)
+                reader.attributes["transB"] = ir.AttrInt64("transB", 0)
+        if not weight.uses():
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+    RemoveUnusedNodesPass()(model)
+
+
+def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
+    source = node.inputs[0]
+    assert source is not None
+    assert source.const_value is not None
+    integers = np.ascontiguousarray(source.const_value.numpy().T)
+    stored = _add_initializer(model, f"{source.name}_transposed", integers)
+    attributes = {**node.attributes, "axis": ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())}
+    moved = ir.Node(DOMAIN, "Dequantize", [stored, node.inputs[1]], list(attributes.values()), num_outputs=1)
+    moved.outputs[0].name = f"{node.outputs[0].name}_transposed"
+    node.graph.insert_before(node, moved)  # type: ignore[union-attr]
+    return moved.outputs[0]
+
+
+def _lower_dequantize(model: ir.Model, container: Container, target: Target) -> None:
+    for node in find_placeholders(model, "Dequantize"):
+        source, scale = node.inputs
+        assert source is not None
+        assert source.const_value is not None
+        assert scale is not None
+        inputs: list[ir.Value | None] = [source, scale]
+        if source.const_value.dtype == ir.DataType.INT8:
+            inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), container, target)
+        lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
+        _take_over(node, [lowered], node.attributes["site"].as_string())
+
+
+def _store_weight(
+    model: ir.Model, source: ir.Value, scale: ir.Value, bits: int, container: Container, target: Target
+) -> list[ir.Value | None]:
+    """A weight's operands of DequantizeLinear."""
+    assert source.const_value is not None
+    integers: np.ndarray[Any, Any] = source.const_value.numpy()
+    dtype = _INTEGER_TYPES[container.stored_bits(bits)]
+    if dtype != ir.DataType.INT8:
+        # Without a zero point, which is 0: no integer kernel would look for it, and it would have to be packed too.
+        return [_add_initializer(model, f"{source.name}_{dtype.name.lower()}", integers.astype(dtype.numpy())), scale]
+    channels = math.prod(scale.shape or ())
+    if bits == MAX_BITS and target.shifts_full_weights:
+        shifted = _add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
+        return [shifted, scale, _add_initializer(model, f"zeros_at_128_{channels}", np.full(channels, 128, np.uint8))]
+    return [source, scale, _add_initializer(model, f"zeros_{channels}", np.zeros(channels, np.int8))]
+
+
+def _gather_integers(model: ir.Model) -> None:
+    """DequantizeLinear -> Gather: rows of 8-bit integers are gathered, and only they are dequantized.
+
+    1. scales of features (axis 1): Gather -> DequantizeLinear along the last axis.
+    2. scales of rows (axis 0, a weight that a linear layer shares): they are gathered too, and multiply. The linear
+       layer's DequantizeLinear -> Transpose becomes Transpose -> DequantizeLinear, so that runtimes transpose integers
+       as they load.
+    """
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        readers = [reader for reader, index in node.outputs[0].uses() if index == 0]
+        gathers = [reader for reader in readers if reader.op_type == "Gather"]
+        transposes = [reader for reader in readers if reader.op_type == "Transpose"] if gathers else []
+        axis, (integers, scale, *rest) = node.attributes.get_int("axis", 1), node.inputs
+        assert integers is not None
+        if integers.dtype in (ir.DataType.INT4, ir.DataType.INT2):
+            continue  # Gather does not take these: the runtime dequantizes the whole table as it loads
+        for reader in [*gathers, *transposes]:
+            operands = [integers, *reader.inputs[1:]]
+            moved = ir.Node("", reader.op_type, operands, reader.attributes.values(), num_outputs=1)
+            moved.outputs[0].type = ir.TensorType(integers.dtype)  # type: ignore[arg-type]
+            moved.outputs[0].shape = reader.outputs[0].shape
+            if reader in gathers and axis == 0:
+                chain = [moved, *_scale_rows(model, moved, node, reader)]
+            else:
+                last = ir.AttrInt64("axis", -1 if reader in gathers else 1 - axis)
+                inputs = [moved.outputs[0], scale, *rest]
+                chain = [moved, ir.Node("", "DequantizeLinear", inputs, [last], num_outputs=1)]
+            _take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
+        if gathers and not node.outputs[0].uses():
+            node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) -> list[ir.Node]:
+    _, scale, zero_point = node.inputs
+    assert zero_point is not None
+    assert zero_point.const_value is not None
+    one = _add_initializer(model, "one", np.float32(1))
+    zero = _add_initializer(model, f"{zero_point.name}_of_rows", zero_point.const_value.numpy()[0])
+    last = _add_initializer(model, "last_axis", np.array([-1], np.int64))
+    plain = ir.Node("", "DequantizeLinear", [rows.outputs[0], one, zero], num_outputs=1)
+    scales = ir.Node("", "Gather", [scale, gather.inputs[1]], num_outputs=1)
+    columns = ir.Node("", "Unsqueeze", [scales.outputs[0], last], num_outputs=1)
+    product = ir.Node("", "Mul", [plain.outputs[0], columns.outputs[0]], num_outputs=1)
+    for step in (scales, columns):
+        step.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    product.outputs[0].type, product.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), gather.outputs[0].shape
+    return [plain, scales, columns, product]
+
+
+def _lower_quantize_dequantize(model: ir.Model, *, shares_scales: bool) -> None:
+    for node in find_placeholders(model, "QuantizeDequantize"):
+        site = node.attributes["site"].as_string()
+        bits = node.attributes["bits"].as_int()
+        step = np.float32(node.attributes["scale"].as_float())
+        name = f"scale_{float(step):g}" if shares_scales and float(f"{float(step):g}") == step else f"{site}_scale"
+        scale = _add_initializer(model, name, step)
+        zero = _add_scalar(model, "zero", node.attributes["zero_point"].as_int())
+        chain = [ir.Node("", "QuantizeLinear", [node.inputs[0], scale, zero], num_outputs=1)]
+        if bits < MAX_BITS:
+            low, high = _add_scalar(model, "quant_min", 0), _add_scalar(model, "quant_max", (1 << bits) - 1)
+            chain.append(ir.Node("", "Clip", [chain[-1].outputs[0], low, high], num_outputs=1))
+        chain.append(ir.Node("", "DequantizeLinear", [chain[-1].outputs[0], scale, zero], num_outputs=1))
+        _take_over(node, chain, site)
+
+
+def _derive_bias_scales(model: ir.Model) -> None:
+    """Scales of biases as products of the input's and the weight's, which runtimes fold as they load."""
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        integers, scale = node.inputs[:2]
+        if not _is_constant(integers, ir.DataType.INT32) or not _is_constant(scale, ir.DataType.FLOAT):
+            continue
+        for reader, _ in node.outputs[0].uses():
+            operands = _scales_of_product(reader)
+            if operands is None:
+                continue
+            factors = [value.const_value.numpy() for value in operands]  # type: ignore[union-attr]
+            if np.array_equal(factors[0] * factors[1], scale.const_value.numpy()):  # type: ignore[union-attr]
+                product = ir.Node("", "Mul", operands, num_outputs=1, name=f"{node.name}_scale")
+                product.outputs[0].name = f"{node.outputs[0].name}_scale"
+                node.graph.insert_before(node, product)  # type: ignore[union-attr]
+                node.replace_input_with(1, product.outputs[0])
+                break
+
+
+def _scales_of_product(reader: ir.Node) -> list[ir.Value] | None:
+    """Scales of the operands of a layer that a bias belongs to, by the node that reads the bias."""
+    if reader.op_type == "Add":
+        products = [value.producer() for value in reader.inputs if value is not None]
+        reader = next((node for node in products if node is not None and node.op_type == "MatMul"), reader)
+    scales = []
+    for value in reader.inputs[:2]:
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type != "DequantizeLinear":
+            return None
+        scale = producer.inputs[1]
+        if scale is None or not _is_constant(scale, ir.DataType.FLOAT):
+            return None
+        scales.append(scale)
+    return scales
+
+
+def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
+    return value is not None and value.const_value is not None and value.const_value.dtype == dtype
+
+
+def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
+    """Put a chain in the place of a placeholder; its last output takes the placeholder's name and readers."""
+    old, new = node.outputs[0], chain[-1].outputs[0]
+    for index, step in enumerate(chain):
+        is_repeated = step.op_type in [earlier.op_type for earlier in chain[:index]]
+        step.name = f"{site}/{_SHORT_NAMES.get(step.op_type, step.op_type)}{index if is_repeated else ''}"
+        step.outputs[0].name = f"{old.name}_{step.op_type}{index}"
+        if step.outputs[0].type is None:
+            step.outputs[0].shape = old.shape
+            is_integer = step.op_type != "DequantizeLinear"
+            step.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if is_integer else ir.DataType.FLOAT)
+    new.name = old.name
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, chain)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
+    """A uint8 that all sites share which have the same."""
+    return _add_initializer(model, f"{name}_{value}", np.uint8(value))
+
+
+def _add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+    if name not in model.graph.initializers:
+        tensor = ir.Tensor(np.asarray(array), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]

@@ -1,0 +1,102 @@
+"""Files that are checked before they stand at their place, with external data where one file would be too large."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from infoq_fx.conversion.quantized import Provenance
+from infoq_fx.errors import ExportError
+
+__all__ = ["check_file", "folder_beside", "write_model"]
+
+_MOST_BYTES = (1 << 31) - (1 << 20)  # protobuf ends at 2 GiB; the graph itself takes little
+_TOLERATED_ERROR = 0.25
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A folder for drafts of files; when the block ends well they are moved beside ``target``, it itself last.
+
+    Raises:
+        ExportError: the place cannot be written; what was there before stays.
+    """
+    if target.is_dir():
+        raise ExportError(f"cannot write {target}: it is a folder; give the path of a file")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+            yield Path(name)
+            for draft in sorted(Path(name).iterdir(), key=lambda draft: draft.name == target.name):
+                draft.replace(target.with_name(draft.name))
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target}: {error.strerror}; give a path in a folder that exists, is writable and has space"
+        ) from error
+
+
+def write_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
+    """Write a model, its tensors of 1 kB and more beside it as ``<name>.data`` where asked for, or where it must be."""
+    large = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
+    if external_data or large > _MOST_BYTES:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    else:
+        path.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+
+
+def check_file(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
+    """The ONNX checker, strict shape inference, and a run beside the module on the example inputs.
+
+    Raises:
+        ExportError: a check failed.
+    """
+    try:
+        onnx.checker.check_model(str(draft), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph fails the ONNX checker: {error}; report it") from error
+    _check_run(draft, quantized, provenance)
+
+
+def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
+    """Run the file, unoptimised, beside the module on the example inputs."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    feeds = {name: x.detach().cpu().numpy() for name, x in provenance.example_inputs.items()}
+    try:
+        session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
+        found = session.run(list(provenance.output_names), feeds)
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer one"
+        ) from error
+    with torch.no_grad():
+        outputs = quantized(*provenance.example_inputs.values())
+    expected = [x.cpu().numpy() for x in _flat_tensors(outputs)]
+    for name, ours, theirs in zip(provenance.output_names, expected, found, strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}; report it"
+            )
+        # Sums in another order flip single steps, which grow on their way; a wrong graph is off by its whole size.
+        distance = float(np.linalg.norm(ours - theirs))
+        if not distance <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
+            raise ExportError(
+                f"onnxruntime disagrees with the module at output {name!r} by {distance:g} (L2); report it"
+            )
+
+
+def _flat_tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in _flat_tensors(item)]

@@ -1,0 +1,196 @@
+"""A quantized module as a ``.pt2`` file: an exported program with what the module remembers beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
+from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
+from infoq_fx.core.atomic_files import check_format, write_atomically
+from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
+from infoq_fx.graph.capture import export_quietly, flatten_program
+from infoq_fx.graph.passes.annotate_bits import read_bits
+from infoq_fx.types import Allocation
+
+__all__ = ["load_quantized", "save_quantized"]
+
+_EXTRA_FILE = "infoq_fx.json"
+_FORMAT = "infoq_fx quantized module"
+_VERSION = 1
+_SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+# Sizes of a graph are sympy's Add(Symbol('s77', integer=True), Integer(1)) or s77 + 1; it would evaluate anything.
+_SIZE_EXPRESSION = re.compile(r"(?!.*__)(?:[A-Z]\w*\(|'\w+'|\w+(?![\w\s]*\()|[-+*/=,() ])*", re.ASCII)
+
+
+def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> Path:
+    """Write a quantized module as a ``.pt2`` file, the whole of it or nothing.
+
+    It is what ``torch.export.save`` writes: integers, scales and a free batch dimension, in the CPU's memory. After
+    ``import infoq_fx``, which brings the ops, ``torch.export.load`` reads it; :func:`load_quantized` also restores the
+    allocation, the names of inputs and outputs and the example inputs. The float model is not in the file.
+
+    Args:
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, or a copy of it.
+        path: of the file, by custom ending in ``.pt2``; its folder must exist.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: not a quantized module.
+        ExportError: torch cannot export the module, or the path cannot be written.
+    """
+    provenance = provenance_of(quantized)
+    if provenance is None or not isinstance(quantized, QuantizedModule):
+        found = type(quantized).__name__
+        raise OptionError(f"save_quantized() got a {found}; pass what quantize(), convert() or to_quantized() returned")
+    target, content = Path(path), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = _on_cpu(export_quietly(quantized, tuple(provenance.example_inputs.values())))
+            torch.export.save(program, content, extra_files={_EXTRA_FILE: _describe(provenance)})
+        except Exception as error:
+            reason = " ".join(str(error).split())[-400:]
+            raise ExportError(
+                f"torch.export cannot write the quantized graph: {reason}; quantize a part of the model without that"
+            ) from error
+    try:
+        write_atomically(target, content.getvalue())
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target}: {error.strerror}; give a path in a folder that exists and is writable"
+        ) from error
+    return target
+
+
+def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> QuantizedModule:
+    """Read what :func:`save_quantized` wrote: the same outputs to the last bit, and the same ONNX file.
+
+    Nothing in the file is unpickled but plain tensors; one that asks for more is refused before torch reads it.
+
+    Args:
+        path: of the file.
+        device: where the module lives.
+
+    Returns:
+        For :func:`infoq_fx.export_onnx`, :func:`infoq_fx.allocation_of` and :func:`infoq_fx.to_trainable`. Finetuning
+        it needs the float model as ``teacher``.
+
+    Raises:
+        OptionError: no such file, or it is none that :func:`save_quantized` wrote; the message says why.
+    """
+    source = Path(path)
+    with _reasons_of(source):
+        content = source.read_bytes()
+        document, examples = _inspect(content)
+        program = torch.export.load(io.BytesIO(content))
+        graph_module, input_names, output_names = flatten_program(program, torch.device(device))
+        allocation = _read_allocation(document["allocation"], read_bits(graph_module.graph))
+        names, outputs = tuple(document["input_names"]), tuple(document["output_names"])
+        if not len(names) == len(input_names) == len(examples) or len(outputs) != len(output_names):
+            raise OptionError("its inputs and outputs are not those of its graph")
+        batch_size = document["batch_size"]
+        if not (batch_size is None or (type(batch_size) is int and batch_size > 0)):
+            raise OptionError(f"its batch size is {batch_size!r}")
+    held = {name: x.to(device) for name, x in zip(names, examples, strict=True)}
+    return wrap_quantized(graph_module, Provenance(allocation, held, outputs, batch_size=batch_size))
+
+
+def _on_cpu(program: ExportedProgram) -> ExportedProgram:
+    if all(tensor.device.type == "cpu" for tensor in [*program.state_dict.values(), *program.constants.values()]):
+        return program
+    from torch.export.passes import move_to_device_pass
+
+    args, kwargs = program.example_inputs
+    moved = move_to_device_pass(program, "cpu")
+    moved.example_inputs = tuple(x.cpu() for x in args), kwargs
+    return moved
+
+
+def _describe(provenance: Provenance) -> str:
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "allocation": describe_allocation(provenance.allocation),
+        "input_names": list(provenance.example_inputs),
+        "output_names": list(provenance.output_names),
+        "batch_size": provenance.batch_size,
+    }
+    return json.dumps(document, sort_keys=True)
+
+
+@contextlib.contextmanager
+def _reasons_of(source: Path) -> Iterator[None]:
+    """Whatever goes wrong with the file is an OptionError that names it."""
+    advice = "save one with infoq_fx.save_quantized(quantized, 'model.pt2')"
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"cannot read {str(source)!r}: {error.strerror}; {advice}") from error
+    except (OptionError, UnsupportedModelError) as error:
+        raise OptionError(f"{str(source)!r} is no quantized module: {error}; {advice}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise OptionError(
+            f"{str(source)!r} is no quantized module that this torch reads: {reason}; {advice}"
+        ) from error
+
+
+def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """What stands beside the program, and its example inputs; nothing that could run code is left in the file."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+    except zipfile.BadZipFile as error:
+        raise OptionError("not an archive, or cut short") from error
+    with archive:
+        entries = {name.partition("/")[2]: name for name in archive.namelist()}
+        if len({name.casefold() for name in entries}) != len(archive.namelist()):
+            raise OptionError("two entries have one name")
+        if f"extra/{_EXTRA_FILE}" not in entries:
+            raise OptionError("it holds no allocation; a program of torch.export alone is read by torch.export.load")
+        document = check_format(json.loads(archive.read(entries[f"extra/{_EXTRA_FILE}"])), _FORMAT, _VERSION)
+        _refuse_code(archive, entries)
+        examples = torch.load(io.BytesIO(archive.read(entries[_SAMPLE_INPUTS])), weights_only=True)
+    args, kwargs = examples
+    if kwargs or not all(isinstance(x, Tensor) for x in args):
+        raise OptionError("its example inputs are not tensors by position")
+    return document, tuple(args)
+
+
+def _refuse_code(archive: zipfile.ZipFile, entries: Mapping[str, str]) -> None:
+    """Refuse what torch.export.load would unpickle or evaluate; the older formats are pickles throughout."""
+    if any(not name or (name.endswith(".pt") and name != _SAMPLE_INPUTS) for name in entries):
+        raise OptionError("it is of an older format that is unpickled")
+    for kind, prefix in (("weights", "weight_"), ("constants", "tensor_")):
+        config = json.loads(archive.read(entries[f"data/{kind}/model_{kind}_config.json"]))["config"]
+        if any(held["use_pickle"] or not held["path_name"].startswith(prefix) for held in config.values()):
+            raise OptionError(f"its {kind} hold objects that would be unpickled")
+
+    def check(found: dict[str, Any]) -> dict[str, Any]:
+        if "expr_str" in found and not _SIZE_EXPRESSION.fullmatch(str(found["expr_str"])):
+            raise OptionError(f"a size in its graph is {found['expr_str']!r}")
+        return found
+
+    json.loads(archive.read(entries["models/model.json"]), object_hook=check)
+
+
+def _read_allocation(held: Mapping[str, Any], graph_bits: Mapping[str, int]) -> Allocation:
+    allocation = decode_allocation(held)
+    for name, width in graph_bits.items():
+        if allocation.bits.get(name) != width:
+            raise OptionError(f"its allocation gives site {name!r} {allocation.bits.get(name)}, its graph {width} bits")
+    return allocation

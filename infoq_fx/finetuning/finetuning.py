@@ -1,0 +1,383 @@
+"""Quantization-aware finetuning: the quantized model learns to answer as the float model does, labels or none."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
+from infoq_fx.core.atomic_files import write_atomically
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import check_count, check_rate
+from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
+from infoq_fx.errors import OptionError
+from infoq_fx.finetuning.retraining import TrainableModule, to_quantized, to_trainable
+from infoq_fx.finetuning.trainable import float_copy
+from infoq_fx.finetuning.training_data import Form, Samples, Source, digest_tensors, open_source
+from infoq_fx.finetuning.training_loop import (
+    Moments,
+    Settings,
+    Training,
+    begin_moments,
+    choose_run_size,
+    compute_gradients,
+    list_learned,
+    measure_loss,
+    place,
+    update,
+)
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.outputs import class_logits, first_tensor, measure_spread, output_rows
+
+__all__ = ["finetune"]
+
+_REFERENCE_BYTES = 256 << 20
+_BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
+_FORMAT, _VERSION = "infoq_fx.finetune", 3
+
+
+def finetune(
+    quantized: nn.Module,
+    data: Any,
+    *,
+    teacher: nn.Module | PreparedModel | None = None,
+    validation_data: Any = None,
+    epochs: int = 20,
+    learning_rate: float = 0.01,
+    batch_size: int = 32,
+    label_weight: float = 0.0,
+    temperature: float = 4.0,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> QuantizedModule:
+    """Train the numbers of a quantized model: weights, biases, steps. Its graph and its bit-widths stay.
+
+    What it learns are the float model's answers: the loss is the KL divergence of the float model's outputs from the
+    quantized ones, in nats a sample (of tokens and pixels the mean), so that labels are not needed. A part of the
+    samples is held back. Judged after each epoch are the numbers' averages over about an epoch. The result is the best
+    of them by the loss on what is held back, or an equal of ``quantized`` where none is better; the log tells.
+
+    Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
+    falls to 0. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs by 1 % or
+    more above it, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
+    bear smaller updates than many. The same seed gives the same numbers with any number of threads.
+
+    Args:
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned. It stays as it is; the work is
+            done on its device.
+        data: see :func:`infoq_fx.core.data.read_data`; a thousand samples help, more help more. They are held in memory and
+            shuffled. Only a ``DataLoader`` is iterated again every epoch, so that it may augment: it has its own
+            batches, and is read once in advance if there is no ``validation_data``.
+        teacher: the float model, or what :func:`infoq_fx.prepare` returned; None for the one that ``quantized`` was
+            made from, which a file of it does not hold.
+        validation_data: held back in place of every fifth sample.
+        epochs: times that all samples are seen.
+        learning_rate: how far an update moves a number at most, in a unit that suits it: of a weight its channel's
+            step, of a step a twentieth of its first value, of others 0.3 times the root mean square of their tensor
+            (at least 0.003). A model that lost nearly all learns faster with 0.03.
+        batch_size: samples an update.
+        label_weight: 0 for the float model's answers alone, 1 for the labels' cross-entropy alone, or between.
+        temperature: both models' outputs are divided by it where they are compared, and the loss multiplied by its
+            square. Above 1 the float model also teaches how it ranks the classes that it does not name, which matters
+            where there are few samples a class. What is held back is compared at 1.
+        seed: of the order of the samples, and of what a loader draws with torch.
+        checkpoint: a file that is written after every epoch; the same call goes on from there. It belongs to one call:
+            to the numbers of both models, the data (of a loader what is held back) and the options above.
+        progress: show a bar on standard error.
+
+    Returns:
+        A quantized module as any other: it exports, and can be finetuned again.
+
+    Raises:
+        OptionError: not a quantized module, an option out of range, no teacher, or the checkpoint of another call.
+        CalibrationDataError: the data cannot be used.
+        KeyboardInterrupt: interrupted; the message says how to go on.
+
+    Reference:
+        "Learned Step Size Quantization", arXiv 1902.08153, learned from a float model as in "Apprentice", arXiv
+        1711.05852; the temperature of "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, Section 2; the
+        averages of "Averaging Weights Leads to Wider Optima", arXiv 1803.05407.
+    """
+    check_count("epochs", epochs, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
+    check_rate("learning_rate", learning_rate)
+    if isinstance(label_weight, bool) or not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
+        raise OptionError(f"label_weight={label_weight!r}; give a number from 0 (no labels) to 1 (nothing else)")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise OptionError(
+            f"checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}; make it, or give another"
+        )
+    check_rate("temperature", temperature)
+    settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature))
+    student = to_trainable(quantized).to(memory_format=torch.channels_last)
+    provenance = provenance_of(quantized)
+    assert provenance is not None
+    with one_torch_thread() as threads, torch.inference_mode(False), torch.no_grad():
+        threads = threads if next(student.parameters()).device.type == "cpu" else 1
+        float_model = _find_teacher(teacher, provenance) if label_weight < 1 else None
+        form = Form(provenance.example_inputs, needs_labels=label_weight > 0)
+        whole = provenance.batch_size or 1
+        source = open_source(data, validation_data, form, batch_size=batch_size, seed=seed, whole=whole)
+        file = None if path is None else _File(path, _digest_call(student, float_model, source, settings, provenance))
+        with thread_map(threads, threading.Event()) as spread:
+            training = _prepare(student, float_model, source, settings, provenance, spread)
+            state = _train(training, file, spread, progress=progress)
+    return _finish(quantized, training, state)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers."""
+
+    losses: tuple[float, ...]
+    moments: Moments
+    best: Mapping[str, Tensor]
+
+    @property
+    def epoch(self) -> int:
+        return len(self.losses) - 1
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint, and what it must have been made of."""
+
+    path: Path
+    made_of: Mapping[str, str | float]
+
+
+def _find_teacher(teacher: nn.Module | PreparedModel | None, provenance: Provenance) -> nn.Module:
+    given = provenance.prepared if teacher is None else teacher
+    if given is None:
+        raise OptionError(
+            "the float model is not known: a quantized module that was read from a file does not hold it; give "
+            "teacher=model, or labels and label_weight=1"
+        )
+    if isinstance(given, PreparedModel):
+        return float_copy(given.origin or given)
+    if not isinstance(given, nn.Module):
+        raise OptionError(f"teacher is a {type(given).__name__}; give the float nn.Module, or what prepare() returned")
+    return copy.deepcopy(given)
+
+
+def _digest_call(
+    student: TrainableModule,
+    float_model: nn.Module | None,
+    source: Source,
+    settings: Settings,
+    provenance: Provenance,
+) -> dict[str, str | float]:
+    """All that decides what comes of a training."""
+    bits = [(f"{name} {width}", torch.zeros(0)) for name, width in sorted(provenance.allocation.bits.items())]
+    of_teacher = {} if float_model is None else float_model.state_dict()
+    return {
+        "the quantized model": digest_tensors([*sorted(student.state_dict().items()), *bits]),
+        "the float model": digest_tensors(sorted(of_teacher.items())),
+        "the data": digest_tensors(source.tensors()),
+        **dataclasses.asdict(settings),
+    }
+
+
+def _prepare(
+    student: TrainableModule,
+    float_model: nn.Module | None,
+    source: Source,
+    settings: Settings,
+    provenance: Provenance,
+    spread: ThreadMap,
+) -> Training:
+    device = next(student.parameters()).device
+    examples = place(provenance.example_inputs, device)
+    size = provenance.batch_size or settings.batch_size
+    if provenance.batch_size is None and device.type == "cpu":
+        size = choose_run_size(student, examples, settings.batch_size)
+    ask, variance = None, torch.zeros(1, device=device)
+    if float_model is not None:
+        ask = functools.partial(_ask, float_model.to(device).eval(), device)
+    first = next(source.held_back.split(size))
+    output = first_tensor(student(*place(first.inputs, device).values()))
+    _check_output(output, None if ask is None else ask(first), source)
+    if ask is not None:
+        held, kept = _refer(source.held_back, ask, size, spread), source.training
+        assert held.reference is not None
+        variance = measure_spread(output_rows(held.reference)).to(device)
+        if kept is not None and kept.count * held.reference[:1].numel() * 4 <= _REFERENCE_BYTES:
+            kept = _refer(kept, ask, size, spread)
+        source = replace(source, held_back=held, training=kept)
+    return Training(student, list_learned(student, settings.learning_rate), source, settings, ask, variance, size)
+
+
+def _ask(float_model: nn.Module, device: torch.device, samples: Samples) -> Tensor:
+    """What the float model says, its first output."""
+    inputs = {name: x.to(device) for name, x in samples.inputs.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        return first_tensor(float_model(**inputs) if samples.by_name else float_model(*inputs.values()))
+
+
+def _refer(samples: Samples, ask: Callable[[Samples], Tensor], size: int, spread: ThreadMap) -> Samples:
+    """The samples with what the float model says."""
+    return replace(samples, reference=torch.cat(list(spread(lambda part: ask(part).cpu(), samples.split(size)))))
+
+
+def _check_output(output: Tensor, reference: Tensor | None, source: Source) -> None:
+    if reference is not None and reference.shape != output.shape:
+        raise OptionError(
+            f"the teacher's output for {len(output)} samples is {list(reference.shape)}, the quantized model's "
+            f"{list(output.shape)}; give the float model that it was made from"
+        )
+    classes = class_logits(output).shape[1]
+    labelled = [part for part in (source.held_back, source.training) if part is not None and part.labels is not None]
+    if labelled and classes == 1:
+        raise OptionError("label_weight asks for classes and the model has a single output; give label_weight=0")
+    if labelled:
+        labels = torch.cat([part.labels for part in labelled if part.labels is not None])
+        CalibrationData(labelled[0].inputs, labels, False).check_labels(classes)
+
+
+def _train(training: Training, file: _File | None, spread: ThreadMap, *, progress: bool) -> _State:
+    settings, steps, log = training.settings, training.source.steps, logging.getLogger(__name__)
+    is_new = file is None or not file.path.exists()
+    state = _begin(training, spread) if file is None or is_new else _load(file, training)
+    bar = tqdm(total=settings.epochs * steps, disable=not progress, desc="finetuning", unit="update")
+    with bar:
+        bar.update(state.epoch * steps)
+        try:
+            while state.epoch < settings.epochs:
+                rate = _BACK_OFF ** _count_returns(state.losses, settings.epochs)
+                for step, batch in enumerate(training.source.batches(state.epoch)):
+                    gradients = compute_gradients(training, batch, spread)
+                    update(training, state.moments, gradients, state.epoch * steps + step, rate=rate)
+                    bar.update()
+                state = _judge(training, state, *_measure_average(training, state, spread))
+                loss = state.losses[-1]
+                bar.set_postfix_str(f"loss {state.losses[0]:.3g} -> {min(state.losses):.3g}")
+                log.info("epoch %d of %d: %.4g nats a held-back sample", state.epoch, settings.epochs, loss)
+                if file is not None:
+                    _save(file, training, state)
+        except KeyboardInterrupt:
+            how = "a call with checkpoint could have gone on"
+            if file is not None and state.epoch:
+                how = f"the same call with checkpoint={str(file.path)!r} goes on from there"
+            raise KeyboardInterrupt(f"stopped after {state.epoch} of {settings.epochs} epochs; {how}") from None
+    return state
+
+
+def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the averaged numbers, and these."""
+    now = _numbers(training)
+    average = {name: mean.clone() for name, mean in zip(now, state.moments.average, strict=True)}
+    training.student.load_state_dict(average, strict=False)
+    loss = measure_loss(training, spread)
+    training.student.load_state_dict(now, strict=False)
+    return loss, average
+
+
+def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str, Tensor]) -> _State:
+    """The state behind an epoch with this loss of these: the best once more, where it was no use to go on."""
+    losses, epochs = (*state.losses, loss), training.settings.epochs
+    best = numbers if loss < min(state.losses) else state.best
+    if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
+        return replace(state, losses=losses, best=best)
+    training.student.load_state_dict(best, strict=False)
+    return _State(losses, begin_moments(training.learned), best)
+
+
+def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
+    """How often the best numbers were put back: after a loss far above the first, or an eighth of all epochs above it.
+
+    A large rate often does harm that smaller updates, later, more than make up for.
+    """
+    returns = worse = 0
+    for loss in losses[1:]:
+        worse = 0 if loss < _WORSE * losses[0] else worse + 1
+        if worse == math.ceil(epochs / 8) or not loss < _HARM * losses[0]:
+            returns, worse = returns + 1, 0
+    return returns
+
+
+def _begin(training: Training, spread: ThreadMap) -> _State:
+    return _State((measure_loss(training, spread),), begin_moments(training.learned), _numbers(training))
+
+
+def _numbers(training: Training) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in training.student.named_parameters()}
+
+
+def _finish(quantized: nn.Module, training: Training, state: _State) -> QuantizedModule:
+    log, before, after = logging.getLogger(__name__), state.losses[0], min(state.losses)
+    if not math.isfinite(state.losses[-1]):
+        log.warning("finetuning diverged in epoch %d: lower learning_rate", state.epoch)
+    if not after < before:
+        log.warning("no epoch is better than %.4g nats a held-back sample: the model stays as it was", before)
+        unchanged = copy.deepcopy(quantized)
+        assert isinstance(unchanged, QuantizedModule)
+        return unchanged
+    log.info(
+        "epoch %d is the best: %.4g nats a held-back sample, %.4g before", state.losses.index(after), after, before
+    )
+    training.student.load_state_dict(state.best, strict=False)
+    found = to_quantized(training.student)
+    provenance = provenance_of(found)
+    assert provenance is not None
+    steps = (*provenance.allocation.recovered_by, "finetune")
+    allocation = replace(provenance.allocation, recovered_by=steps)
+    return wrap_quantized(found, replace(provenance, allocation=allocation))
+
+
+def _save(file: _File, training: Training, state: _State) -> None:
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "made_of": dict(file.made_of),
+        "losses": list(state.losses),
+        "first": list(state.moments.first),
+        "second": list(state.moments.second),
+        "average": list(state.moments.average),
+        "best": dict(state.best),
+        "numbers": _numbers(training),
+    }
+    content = io.BytesIO()
+    torch.save(document, content)
+    try:
+        write_atomically(file.path, content.getvalue())
+    except OSError as error:
+        raise OptionError(f"cannot write checkpoint={str(file.path)!r}: {error}; give another path") from error
+
+
+def _load(file: _File, training: Training) -> _State:
+    shown = f"checkpoint={str(file.path)!r}"
+    try:
+        document = torch.load(file.path, map_location=training.variance.device, weights_only=True)
+    except Exception as error:
+        raise OptionError(f"cannot read {shown} ({error}); remove it, or give another path") from error
+    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
+        raise OptionError(f"{shown} is no checkpoint of finetune() in this release; give another path")
+    theirs, options = document["made_of"], dataclasses.asdict(training.settings)
+    others = [name for name, value in file.made_of.items() if theirs.get(name) != value]
+    if others:
+        told = [
+            f"{name}={theirs.get(name)} in place of {options[name]}" if name in options else name for name in others
+        ]
+        raise OptionError(
+            f"{shown} belongs to another call, with other: {', '.join(told)}; repeat that call, or give another path"
+        )
+    training.student.load_state_dict(document["numbers"], strict=False)
+    moments = Moments(document["first"], document["second"], document["average"])
+    return _State(tuple(document["losses"]), moments, document["best"])

@@ -1,0 +1,305 @@
+"""A prepared model as something that gradients flow through: in float, or with learned step sizes at its sites.
+
+Copies only; the prepared model stays as it is. Quantizers and parameters keep their paths, so that what was trained
+finds its way back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from infoq_fx.core.jit import jit
+from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.graph.layers import LAYER_OPS, read_tensor
+from infoq_fx.quantization.numerics import flat_view
+from infoq_fx.quantization.pointwise import fake_quantize_flat
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Observe, Quantizer
+from infoq_fx.types import BASELINE_BITS, QParams, QuantSite
+
+__all__ = [
+    "LearnedStepQuantizer",
+    "copy_with",
+    "float_copy",
+    "make_trainable",
+    "trainable_copy",
+    "usable_step",
+    "weights_by_site",
+]
+
+_SMALLEST_SHARE = 2.0**-10
+
+
+class LearnedStepQuantizer(nn.Module):
+    """Fake quantization of one site at one bit-width with a step size that is learned.
+
+    The step ``scale`` is the only parameter: one a channel or one for the tensor, as the qparams have it; the zero
+    point stays. Its gradient is divided by sqrt(N * Q_P), with N the values that share a step (of one sample, for an
+    activation) and Q_P the levels above zero. The input's gradient passes straight through inside the range. A step
+    that falls below 1/1024 of its first value is used as that, so that it stays positive, and can rise again.
+
+    Args:
+        site: whose values these are.
+        qparams: where to begin; one zero point for all.
+        significant_bits: the step is used rounded to so many of them, and its gradient passes that straight through;
+            see :func:`infoq_fx.quantization.histogram.scale_significant_bits`. None leaves it as it is.
+
+    Reference:
+        "Learned Step Size Quantization", arXiv 1902.08153, Eq. 1 to 5 and Section 2.2.
+    """
+
+    zero_point: Tensor
+    smallest: Tensor
+
+    def __init__(self, site: QuantSite, qparams: QParams, significant_bits: int | None = None) -> None:
+        super().__init__()
+        self.site, self.spec, self.significant_bits = site, qparams.spec, significant_bits
+        scale = qparams.scale.detach().clone()
+        self.scale = nn.Parameter(scale)
+        self.register_buffer("zero_point", qparams.zero_point.detach().clone())
+        self.register_buffer("smallest", _SMALLEST_SHARE * scale)
+        self._read_zero_point()
+        self.gradient_scale = 1 / math.sqrt(max(1, site.numel // scale.numel()) * max(1, self._limits[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantize ``x`` (any shape for an activation, the weight's for a weight)."""
+        y: Tensor = _FakeQuantize.apply(
+            x,
+            self.scale,
+            self.smallest,
+            self.significant_bits,
+            self.gradient_scale,
+            self.spec.channel_axis,
+            *self._limits,
+        )
+        return y
+
+    def qparams(self) -> QParams:
+        """What has been learned so far, without gradients."""
+        scale = usable_step(self.scale.detach(), self.smallest, self.significant_bits)
+        return QParams(self.spec, scale, self.zero_point.clone())
+
+    def extra_repr(self) -> str:
+        """Site and bit-width, as they show in a printed module."""
+        return f"{self.site.name}, bits={self.spec.bits}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_zero_point()
+
+    def _read_zero_point(self) -> None:
+        # Plain numbers: operations with them take one pass, and no forward run waits for the device.
+        zero_point = int(self.zero_point.flatten()[0])
+        self._limits = self.spec.quant_min - zero_point, self.spec.quant_max - zero_point
+
+
+def usable_step(scale: Tensor, smallest: Tensor, significant_bits: int | None) -> Tensor:
+    """A learned step as it is used: never below ``smallest``, of so many significant bits."""
+    step = torch.maximum(scale, smallest).float()
+    if significant_bits is None:
+        return step
+    # As numerics.shorten_scale, in half of its operations: on the bits of the number itself.
+    dropped = 24 - significant_bits
+    return ((step.view(torch.int32) + (1 << (dropped - 1))) >> dropped << dropped).view(torch.float32)
+
+
+def float_copy(prepared: PreparedModel) -> fx.GraphModule:
+    """The float model as captured: without quantizers and observers, every parameter ready for gradients."""
+    return copy_with(prepared, lambda quantizer: None)
+
+
+def trainable_copy(
+    prepared: PreparedModel,
+    bits: Mapping[str, int] | None = None,
+    qparams: Mapping[str, QParams] | None = None,
+) -> fx.GraphModule:
+    """The quantized model with learned step sizes at all sites, every parameter ready for gradients.
+
+    Before the first step it computes what the prepared model computes at these bit-widths.
+
+    Args:
+        prepared: calibrated.
+        bits: bit-width by site; sites that are not named are at 8 bits.
+        qparams: where to begin at some sites, in place of the calibrated qparams.
+
+    Raises:
+        OptionError: an unknown site, or a bit-width that it was not calibrated for.
+    """
+    chosen, given = bits or {}, qparams or {}
+    known = {quantizer.site.name: quantizer for _, quantizer in prepared.quantizer_nodes()}
+    for name in [*chosen, *given]:
+        if name not in known:
+            raise unknown_name_error("site", name, known)
+
+    def make(quantizer: Quantizer) -> nn.Module:
+        site = quantizer.site
+        if site.name in given:
+            return LearnedStepQuantizer(site, given[site.name])
+        width = chosen.get(site.name, BASELINE_BITS)
+        if width not in quantizer.calibrated_bits:
+            raise OptionError(
+                f"bits[{site.name!r}]={width}: it was calibrated for {quantizer.calibrated_bits}; take one of those, "
+                "or give qparams for it"
+            )
+        return LearnedStepQuantizer(site, quantizer.qparams_at(width))
+
+    return copy_with(prepared, make)
+
+
+def copy_with(prepared: PreparedModel, make: Callable[[Quantizer], nn.Module | None]) -> fx.GraphModule:
+    """A copy whose quantizers are what ``make`` gives for them, or gone where it gives None.
+
+    Trainable are the parameters that the graph reads and the weights and biases of its layers, which folding may have
+    turned into buffers. Statistics and other constants are not.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        module = copy.deepcopy(prepared.graph_module)
+        for node in list(module.graph.nodes):
+            if node.op == "call_module":
+                _replace_module(module, node, make)
+        module.delete_all_unused_submodules()
+        module.graph.lint()
+        module.recompile()
+        make_trainable(module)
+    return module
+
+
+def make_trainable(module: fx.GraphModule, others: Iterable[str] = ()) -> None:
+    """Turn into parameters what gradients are to reach, see :func:`copy_with`, and ``others`` at these paths."""
+    for name in _trainable_targets(module).union(others):
+        _make_parameter(module, name)
+
+
+def weights_by_site(prepared: PreparedModel, copied: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a copy that lie behind the weight sites, in graph order."""
+    return {
+        quantizer.site.name: copied.get_parameter(str(node.all_input_nodes[0].target))
+        for node, quantizer in prepared.quantizer_nodes()
+        if quantizer.site.kind == "weight"
+    }
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """:func:`infoq_fx.quantization.numerics.fake_quantize_ste` by the :func:`usable_step`, in few passes over memory.
+
+    ``low, high`` limit ``round(x / step)``. The step's gradient is scaled, and passes its limit and its rounding. On a
+    CPU there is one pass each way: ten times as fast as choosing by masks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Any,
+        scale: Any,
+        smallest: Any,
+        significant_bits: int | None,
+        gradient_scale: float,
+        channel_axis: int | None,
+        low: int,
+        high: int,
+    ) -> Any:
+        step = usable_step(scale, smallest, significant_bits)
+        if channel_axis is not None:
+            step = step.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
+        ctx.limits, ctx.shape, ctx.gradient_scale = (low, high), scale.shape, gradient_scale
+        ctx.takes_kernels = _suits_kernels(x, step)
+        if ctx.takes_kernels:
+            x = _dense(x)
+            y = torch.empty_like(x)
+            fake_quantize_flat(flat_view(x), np.float32(step.item()), np.float32(low), np.float32(high), flat_view(y))
+        else:
+            y = (x / step).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, step)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x, step), (low, high) = ctx.saved_tensors, ctx.limits
+        if ctx.takes_kernels:
+            grad = grads[0] if grads[0].stride() == x.stride() else torch.empty_like(x).copy_(grads[0])
+            inside = torch.empty_like(x)
+            limits = np.float32(step.item()), np.float32(low), np.float32(high)
+            slope = torch.full_like(step, _pull_back(flat_view(grad), flat_view(x), *limits, flat_view(inside)))
+        else:
+            ratio = x / step
+            inside = torch.ops.aten.hardtanh_backward(grads[0], ratio, low, high)
+            slope = torch.round(ratio).clamp_(low, high).mul_(grads[0]).addcmul_(inside, ratio, value=-1)
+            slope = slope.sum_to_size(step.shape).reshape(ctx.shape)
+        return inside, slope * ctx.gradient_scale, None, None, None, None, None, None
+
+
+def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -> float:
+    """The gradient of ``x`` into ``inside``; returns that of the step. All flat, of one length."""
+    total = 0.0
+    for start in range(0, len(x), 1024):
+        stop = min(start + 1024, len(x))
+        g, values, out = grad[start:stop], x[start:stop], inside[start:stop]
+        part = step * 0
+        for i in range(stop - start):
+            ratio = values[i] / step
+            q = np.rint(ratio)
+            q = low if q < low else q
+            q = high if q > high else q
+            passed = g[i] if ratio > low else step * 0
+            passed = passed if ratio < high else step * 0
+            out[i] = passed
+            part += g[i] * q - passed * ratio
+        total += part
+    return total
+
+
+# Sums within a block in any order: vector instructions.
+_pull_back = jit(_pull_back, fastmath={"reassoc"})
+
+
+def _suits_kernels(x: Tensor, step: Tensor) -> bool:
+    is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return is_plain and step.ndim == 0 and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _dense(x: Tensor) -> Tensor:
+    is_dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x if is_dense else x.contiguous()
+
+
+def _replace_module(module: fx.GraphModule, node: fx.Node, make: Callable[[Quantizer], nn.Module | None]) -> None:
+    old = module.get_submodule(str(node.target))
+    if not isinstance(old, Quantizer | Observe):
+        return
+    new = make(old) if isinstance(old, Quantizer) else None
+    if new is None:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        module.graph.erase_node(node)
+    else:
+        module.set_submodule(str(node.target), new)
+
+
+def _trainable_targets(module: fx.GraphModule) -> set[str]:
+    found: set[str] = set()
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in parameters:
+            found.add(str(node.target))
+        op = LAYER_OPS.get(node.target)
+        for operand in () if op is None else (node.args[op.weight], op.bias_of(node)):
+            source = operand
+            if isinstance(source, fx.Node) and source.op == "call_module":
+                source = source.all_input_nodes[0]
+            if isinstance(source, fx.Node) and source.op == "get_attr":
+                found.add(str(source.target))
+    return {name for name in found if read_tensor(module, name).is_floating_point()}
+
+
+def _make_parameter(module: fx.GraphModule, target: str) -> None:
+    path, _, name = target.rpartition(".")
+    owner = module.get_submodule(path)
+    value = read_tensor(module, target).clone()
+    delattr(owner, name)
+    owner.register_parameter(name, nn.Parameter(value))

@@ -1,0 +1,237 @@
+"""What a training reads: samples like the examples, a part of them held back, the batches of every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.errors import CalibrationDataError
+
+__all__ = ["Form", "Samples", "Source", "digest_tensors", "open_source"]
+
+_SHARE = 5  # every fifth sample is held back
+_FEWEST, _ENOUGH = 16, 64
+_MOST_OF_LOADER = 2048
+_EPOCHS_APART = 1_000_003
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs by name ``[samples, ...]``, and what goes with them.
+
+    ``labels`` are int64 ``[samples]``; ``reference`` is what the float model says, ``[samples, ...]``; ``by_name`` is
+    whether a model of the user's takes the inputs by name.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None = None
+    reference: Tensor | None = None
+    by_name: bool = True
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return next(iter(self.inputs.values())).shape[0]
+
+    def take(self, rows: Tensor) -> Samples:
+        """Copies of the samples of these indices, int64 ``[samples]``."""
+        labels, reference = (None if x is None else x[rows.to(x.device)] for x in (self.labels, self.reference))
+        return replace(
+            self,
+            inputs={name: x[rows.to(x.device)] for name, x in self.inputs.items()},
+            labels=labels,
+            reference=reference,
+        )
+
+    def split(self, size: int) -> Iterator[Samples]:
+        """Consecutive parts of at most ``size`` samples."""
+        for rows in torch.arange(self.count).split(size):
+            yield self.take(rows)
+
+    def whole(self, size: int) -> Samples:
+        """As many of them as make whole runs of ``size`` samples."""
+        return self if self.count % size == 0 else self.take(torch.arange(self.count - self.count % size))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What samples must be like: as the ``examples`` by input name, with labels where they are needed."""
+
+    examples: Mapping[str, Tensor]
+    needs_labels: bool
+
+    def read(self, data: Any) -> Samples:
+        """Read samples to their end, as :func:`infoq_fx.core.data.read_data` takes them.
+
+        Raises:
+            CalibrationDataError: they cannot be read, are unlike the examples, or lack labels.
+        """
+        found = read_data(data)
+        named = found.named(tuple(self.examples))
+        for name, wanted in self.examples.items():
+            x = named.inputs[name]
+            if x.dtype != wanted.dtype or x.shape[1:] != wanted.shape[1:]:
+                raise CalibrationDataError(
+                    f"input {name!r} takes {wanted.dtype} {['samples', *wanted.shape[1:]]}, the data has {x.dtype} "
+                    f"{['samples', *x.shape[1:]]}: resize or convert the data"
+                )
+        if self.needs_labels and named.labels is None:
+            raise CalibrationDataError(
+                "label_weight asks for labels and the data has none: give (inputs, labels), or label_weight=0"
+            )
+        labels = named.labels if self.needs_labels else None
+        return Samples(named.inputs, labels, by_name=not found.is_positional)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from: all samples in ``training``, or a ``loader`` that is iterated once an epoch.
+
+    ``steps`` are the batches of an epoch. Of a graph that is fixed to ``whole`` samples a run every batch holds a
+    multiple. Of a loader every ``stride``-th sample is held back; None where others are.
+    """
+
+    form: Form
+    held_back: Samples
+    training: Samples | None
+    loader: Iterable[Any] | None
+    stride: int | None
+    steps: int
+    batch_size: int
+    seed: int
+    whole: int
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is held in memory, with names."""
+        for part in (self.held_back, self.training):
+            yield from part.inputs.items() if part is not None else ()
+            if part is not None and part.labels is not None:
+                yield "labels", part.labels
+
+    def batches(self, epoch: int) -> Iterator[Samples]:
+        """The batches of an epoch, the same whatever epochs came before."""
+        seed = self.seed * _EPOCHS_APART + epoch
+        if self.training is not None:
+            order = torch.randperm(self.training.count, generator=torch.Generator().manual_seed(seed))
+            for rows in order[: self.steps * self.batch_size].split(self.batch_size):
+                yield self.training.take(rows)
+        elif self.loader is not None:
+            for start, samples in _iterate(self.loader, self.form, seed):
+                kept = samples if self.stride is None else _part(samples, start, self.stride)[0]
+                if kept.count >= self.whole:
+                    yield kept.whole(self.whole)
+
+
+def open_source(data: Any, validation_data: Any, form: Form, *, batch_size: int, seed: int, whole: int = 1) -> Source:
+    """Read what is to be held in memory, and hold a part of it back.
+
+    Without ``validation_data`` that is every fifth sample (of 64 to 79 every fourth). A loader, which is anything that
+    can be iterated again and is no list, keeps its own batches and gives its samples anew every epoch, with torch's
+    random numbers set by seed and epoch; it is read once in advance for what is held back, at most 2,048 samples.
+
+    Args:
+        data: see :func:`infoq_fx.core.data.read_data`.
+        validation_data: likewise; None holds back a part of ``data``.
+        form: what the samples must be like.
+        batch_size: samples a batch, where data is held in memory.
+        seed: of the order, and of what a loader draws.
+        whole: samples a run that the graph is fixed to; 1 if it is not.
+
+    Raises:
+        CalibrationDataError: see :meth:`Form.read`; or too few samples.
+    """
+    training, stride, steps = None, None, 0
+    held = None if validation_data is None else form.read(validation_data)
+    if not _is_loader(data):
+        training = form.read(data)
+        if held is None:
+            is_small = _ENOUGH <= training.count < _SHARE * _FEWEST
+            training, held = _part(training, 0, training.count // _FEWEST if is_small else _SHARE)
+        batch_size = min(max(batch_size, whole), training.count) // whole * whole
+        steps = training.count // batch_size if batch_size else 0
+    elif held is None:
+        steps, held, stride = _survey(data, form, seed * _EPOCHS_APART - 1)
+    else:
+        steps = _length(data) or sum(1 for _ in _iterate(data, form, seed * _EPOCHS_APART - 1))
+    if steps == 0 or held is None or held.count < whole:
+        raise CalibrationDataError(
+            f"too few samples: every fifth is held back, and a run takes at least {whole} of each part; give more, or "
+            "others as validation_data"
+        )
+    loader = data if training is None else None
+    return Source(form, held.whole(whole), training, loader, stride, steps, batch_size, seed, whole)
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A key for named tensors: their bytes, shapes and dtypes."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, x in tensors:
+        found.update(f"{name} {x.dtype} {list(x.shape)};".encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _is_loader(data: Any) -> bool:
+    is_held = isinstance(data, Tensor | np.ndarray | Mapping | Sequence | CalibrationData) or hasattr(data, "__next__")
+    return isinstance(data, Iterable) and not is_held
+
+
+def _length(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError:  # not known in advance
+        return 0
+
+
+def _part(samples: Samples, start: int, stride: int) -> tuple[Samples, Samples]:
+    """What is trained with and what is held back of samples that are numbered from ``start`` on."""
+    is_held = torch.arange(start, start + samples.count) % stride == stride - 1
+    return samples.take((~is_held).nonzero()[:, 0]), samples.take(is_held.nonzero()[:, 0])
+
+
+def _iterate(loader: Iterable[Any], form: Form, seed: int) -> Iterator[tuple[int, Samples]]:
+    """Every batch and the number of its first sample."""
+    start = 0
+    with _seeded(seed):
+        for batch in loader:
+            samples = form.read([batch])
+            yield start, samples
+            start += samples.count
+
+
+def _survey(loader: Iterable[Any], form: Form, seed: int) -> tuple[int, Samples | None, int]:
+    """The number of batches; the samples to hold back, and the stride between them."""
+    steps, held, stride = 0, None, _SHARE
+    for start, samples in _iterate(loader, form, seed):
+        steps += 1
+        more = _part(samples, start, stride)[1]
+        held = more if held is None else _join(held, more)
+        if held.count > _MOST_OF_LOADER:
+            held, stride = held.take(torch.arange(1, held.count, 2)), 2 * stride
+    return steps, held, stride
+
+
+def _join(first: Samples, second: Samples) -> Samples:
+    inputs = {name: torch.cat([x, second.inputs[name]]) for name, x in first.inputs.items()}
+    has_labels = first.labels is not None and second.labels is not None
+    labels = torch.cat([first.labels, second.labels]) if has_labels else None  # type: ignore[list-item]
+    return replace(first, inputs=inputs, labels=labels)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers begin at a seed, and go on where they were afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,140 @@
+"""Qparams of every quantizer at every bit-width, from the float model's values."""
+
+from __future__ import annotations
+
+import cmath
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.errors import CalibrationDataError
+from infoq_fx.graph.clamps import CLAMPS
+from infoq_fx.graph.float_interpreter import FloatInterpreter, read_weight
+from infoq_fx.graph.layers import LAYER_OPS
+from infoq_fx.graph.passes.scale_equalization import equalize_scales, find_scale_groups
+from infoq_fx.quantization.histogram import (
+    Histogram,
+    choose_activation_qparams,
+    find_activation_scale,
+    scale_significant_bits,
+    significant_bits_of,
+)
+from infoq_fx.quantization.numerics import choose_weight_qparams
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer, spec_of
+from infoq_fx.types import BASELINE_BITS
+
+__all__ = ["calibrate", "weight_digits"]
+
+
+def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
+    """Set the qparams of every quantizer for all its candidate bit-widths and for the baseline.
+
+    Weights: the clip of least squared error, per output channel. Activations: one pass of the float model over
+    the data fills a histogram a site, from which the clip of least squared error follows for every bit-width.
+
+    The scales of activations are powers of two wherever a factor can move into the weights around them
+    (:func:`infoq_fx.graph.passes.scale_equalization.find_scale_groups`), which are multiplied by it: their best scale becomes a
+    power of two, and costs nothing. Integer kernels that multiply a sum by ``scale_x scale_w / scale_y`` are then
+    exact, as float32 is, and round every value to the same step.
+
+    Raises:
+        CalibrationDataError: an activation is NaN or infinite; the message names the site.
+    """
+    quantizers = dict(prepared.quantizer_nodes())
+    activations = [(node, module) for node, module in quantizers.items() if module.site.kind == "activation"]
+    histograms: dict[str, Histogram] = {}
+    calibrator = _Calibrator(prepared, histograms)
+    with torch.inference_mode():
+        for batch in data.batches(batch_size) if activations else ():
+            calibrator.run(*batch.values())
+    factors = _choose_factors(prepared, activations, histograms)
+    equalize_scales(prepared.graph_module, factors)
+    prepared.graph_module.recompile()
+    device = prepared.device
+    for node, module in activations:
+        choose = functools.partial(choose_activation_qparams, histograms[module.site.name], factor=factors.get(node))
+        module.set_qparams({bits: choose(spec_of(module.site, bits)) for bits in _widths(module)}, device)
+    for node, module in quantizers.items():
+        if module.site.kind == "weight":
+            weight, digits = read_weight(prepared, node), functools.partial(weight_digits, quantizers, node)
+            chosen = {b: choose_weight_qparams(weight, spec_of(module.site, b), digits(b)) for b in _widths(module)}
+            module.set_qparams(chosen, device)
+
+
+def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:
+    """Significant bits that the scales of a weight may have, by the scales of the inputs that it meets.
+
+    Args:
+        quantizers: of a prepared model, by their nodes; those of activations have their qparams.
+        node: the weight's quantize node.
+        bits: its bit-width.
+    """
+    sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
+    met = [quantizers.get(source) for source in sources]
+    scales = [float(q.qparams_at(width).scale) for q in met if q is not None for width in q.calibrated_bits]
+    of_input = None if None in met else max(map(significant_bits_of, scales), default=None)
+    site = quantizers[node].site
+    terms = max(1, site.numel // site.shape[site.channel_axis or 0])
+    return scale_significant_bits(bits, is_weight=True, terms=terms, of_input=of_input)
+
+
+def _widths(quantizer: Quantizer) -> list[int]:
+    return sorted({*quantizer.site.bits, BASELINE_BITS})
+
+
+def _choose_factors(
+    prepared: PreparedModel, activations: Sequence[tuple[fx.Node, Quantizer]], histograms: Mapping[str, Histogram]
+) -> dict[fx.Node, float]:
+    """By node, from 2^-0.5 to 2^0.5: a tensor's best scale times its factor is a power of two.
+
+    Tensors that share a factor take the mean of what each asks for, on the circle of the fractions of an octave. Where
+    one of them is what a clamp gives, it alone decides: the clamp is then no tighter than the range of the integers,
+    and fuses into integer kernels.
+    """
+    groups = find_scale_groups(prepared.graph_module)
+    asked: dict[tuple[fx.Node, bool], list[float]] = {}
+    for node, module in activations:
+        histogram = histograms[module.site.name]
+        if node in groups and not histogram.minimum == histogram.maximum == 0:
+            scale = find_activation_scale(histogram, spec_of(module.site, max(module.site.bits)))
+            asked.setdefault((groups[node], _is_clamped(node)), []).append(math.log2(scale))
+    decisive = {first: asked.get((first, True)) or found for (first, _), found in asked.items()}
+    octaves = {
+        first: cmath.phase(sum(cmath.exp(2j * math.pi * octave) for octave in found)) / (2 * math.pi)
+        for first, found in decisive.items()
+    }
+    # A hair above, for what rounding takes away.
+    return {node: (1 + 2**-18) * 2.0 ** -octaves[first] for node, first in groups.items() if first in octaves}
+
+
+def _is_clamped(node: fx.Node) -> bool:
+    """Whether a quantizer reads what a clamp gives, perhaps through an observer."""
+    while node.op == "call_module":
+        (node,) = node.all_input_nodes
+    return node.target in CLAMPS
+
+
+class _Calibrator(FloatInterpreter):
+    """Fills the histogram of every activation site."""
+
+    def __init__(self, prepared: PreparedModel, histograms: dict[str, Histogram]) -> None:
+        super().__init__(prepared)
+        self._histograms = histograms
+
+    def see(self, quantizer: Quantizer, x: Tensor) -> None:
+        if quantizer.site.kind == "weight":
+            return
+        name = quantizer.site.name
+        histogram = self._histograms.setdefault(name, Histogram())
+        histogram.update(x)
+        if not histogram.is_finite:
+            raise CalibrationDataError(
+                f"the activation at {name!r} is NaN or infinite for a calibration batch: check the inputs' "
+                "normalisation and the checkpoint, or leave the layer before it in float with ignore=[...]"
+            )

@@ -1,0 +1,74 @@
+"""What a model stores and multiplies, as far as costs are concerned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, LayerOp, read_tensor
+from infoq_fx.graph.operands import MultiplyingLayer, Placement
+from infoq_fx.types import Inventory, Operation
+
+__all__ = ["take_inventory"]
+
+
+def take_inventory(
+    graph_module: fx.GraphModule,
+    placements: Sequence[Placement],
+    layers: Sequence[MultiplyingLayer],
+    shapes: Callable[[fx.Node], tuple[int, ...]],
+) -> Inventory:
+    """Sites, multiply-accumulates and float bytes of a graph, from what multiplies in it and where sites are."""
+    sites = tuple(placement.site for placement in placements)
+    present = {site.name for site in sites}
+    # A tensor that several layers read has one site, under the name of the first of them.
+    read_by = {(user, placement.node): placement.site.name for placement in placements for user in placement.users}
+    operations = []
+    weights: dict[str, int] = {}
+    for layer in layers:
+        names = [
+            read_by.get((layer.node, node), name) if kind == "activation" else name
+            for node, name, kind, _ in layer.operands
+        ]
+        for node, name, kind, _ in layer.operands:
+            if kind == "weight":
+                weights[name] = read_tensor(graph_module, node).numel()
+        sides = [name if name in present else None for name in names]
+        for index, (macs, left, right) in enumerate(_products(graph_module, layer, sides, shapes)):
+            operations.append(Operation(layer.name if index == 0 else f"{layer.name}.{index}", macs, left, right))
+    stored = [*graph_module.parameters(), *graph_module.buffers()]
+    quantized = sum(count for name, count in weights.items() if name in present)
+    total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    ignored = sum(weights.values()) - quantized
+    return Inventory(sites, tuple(operations), total_bytes - 4 * quantized, ignored)
+
+
+def _products(
+    graph_module: fx.GraphModule,
+    layer: MultiplyingLayer,
+    sides: list[str | None],
+    shapes: Callable[[fx.Node], tuple[int, ...]],
+) -> list[tuple[int, str | None, str | None]]:
+    node = layer.node
+    op: LayerOp | None = LAYER_OPS.get(node.target)
+    if op is not None and op.is_lookup:
+        return []
+    first = layer.operands[0][0]
+    if node.target is ATTENTION:
+        query, key, value = (math.prod(shapes(operand[0])) for operand in layer.operands)
+        length = shapes(layer.operands[1][0])[-2]
+        width = shapes(first)[-1]
+        rows = query // width
+        return [
+            (rows * width * length, sides[0], sides[1]),
+            (rows * length * value * width // key, None, sides[2]),
+        ]
+    outputs = math.prod(shapes(node))
+    if op is None or layer.operands[0][2] != "weight":
+        return [(outputs * shapes(first)[-1], sides[0], sides[1])]
+    weight = read_tensor(graph_module, first)
+    if op.is_transposed:
+        return [(math.prod(shapes(layer.operands[1][0])) * weight.numel() // weight.shape[0], sides[0], sides[1])]
+    return [(outputs * weight.numel() // weight.shape[op.channel_axis], sides[0], sides[1])]

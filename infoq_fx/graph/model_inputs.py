@@ -1,0 +1,81 @@
+"""Samples in the form that a captured model takes: by input name, of its shapes, on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.graph.capture import CapturedModel
+from infoq_fx.quantization.prepared import PreparedModel
+
+__all__ = ["Inputs", "check_against_graph", "choose_example_inputs", "fit_data", "name_examples"]
+
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def choose_example_inputs(
+    model: nn.Module | ExportedProgram, data: CalibrationData | None, example_inputs: Inputs | None
+) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    if data is not None:
+        return data.example_inputs
+    if example_inputs is not None:
+        batch = read_data(
+            example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
+        )
+        return batch.example_inputs
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+        return dict(kwargs) if kwargs else tuple(args)
+    raise OptionError(
+        "without calibration data no inputs are known; give example_inputs=(one batch) or an exported program"
+    )
+
+
+def name_examples(
+    captured: CapturedModel, inputs: tuple[Tensor, ...] | dict[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    held = read_data(inputs if isinstance(inputs, dict) else [(inputs, None)]).named(captured.input_names)
+    check_against_graph(captured.graph_module, held)
+    rows = torch.arange(captured.batch_size or max(2, held.samples)) % held.samples
+    return {name: x[rows.to(x.device)].to(device) for name, x in held.inputs.items()}
+
+
+def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
+    """Data by the model's input names, on its device, in whole batches where the graph is fixed to a size.
+
+    Raises:
+        CalibrationDataError: names, shapes or dtypes that the model does not take, or less than one batch.
+    """
+    named = data.named(prepared.input_names)
+    check_against_graph(prepared.graph_module, named)
+    if prepared.batch_size is not None:
+        whole = named.samples - named.samples % prepared.batch_size
+        if whole == 0:
+            raise CalibrationDataError(
+                f"the model is fixed to batches of {prepared.batch_size}, the data holds {named.samples} samples; "
+                "give at least one batch"
+            )
+        named = named.take(whole)
+    device = prepared.device
+    return named.to(device)
+
+
+def check_against_graph(graph_module: fx.GraphModule, data: CalibrationData) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        wanted, found = node.meta["val"], data.inputs[str(node.target)]
+        fits = wanted.ndim == found.ndim and wanted.dtype == found.dtype
+        sizes = zip(wanted.shape[1:], found.shape[1:], strict=True) if fits else ()
+        if not fits or any(isinstance(w, int) and w != f for w, f in sizes):
+            shape = [size if isinstance(size, int) else "any" for size in wanted.shape]
+            raise CalibrationDataError(
+                f"input {node.target!r} takes {wanted.dtype} {['samples', *shape[1:]]}, the data has {found.dtype} "
+                f"{['samples', *found.shape[1:]]}: resize or convert the data"
+            )

@@ -1,0 +1,115 @@
+"""The layers that multiply, the tensors that they multiply, and the shapes of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, module_path, read_tensor
+from infoq_fx.types import QuantSite
+
+__all__ = [
+    "MultiplyingLayer",
+    "Placement",
+    "find_multiplying_layers",
+    "is_lookup",
+    "is_parameter",
+    "make_unique",
+    "record_sample_shapes",
+]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A site, the node whose value it quantizes and the nodes that read the quantized value."""
+
+    site: QuantSite
+    node: fx.Node
+    users: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class MultiplyingLayer:
+    """One multiplying node: its name, and its operands as (node, name, kind, channel axis)."""
+
+    node: fx.Node
+    name: str
+    operands: tuple[tuple[fx.Node, str, str, int | None], ...]
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs the graph once and keeps only each tensor's shape."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def record_sample_shapes(
+    graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]
+) -> Callable[[fx.Node], tuple[int, ...]]:
+    recorder = _ShapeRecorder(graph_module)
+    with torch.no_grad():
+        recorder.run(*example_inputs.values())
+    samples = next((x.shape[0] for x in example_inputs.values() if x.ndim), 1)
+
+    def sample_shape(node: fx.Node) -> tuple[int, ...]:
+        shape = recorder.shapes[node]
+        if shape and shape[0] == samples:
+            return shape[1:]
+        elements = math.prod(shape)
+        return (elements // samples,) if elements % samples == 0 else shape
+
+    return sample_shape
+
+
+def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLayer]:
+    layers = []
+    names: set[str] = set()
+    for node in graph_module.graph.nodes:
+        op = LAYER_OPS.get(node.target)
+        if op is not None and is_parameter(node.args[op.weight]):
+            weight = node.args[op.weight]
+            target = str(weight.target)
+            if read_tensor(graph_module, weight).ndim < 2:
+                continue
+            name = make_unique(module_path(node) or target.rpartition(".")[0] or target, names)
+            read = (weight, target, "weight", op.channel_axis)
+            source = (node.args[op.source], f"{name}.input", "activation", None)
+            layers.append(MultiplyingLayer(node, name, (read,) if op.is_lookup else (read, source)))
+        elif node.target in MATMUL_OPS or node.target is ATTENTION:
+            roles = ("query", "key", "value") if node.target is ATTENTION else ("left", "right")
+            base = "attention" if node.target is ATTENTION else "matmul"
+            name = make_unique(f"{module_path(node)}.{base}".removeprefix("."), names)
+            operands = tuple(
+                (x, f"{name}.{role}", "activation", None) for x, role in zip(node.args, roles, strict=False)
+            )
+            layers.append(MultiplyingLayer(node, name, operands))
+    return layers
+
+
+def is_lookup(layer: MultiplyingLayer) -> bool:
+    return layer.node.target in LAYER_OPS and LAYER_OPS[layer.node.target].is_lookup
+
+
+def is_parameter(operand: Any) -> bool:
+    return isinstance(operand, fx.Node) and operand.op == "get_attr"
+
+
+def make_unique(name: str, taken: set[str]) -> str:
+    found, count = name, 1
+    while found in taken:
+        found, count = f"{name}_{count}", count + 1
+    taken.add(found)
+    return found

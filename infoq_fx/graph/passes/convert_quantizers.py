@@ -1,0 +1,96 @@
+"""Turn a prepared graph into the quantized one: integer weights, fixed bit-widths, plain ATen and custom ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from infoq_fx.graph.layers import LAYER_OPS, called_modules, is_call, read_tensor, write_tensor
+from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.types import QParams
+
+__all__ = ["convert_quantizers"]
+
+
+def convert_quantizers(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> bool:
+    """Replace quantizers by the project's ops at the bit-widths of an allocation.
+
+    1. an activation: ``infoq_fx.quantize_dequantize`` with scale and zero point as constants; two quantizers that
+       would do the same to the same tensor become one.
+    2. a weight: int8 buffer under the weight's own path, float32 ``<path>_scale``, ``infoq_fx.dequantize``.
+
+    Left alone: a float weight that something else reads too stays beside its integers, under ``<path>_float``.
+    """
+    done: dict[tuple[Any, ...], fx.Node] = {}
+    found = [(node, module) for node, module in called_modules(graph_module) if isinstance(module, Quantizer)]
+    # Activations first: a weight's scale depends on the scale of its layer's input where the bias is large.
+    for node, module in sorted(found, key=lambda pair: pair[1].site.kind):
+        qparams = module.qparams_at(bits[module.site.name])
+        if module.site.kind == "activation":
+            converted = _convert_activation(graph_module, node, module.site.name, qparams, done)
+        else:
+            converted = _convert_weight(graph_module, node, module.site.name, qparams)
+        node.replace_all_uses_with(converted)
+        graph_module.graph.erase_node(node)
+    return bool(found)
+
+
+def _convert_activation(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    site: str,
+    qparams: QParams,
+    done: dict[tuple[Any, ...], fx.Node],
+) -> fx.Node:
+    source = node.all_input_nodes[0]
+    constants = (float(qparams.scale), int(qparams.zero_point), qparams.spec.bits)
+    key = (source, *constants)
+    if key not in done:
+        with graph_module.graph.inserting_before(node):
+            done[key] = graph_module.graph.call_function(quantize_dequantize_op, (source, *constants, site))
+        done[key].meta = dict(node.meta)
+    return done[key]
+
+
+def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qparams: QParams) -> fx.Node:
+    source = node.all_input_nodes[0]
+    weight = read_tensor(graph_module, source)
+    target, axis = str(source.target), qparams.spec.channel_axis or 0
+    qparams = _fit_biases(graph_module, node, qparams)
+    others = [user for user in source.users if user is not node]
+    if others:
+        write_tensor(graph_module, f"{target}_float", weight)
+        with graph_module.graph.inserting_before(node):
+            kept = graph_module.graph.get_attr(f"{target}_float")
+        kept.meta = dict(source.meta)
+        first = min(others)
+        first.prepend(kept)
+        for user in others:
+            user.replace_input_with(source, kept)
+    write_tensor(graph_module, target, numerics.quantize(weight, qparams))
+    write_tensor(graph_module, f"{target}_scale", qparams.scale.detach().clone())
+    with graph_module.graph.inserting_before(node):
+        integers = graph_module.graph.get_attr(target)
+        scale = graph_module.graph.get_attr(f"{target}_scale")
+        weight_node = graph_module.graph.call_function(dequantize_op, (integers, scale, axis, qparams.spec.bits, site))
+    weight_node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    return weight_node
+
+
+def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams) -> QParams:
+    """Raise the scale of channels so tiny that their bias would not fit 32 bits in the accumulator's unit."""
+    scale = qparams.scale
+    for layer in node.users:
+        op = LAYER_OPS[layer.target]
+        source: Any = layer.args[op.source]
+        bias = op.bias_of(layer)
+        if is_call(source, quantize_dequantize_op) and isinstance(bias, fx.Node) and bias.op == "get_attr":
+            value = read_tensor(graph_module, bias)
+            if value.shape == scale.shape:
+                scale = fit_weight_scale(scale, value, float(source.args[1]))
+    return QParams(qparams.spec, scale, qparams.zero_point)

@@ -1,0 +1,70 @@
+"""Put an observe node at every place that has a name."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from infoq_fx.graph.layers import LAYER_OPS, module_path
+from infoq_fx.quantization.quantizers import Observe, Quantizer
+
+__all__ = ["OUTPUT", "insert_observers"]
+
+OUTPUT = "output"
+
+
+def insert_observers(graph_module: fx.GraphModule) -> bool:
+    """Insert an :class:`Observe` behind every node whose value an observer may want.
+
+    1. the last value of every module path: named by the path.
+    2. the tensor that feeds a layer or a searched activation site: ``"<layer>.input"`` or the site's name,
+       observed in front of the quantizer.
+    3. the first output of the model: ``"output"``.
+
+    Left alone: values that are no floating-point tensor, or the same for all samples (an embedding of positions). One
+    node has one observe node, whatever its names.
+    """
+    names: dict[fx.Node, list[str]] = {}
+    output = graph_module.graph.output_node()
+    last_of: dict[str, fx.Node] = {}
+    varying: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        if node.op == "call_function" and node in varying and _is_floating(node):
+            parts = module_path(node).split(".")
+            last_of.update(dict.fromkeys((".".join(parts[:end]) for end in range(1, len(parts) + 1)), node))
+        elif node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            if isinstance(module, Quantizer) and module.site.kind == "weight":
+                for layer in (user for user in node.users if not LAYER_OPS[user.target].is_lookup):
+                    names.setdefault(_source(graph_module, layer), []).append(f"{module_path(layer)}.input")
+            elif isinstance(module, Quantizer) and module.site.is_searched:
+                names.setdefault(node.all_input_nodes[0], []).append(module.site.name)
+    for path, node in last_of.items():
+        if path:
+            names.setdefault(node, []).append(path)
+    if output.all_input_nodes:
+        names.setdefault(output.all_input_nodes[0], []).append(OUTPUT)
+    for index, (node, known) in enumerate(names.items()):
+        _insert(graph_module, node, f"observers.{index}", tuple(dict.fromkeys(known)))
+    return bool(names)
+
+
+def _source(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
+    """The value that a layer multiplies, in front of its quantizer."""
+    source: fx.Node = layer.args[LAYER_OPS[layer.target].source]  # type: ignore[assignment]
+    is_quantized = source.op == "call_module" and isinstance(graph_module.get_submodule(str(source.target)), Quantizer)
+    return source.all_input_nodes[0] if is_quantized else source
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _insert(graph_module: fx.GraphModule, node: fx.Node, target: str, names: tuple[str, ...]) -> None:
+    graph_module.add_submodule(target, Observe(names))
+    with graph_module.graph.inserting_after(node):
+        observed = graph_module.graph.call_module(target, (node,))
+    observed.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+    node.replace_all_uses_with(observed, delete_user_cb=lambda user: user is not observed)

@@ -1,0 +1,34 @@
+"""Put a configurable quantizer at every site of a plan."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from infoq_fx.graph.operands import Placement
+from infoq_fx.graph.sites import SitePlan
+from infoq_fx.quantization.quantizers import Quantizer
+
+__all__ = ["insert_quantizers"]
+
+
+def insert_quantizers(graph_module: fx.GraphModule, plan: SitePlan) -> bool:
+    """Insert one :class:`Quantizer` a placement, behind its node, in front of the users that it names.
+
+    1. a weight: every ``get_attr`` of it that a quantized layer reads goes through one quantizer.
+    2. an activation: the users that meet it in a layer, or in a fused residual addition.
+
+    Left alone: users that the plan does not name keep the float value.
+    """
+    for placement in plan.placements:
+        _insert(graph_module, placement)
+    return bool(plan.placements)
+
+
+def _insert(graph_module: fx.GraphModule, placement: Placement) -> None:
+    target = f"quantizers.{placement.site.name}.quantizer"
+    graph_module.add_submodule(target, Quantizer(placement.site))
+    with graph_module.graph.inserting_after(placement.node):
+        quantized = graph_module.graph.call_module(target, (placement.node,))
+    quantized.meta = {key: placement.node.meta[key] for key in ("val",) if key in placement.node.meta}
+    for user in placement.users:
+        user.replace_input_with(placement.node, quantized)

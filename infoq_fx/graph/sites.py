@@ -1,0 +1,212 @@
+"""Find what can be quantized: weights, the activations that meet them, and what lets integer kernels fuse."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.errors import UnsupportedModelError, unknown_name_error
+from infoq_fx.graph.inventory import take_inventory
+from infoq_fx.graph.layers import LAYER_OPS, module_path, read_tensor
+from infoq_fx.graph.operands import (
+    MultiplyingLayer,
+    Placement,
+    find_multiplying_layers,
+    is_lookup,
+    is_parameter,
+    make_unique,
+    record_sample_shapes,
+)
+from infoq_fx.types import BASELINE_BITS, Inventory, QuantSite
+
+__all__ = ["SitePlan", "find_sites"]
+
+_ATEN = torch.ops.aten
+_FUSED_ACTIVATIONS = {_ATEN.relu.default, _ATEN.hardtanh.default, _ATEN.clamp.default, _ATEN.relu6.default}
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Where quantizers go, what the model costs, and the weight site of the layer that makes the logits."""
+
+    placements: tuple[Placement, ...]
+    inventory: Inventory
+    classifier: str | None
+
+
+def find_sites(
+    graph_module: fx.GraphModule,
+    example_inputs: Mapping[str, Tensor],
+    *,
+    bits: tuple[int, ...],
+    activation_bits: tuple[int, ...] | None,
+    ignore: Sequence[str] = (),
+    pin: Mapping[str, int] | None = None,
+) -> SitePlan:
+    """List the sites of a graph in normal form.
+
+    Weight sites are the weights of convolutions (1-3d, transposed), linear layers and embeddings; activation sites
+    are the tensors that feed the former two and the operands of matrix products and attention. Convolution outputs
+    and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels need them.
+
+    Args:
+        graph_module: in normal form; not changed.
+        example_inputs: a batch, from which shapes are read.
+        bits: candidate bit-widths of weights.
+        activation_bits: candidate bit-widths of activations; None leaves all activations in float.
+        ignore: glob patterns on module paths, layers to leave in float.
+        pin: glob pattern on module paths (their weights) or site names, to the bit-width it must have.
+
+    Raises:
+        UnsupportedModelError: nothing to quantize, or a weight that is not finite.
+        OptionError: a pattern that matches nothing.
+    """
+    shapes = record_sample_shapes(graph_module, example_inputs)
+    all_layers = find_multiplying_layers(graph_module)
+    if not all_layers:
+        raise UnsupportedModelError(
+            "no layer to quantize: the model has no convolution, linear layer or matmul; give one that has"
+        )
+    known = _known_paths(all_layers)
+    _check_patterns("ignore", ignore, known)
+    layers = [layer for layer in all_layers if not any(_matches(layer, pattern) for pattern in ignore)]
+    if not any(operand[2] == "weight" for layer in layers for operand in layer.operands):
+        raise UnsupportedModelError(
+            "no layer to quantize is left: every layer with weights is ignored; take some out of ignore"
+        )
+    placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
+    placements = _apply_pins(placements, layers, pin or {}, known)
+    if activation_bits is not None:
+        placements += _place_fused(graph_module, layers, placements, shapes)
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
+    inventory = take_inventory(graph_module, placements, all_layers, shapes)
+    return SitePlan(tuple(placements), inventory, _find_classifier(graph_module, layers))
+
+
+def _known_paths(layers: Sequence[MultiplyingLayer]) -> list[str]:
+    paths: dict[str, None] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        paths.update(dict.fromkeys(".".join(parts[:end]) for end in range(len(parts), 0, -1)))
+    for layer in layers:
+        paths.update(dict.fromkeys(name for _, name, _, _ in layer.operands))
+    return list(paths)
+
+
+def _matches(layer: MultiplyingLayer, pattern: str) -> bool:
+    parts = layer.name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _check_patterns(option: str, patterns: Sequence[str], known: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise unknown_name_error(f"layer in {option}", pattern, known)
+
+
+def _place_layers(
+    graph_module: fx.GraphModule,
+    layers: Sequence[MultiplyingLayer],
+    shapes: Callable[[fx.Node], tuple[int, ...]],
+    bits: tuple[int, ...],
+    activation_bits: tuple[int, ...] | None,
+) -> list[Placement]:
+    """One placement a tensor: layers that share a weight or an input share its site.
+
+    The scales of a shared weight are those that its multiplying layers take; embeddings take any.
+    """
+    found: dict[tuple[str, Any], Placement] = {}
+    for layer in sorted(layers, key=is_lookup):
+        for node, name, kind, axis in layer.operands:
+            is_weight = kind == "weight"
+            if is_parameter(node) and not is_weight:
+                continue
+            key = (kind, node.target if is_weight else node)
+            if key in found:
+                users = dict.fromkeys((*found[key].users, layer.node))
+                found[key] = replace(found[key], users=tuple(users))
+            elif is_weight:
+                tensor = read_tensor(graph_module, node)
+                if not bool(torch.isfinite(tensor).all()):
+                    raise UnsupportedModelError(f"weight {name!r} holds NaN or infinity: mend the checkpoint first")
+                site = QuantSite(name, "weight", tuple(tensor.shape), bits, axis)
+                found[key] = Placement(site, node, (layer.node,))
+            elif activation_bits is not None:
+                site = QuantSite(name, "activation", shapes(node), activation_bits)
+                found[key] = Placement(site, node, (layer.node,))
+    return list(found.values())
+
+
+def _apply_pins(
+    placements: list[Placement], layers: Sequence[MultiplyingLayer], pin: Mapping[str, int], known: Sequence[str]
+) -> list[Placement]:
+    for pattern, fixed in pin.items():
+        pinned = {name for layer in layers if _matches(layer, pattern) for _, name, kind, _ in layer.operands
+                  if kind == "weight"}  # fmt: skip
+        pinned |= {p.site.name for p in placements if fnmatch.fnmatchcase(p.site.name, pattern)}
+        if not pinned:
+            raise unknown_name_error("layer in pin", pattern, known)
+        placements = [
+            replace(p, site=replace(p.site, bits=(fixed,))) if p.site.name in pinned else p for p in placements
+        ]
+    return placements
+
+
+def _place_fused(
+    graph_module: fx.GraphModule,
+    layers: Sequence[MultiplyingLayer],
+    placements: Sequence[Placement],
+    shapes: Callable[[fx.Node], tuple[int, ...]],
+) -> list[Placement]:
+    """Fixed 8-bit sites on convolution outputs and on residual additions that join them."""
+    outputs: dict[fx.Node, str] = {}
+    names = {layer.node: layer.name for layer in layers}
+    for node in graph_module.graph.nodes:
+        op = LAYER_OPS.get(node.target)
+        if node in names and op is not None and op.is_convolution:
+            outputs[_after_activation(node)] = f"{names[node]}.output"
+        elif node.target is _ATEN.add.Tensor and _joins_convolutions(node, outputs):
+            for operand in node.args[:2]:
+                outputs.setdefault(operand, f"{_tensor_name(operand)}.output")
+            outputs[_after_activation(node)] = f"{_tensor_name(node)}.output"
+    quantized_users: dict[fx.Node, set[fx.Node]] = {}
+    for placement in placements:
+        quantized_users.setdefault(placement.node, set()).update(placement.users)
+    found, taken = [], {placement.site.name for placement in placements}
+    for node, name in outputs.items():
+        users = [user for user in node.users if user.op != "output"]
+        users = [user for user in users if user not in quantized_users.get(node, ())]
+        if users and node.op != "placeholder":
+            site = QuantSite(make_unique(name, taken), "activation", shapes(node), (BASELINE_BITS,), is_searched=False)
+            found.append(Placement(site, node, tuple(users)))
+    return found
+
+
+def _after_activation(node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in _FUSED_ACTIVATIONS else node
+
+
+def _joins_convolutions(node: fx.Node, outputs: Mapping[fx.Node, str]) -> bool:
+    operands = node.args[:2]
+    return all(isinstance(x, fx.Node) and x.op != "get_attr" for x in operands) and any(x in outputs for x in operands)
+
+
+def _tensor_name(node: fx.Node) -> str:
+    return f"{module_path(node)}.{node.name}".removeprefix(".")
+
+
+def _find_classifier(graph_module: fx.GraphModule, layers: Sequence[MultiplyingLayer]) -> str | None:
+    """The weight site of the layer whose output is the first output of the model."""
+    output = graph_module.graph.output_node()
+    node = next(iter(output.all_input_nodes), None)
+    for layer in layers:
+        if layer.node is node and layer.operands[0][2] == "weight":
+            return layer.operands[0][1]
+    return None

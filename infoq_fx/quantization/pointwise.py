@@ -1,0 +1,129 @@
+"""Compiled loops of the forward runs: fake quantization merged with what comes before it, and projection.
+
+One pass over memory in place of one an operation. Every value depends on its own row alone: the same bits
+whatever the size of the batch and the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infoq_fx.core.jit import jit
+
+__all__ = [
+    "draw_share",
+    "fake_quantize_but_share",
+    "fake_quantize_flat",
+    "fake_quantize_sum",
+    "project_rows",
+    "quantize_flat",
+    "quantize_sum",
+]
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Bytes: TypeAlias = NDArray[np.uint8]
+Number: TypeAlias = float | np.floating[Any]
+
+
+@jit
+def fake_quantize_flat(x: Floats, scale: Number, low: Number, high: Number, out: Floats) -> None:
+    """``clip(round_half_even(x / scale), low, high) * scale`` into ``out``; NaN stays NaN, -0.0 becomes 0.0."""
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = q * scale + x.dtype.type(0)
+
+
+@jit
+def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Number, out: Floats) -> None:
+    """:func:`fake_quantize_flat` of ``x + y``."""
+    for i in range(len(x)):
+        q = np.rint((x[i] + y[i]) / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = q * scale + x.dtype.type(0)
+
+
+@jit
+def _mix(value: Any) -> Any:
+    """A bijection of 32 bits that leaves no trace of their order."""
+    value = np.uint32(np.uint32(value ^ (value >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    value = np.uint32(np.uint32(value ^ (value >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(value ^ (value >> np.uint32(16)))
+
+
+@jit
+def _draw(index: int, first: Any, second: Any) -> Any:
+    """32 random bits for a place, by the halves of a seed."""
+    return _mix(np.uint32(_mix(np.uint32(np.uint32(index) + first)) ^ second))
+
+
+@jit
+def fake_quantize_but_share(
+    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
+) -> None:
+    """:func:`fake_quantize_flat`, but a share of the values stays as it is: those of :func:`draw_share`."""
+    limit = np.uint64(share * 2**32)
+    first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = x[i] if _draw(i, first, second) < limit else q * scale + x.dtype.type(0)
+
+
+@jit
+def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
+    """Which of consecutive values belong to a share of them, by a seed of up to 64 bits: the same on any machine."""
+    limit = np.uint64(share * 2**32)
+    first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
+    for i in range(len(out)):
+        out[i] = _draw(i, first, second) < limit
+
+
+@jit
+def quantize_flat(x: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes) -> None:
+    """The integers behind :func:`fake_quantize_flat`, ``zero_point`` added, into uint8 ``out``; x is not NaN."""
+    for i in range(len(x)):
+        q = np.rint(x[i] / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = np.uint8(np.int32(q + zero_point))
+
+
+@jit
+def quantize_sum(
+    x: Floats, y: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes
+) -> None:
+    """:func:`quantize_flat` of ``x + y``."""
+    for i in range(len(x)):
+        q = np.rint((x[i] + y[i]) / scale)
+        q = low if q < low else q
+        q = high if q > high else q
+        out[i] = np.uint8(np.int32(q + zero_point))
+
+
+@jit
+def project_rows(rows: Floats, directions: Floats, out: Floats) -> None:
+    """``rows [samples, features] @ directions [features, slices]`` into ``out [slices, samples]``.
+
+    The matrix products of libraries sum in another order when there are other rows beside a row. Sixteen rows at
+    a time are written out: a cache line of every slice.
+    """
+    slices = directions.shape[1]
+    sums = np.empty((16, slices), directions.dtype)
+    for start in range(0, len(rows), 16):
+        stop = min(start + 16, len(rows))
+        sums[:] = 0
+        for i in range(stop - start):
+            for j in range(rows.shape[1]):
+                value, direction, total = rows[start + i, j], directions[j], sums[i]
+                for s in range(slices):
+                    total[s] += value * direction[s]
+        for s in range(slices):
+            for i in range(stop - start):
+                out[s, start + i] = sums[i, s]

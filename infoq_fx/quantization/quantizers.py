@@ -1,0 +1,81 @@
+"""The leaf modules put into a prepared graph, and the custom ops they become in the quantized one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from infoq_fx.quantization import numerics
+from infoq_fx.types import BASELINE_BITS, QParams, QuantSite, QuantSpec
+
+__all__ = ["Observe", "Quantizer", "spec_of"]
+
+
+class Quantizer(nn.Module):
+    """Fake quantization of one site at a bit-width that can be changed between runs.
+
+    Before ``set_qparams`` it passes its input through. ``bits`` is the bit-width that ``forward`` uses.
+    """
+
+    def __init__(self, site: QuantSite) -> None:
+        super().__init__()
+        self.site = site
+        self.bits = site.bits[0] if len(site.bits) == 1 else BASELINE_BITS
+        self.calibrated_bits: tuple[int, ...] = ()
+
+    def set_qparams(self, qparams: Mapping[int, QParams], device: torch.device) -> None:
+        """Keep scale and zero point of every bit-width, as buffers that follow ``.to(device)``."""
+        for bits, chosen in qparams.items():
+            self.register_buffer(f"scale_{bits}", chosen.scale.to(device))
+            self.register_buffer(f"zero_point_{bits}", chosen.zero_point.to(device))
+        self.calibrated_bits = tuple(sorted(qparams))
+
+    def qparams_at(self, bits: int) -> QParams:
+        """The calibrated qparams of one bit-width."""
+        return QParams(
+            spec_of(self.site, bits), self.get_buffer(f"scale_{bits}"), self.get_buffer(f"zero_point_{bits}")
+        )
+
+    def quantize_at(
+        self,
+        x: Tensor,
+        bits: int,
+        *,
+        addend: Tensor | None = None,
+        clip: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Tensor:
+        """Fake quantize ``x`` at ``bits``, whatever the module's own setting; see :func:`numerics.fake_quantize`."""
+        return numerics.fake_quantize(x, self.qparams_at(bits), addend=addend, clip=clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantize ``x`` (any shape for an activation, the weight's for a weight) at ``self.bits``."""
+        return self.quantize_at(x, self.bits) if self.calibrated_bits else x
+
+    def extra_repr(self) -> str:
+        """Site and bit-width, as they show in a printed module."""
+        return f"{self.site.name}, bits={self.bits}"
+
+
+class Observe(nn.Module):
+    """A place where activations can be read; it changes nothing. ``names`` are all the names it answers to."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` itself."""
+        return x
+
+    def extra_repr(self) -> str:
+        """The names, as they show in a printed module."""
+        return ", ".join(self.names)
+
+
+def spec_of(site: QuantSite, bits: int) -> QuantSpec:
+    """How a site is quantized at a bit-width: weights symmetric per channel, activations affine per tensor."""
+    is_weight = site.kind == "weight"
+    return QuantSpec(bits=bits, symmetric=is_weight, channel_axis=site.channel_axis if is_weight else None)

@@ -1,0 +1,186 @@
+"""Recovery: the accuracy that rounding took, won back at fixed bit-widths. One step a file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import one_torch_thread
+from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.step import RecoveryStep, StepContext
+from infoq_fx.recovery.steps.bias_correction import BiasCorrection
+from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
+from infoq_fx.recovery.steps.output_tuning import OutputTuning
+from infoq_fx.recovery.steps.range_equalization import RangeEqualization
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
+from infoq_fx.runtime.outputs import diverge, measure_spread
+
+__all__ = [
+    "LADDER",
+    "RECOVERY_STEPS",
+    "AnyRecovery",
+    "BiasCorrection",
+    "BlockReconstruction",
+    "Candidates",
+    "OutputTuning",
+    "RangeEqualization",
+    "RecoveryStep",
+    "SecondOrderRounding",
+    "StepContext",
+    "find_candidates",
+    "find_steps",
+    "recover_accuracy",
+]
+
+RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
+    "range_equalization": RangeEqualization,
+    "bias_correction": BiasCorrection,
+    "second_order_rounding": SecondOrderRounding,
+    "block_reconstruction": BlockReconstruction,
+    "output_tuning": OutputTuning,
+}
+"""The steps by name, each with its default options."""
+
+LADDER: Mapping[str, tuple[str | RecoveryStep, ...]] = {
+    "none": (),
+    "fast": ("second_order_rounding",),
+    "best": (
+        "second_order_rounding",
+        SecondOrderRounding(reference="float_model"),
+        "block_reconstruction",
+        "output_tuning",
+    ),
+}
+"""What to spend: steps, in order."""
+
+AnyRecovery = str | RecoveryStep | Sequence[str | RecoveryStep]
+
+_HELD_SHARE = 5  # one sample in so many is held back
+_MOST_HELD = 256
+
+
+def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
+    """The steps behind a rung of the ladder, a name, a step, or several of these.
+
+    Raises:
+        OptionError: an unknown name, or something that is no step.
+    """
+    if isinstance(recovery, str) and recovery in LADDER:
+        return find_steps(LADDER[recovery])
+    if isinstance(recovery, str):
+        if recovery not in RECOVERY_STEPS:
+            raise unknown_name_error("recovery", recovery, [*LADDER, *RECOVERY_STEPS])
+        return [RECOVERY_STEPS[recovery]()]
+    if isinstance(recovery, Sequence):
+        return [step for one in recovery for step in find_steps(one)]
+    if callable(getattr(recovery, "recover", None)) and isinstance(getattr(recovery, "name", None), str):
+        return [recovery]
+    known = ", ".join(map(repr, [*LADDER, *RECOVERY_STEPS]))
+    raise OptionError(
+        f"recovery={recovery!r} is no step; give one of {known}, an object with name and recover(), or a list of these"
+    )
+
+
+def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
+    """Weights to score with when these steps follow; None for rounding to nearest."""
+    return Candidates(prepared, data) if any(step.name == SecondOrderRounding().name for step in steps) else None
+
+
+def recover_accuracy(
+    prepared: PreparedModel,
+    bits: Mapping[str, int],
+    data: CalibrationData,
+    steps: Sequence[RecoveryStep],
+    *,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> PreparedModel:
+    """Take the steps one after the other; one that lowers the agreement with the float model is undone.
+
+    Agreement is the mean KL divergence of the outputs from the float model's, in nats a sample, over every fifth sample
+    (at most 256), which no step sees. Fewer than ten samples serve for both.
+
+    Args:
+        prepared: calibrated; it stays as it is.
+        bits: bit-width by site.
+        data: by the model's input names, on the model's device.
+        steps: in order.
+        cache_dir: where long steps keep what is finished.
+        progress: show a bar on standard error.
+
+    Returns:
+        A copy with better numbers, or ``prepared`` itself if nothing helped; ``recovered_by`` are the steps kept.
+    """
+    if not steps:
+        return prepared
+    log = logging.getLogger(__name__)
+    batch_size = choose_batch_size(prepared)
+    fitted, held = _hold_back(data, prepared.batch_size or 1)
+    is_on_cpu = prepared.device.type == "cpu"
+    with (
+        one_torch_thread() as threads,
+        tqdm(total=len(steps), disable=not progress, desc="recovering", unit="step", bar_format=_BAR) as bar,
+    ):
+        run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update)
+        check = _Check(prepared, held, bits, batch_size, RunOptions(threads=run_options.threads))
+        current, nats = prepared, check(prepared)
+        for index, step in enumerate(steps):
+            bar.set_description(f"recovering ({step.name})")
+            context = StepContext(batch_size=batch_size, run_options=run_options, cache_dir=cache_dir)
+            found = step.recover(current, bits, fitted, context)
+            found_nats = check(found)
+            if found_nats < nats:
+                log.info("%s: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)
+                current = replace(found, recovered_by=(*current.recovered_by, step.name))
+                nats = found_nats
+            else:
+                log.info("%s is undone: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)
+            bar.update(index + 1 - bar.n)
+    return current
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+
+
+class _Check:
+    """Nats from the float model over samples that no step sees."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        held: CalibrationData,
+        bits: Mapping[str, int],
+        batch_size: int,
+        run_options: RunOptions,
+    ) -> None:
+        self._held, self._bits, self._batch_size, self._work = held, bits, batch_size, run_options
+        origin = prepared.origin or prepared
+        self._reference = compute_float_logits(origin, held, batch_size=batch_size, run_options=run_options)
+        self._spread = measure_spread(self._reference)
+
+    def __call__(self, prepared: PreparedModel) -> float:
+        logits = compute_logits(prepared, self._held, self._bits, batch_size=self._batch_size, run_options=self._work)
+        return float(diverge(self._reference, logits, self._spread).mean())
+
+
+def _hold_back(data: CalibrationData, fixed: int) -> tuple[CalibrationData, CalibrationData]:
+    """Samples to fit and samples to check, in whole batches of a fixed graph."""
+    if data.samples < 2 * _HELD_SHARE or data.samples < 2 * fixed:
+        return data, data
+    every = max(_HELD_SHARE, -(-data.samples // _MOST_HELD))
+    is_held = torch.arange(data.samples) % every == every - 1
+    held, fitted = (data.select(rows.nonzero()[:, 0]) for rows in (is_held, ~is_held))
+    if fixed > 1:
+        if held.samples < fixed:
+            return data.take(data.samples - fixed), data.select(torch.arange(data.samples - fixed, data.samples))
+        held, fitted = (part.take(part.samples - part.samples % fixed) for part in (held, fitted))
+    return fitted, held

@@ -1,0 +1,252 @@
+"""The quantized model beside its reference, from segment to segment over all samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import thread_map
+from infoq_fx.errors import OptionError
+from infoq_fx.graph.float_interpreter import channels_last
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.segments import Layer, Segment, find_segments
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.runtime.outputs import class_logits, first_output
+from infoq_fx.types import BASELINE_BITS
+
+__all__ = [
+    "LIGHT_BITS",
+    "LayerwiseRunner",
+    "Pair",
+    "Reference",
+    "SegmentRunner",
+    "Values",
+    "check_reference",
+    "choose_samples",
+]
+
+LIGHT_BITS = 6
+"""From so many bits on, what activations cost is rather left as it is than answered layer by layer."""
+
+Reference = Literal["float_weights", "float_model"]
+"""Whose outputs a step seeks: of float weights behind quantized activations, or of the float model."""
+
+_Result = TypeVar("_Result")
+Values = dict[fx.Node, Any]
+"""What some nodes gave for one batch."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The value of one node for one batch, in the reference and in the quantized model."""
+
+    reference: Tensor
+    quantized: Tensor
+
+
+class LayerwiseRunner:
+    """Both models over all samples, as far as the walk has come.
+
+    ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
+    At every place only the values are held that are read behind it. Of the reference ``"float_weights"`` activations
+    of ``LIGHT_BITS`` and more are quantized as they will be.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        bits: Mapping[str, int],
+        data: CalibrationData,
+        context: StepContext,
+        *,
+        reference: Reference = "float_model",
+    ) -> None:
+        self.prepared, self.bits, self.run_options, self.samples = prepared, bits, context.run_options, data.samples
+        self.segments = find_segments(prepared)
+        bits_sought = bits if reference == "float_weights" else None
+        self._runners = SegmentRunner(prepared, bits_sought, has_float_weights=True), SegmentRunner(prepared, bits)
+        self.layers = sum(len(segment.layers) for segment in self.segments)
+        batches = [_laid_out(batch) for batch in data.batches(context.batch_size)]
+        inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
+        self._reference = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
+        self._quantized = [dict(values) for values in self._reference]
+
+    def visit(self) -> Iterator[tuple[Segment, Layer]]:
+        """Every layer with its segment, in graph order; the walk stands in front of the segment meanwhile."""
+        for segment in self.segments:
+            for layer in segment.layers:
+                yield segment, layer
+                self.run_options.advance(1 / self.layers)
+            self.advance(segment)
+
+    def entering(self, segment: Segment) -> list[Values]:
+        """What enters the segment that the walk stands in front of in the quantized model, by batch."""
+        return [{node: values[node] for node in segment.entering} for values in self._quantized]
+
+    def run_reference(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
+        """Values of some nodes in the reference, for every batch; the walk stands in front of the segment."""
+        return self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes])
+
+    def squared_gradients(
+        self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
+    ) -> dict[fx.Node, list[Tensor]]:
+        """What ``read`` makes of squared gradients of the float model's log-likelihood at some nodes, by batch.
+
+        The class is drawn from the model's own outputs, so that their mean is the Fisher information of each value.
+        The walk stands at the beginning.
+        """
+        seeds = torch.randint(1 << 62, (len(self._reference),), generator=torch.Generator().manual_seed(seed)).tolist()
+        found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
+
+        def run(index: int) -> list[Tensor]:
+            generator = torch.Generator().manual_seed(seeds[index])
+            squares = _squared_gradients(self.prepared, self.segments, self._reference[index], nodes, generator)
+            return [read(node, square) for node, square in zip(nodes, squares, strict=True)]
+
+        with thread_map(self.run_options.threads, self.run_options.stop) as spread:
+            for squares in spread(run, range(len(self._reference))):
+                for node, square in zip(nodes, squares, strict=True):
+                    found[node].append(square)
+        return found
+
+    def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> list[_Result]:
+        """What ``read`` makes of a batch's index and a node's value; the walk stands in front of the segment."""
+        nodes = _up_to(segment, node)
+        return self._map(segment, nodes, lambda i, sought, found: read(i, Pair(sought[node], found[node])))
+
+    def advance(self, segment: Segment) -> None:
+        """Walk through a segment."""
+        kept = segment.leaving
+
+        def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
+            return {n: reference[n] for n in kept}, {n: quantized[n] for n in kept}
+
+        pairs = self._map(segment, segment.nodes, keep)
+        self._reference, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
+
+    def _map(
+        self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
+    ) -> list[_Result]:
+        with torch.inference_mode():
+            sought, rounding = self._runners
+            reference = sought.fork().compute(segment.constants, {})
+            quantized = rounding.fork().compute(segment.constants, {})
+
+            def run(index: int) -> _Result:
+                with torch.inference_mode():
+                    first = sought.fork().compute(nodes, reference | self._reference[index])
+                    second = rounding.fork().compute(nodes, quantized | self._quantized[index])
+                    return read(index, first, second)
+
+            with thread_map(self.run_options.threads, self.run_options.stop) as spread:
+                return list(spread(run, range(len(self._reference))))
+
+
+def check_reference(reference: str) -> None:
+    """Refuse another name.
+
+    Raises:
+        OptionError: it is none of ``Reference``.
+    """
+    if reference not in get_args(Reference):
+        raise OptionError(f"reference={reference!r}; give one of {', '.join(map(repr, get_args(Reference)))}")
+
+
+def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:
+    """At most so many samples spread over the data; whole batches where the graph is fixed to a size."""
+    fixed = prepared.batch_size or 1
+    chosen = data.spread(max(most, fixed))
+    return chosen.take(chosen.samples - chosen.samples % fixed)
+
+
+class SegmentRunner(fx.Interpreter):
+    """Runs some nodes of a graph, quantized at given bit-widths or in float where there are none.
+
+    In float, or ``has_float_weights``, it has the parameters of the float model that ``prepared`` came from, and that
+    model's quantizers of activations, of which those of fewer than ``LIGHT_BITS`` let their input through.
+    """
+
+    def __init__(
+        self, prepared: PreparedModel, bits: Mapping[str, int] | None, *, has_float_weights: bool = False
+    ) -> None:
+        super().__init__(prepared.graph_module, garbage_collect_values=False)
+        self._bits, self._has_float_weights = bits, has_float_weights
+        is_origin = bits is None or has_float_weights
+        self._parameters = ((prepared.origin or prepared) if is_origin else prepared).graph_module
+
+    def fork(self) -> Self:
+        """Another one that may run at the same time."""
+        return copy.copy(self)
+
+    def compute(self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> Values:
+        """Values of these nodes, in order, and those known before."""
+        self.env = dict(known)
+        for node in nodes:
+            self.env[node] = self.run_node(node)
+        return self.env
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Weights of convolutions with channels last, like the images."""
+        value = read_tensor(self._parameters, str(target))
+        return channels_last(value)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A quantizer at its bit-width, or its input itself in float."""
+        module = self._parameters.get_submodule(str(target))
+        return self.quantize(module, args[0]) if isinstance(module, Quantizer) else args[0]
+
+    def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """What a quantizer makes of a value."""
+        bits = self._bits_of(quantizer)
+        is_left = self._has_float_weights and (quantizer.site.kind == "weight" or bits < LIGHT_BITS)
+        return x if self._bits is None or is_left else quantizer.quantize_at(x, bits)
+
+    def _bits_of(self, quantizer: Quantizer) -> int:
+        return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
+
+
+def _squared_gradients(
+    prepared: PreparedModel,
+    segments: Sequence[Segment],
+    inputs: Values,
+    nodes: Sequence[fx.Node],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    segment_runner, values = SegmentRunner(prepared, None), Values()
+    with torch.inference_mode(False), torch.enable_grad():
+        for node, x in inputs.items():
+            values[node] = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
+        for segment in segments:
+            values = segment_runner.compute([*segment.constants, *segment.nodes], values)
+        output = class_logits(values[first_output(prepared)])
+        drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
+        likelihood = output.log_softmax(1).gather(1, drawn).sum()
+        wanted = [values[node] for node in nodes]
+        gradients = torch.autograd.grad(likelihood, wanted, allow_unused=True)
+    return [
+        torch.zeros_like(x) if gradient is None else gradient.square()
+        for x, gradient in zip(wanted, gradients, strict=True)
+    ]
+
+
+def _up_to(segment: Segment, node: fx.Node) -> list[fx.Node]:
+    """The segment's nodes that a node's value needs."""
+    inside, needed, pending = set(segment.nodes), set[fx.Node](), [node]
+    while pending:
+        found = pending.pop()
+        if found in inside and found not in needed:
+            needed.add(found)
+            pending.extend(found.all_input_nodes)
+    return [found for found in segment.nodes if found in needed]
+
+
+def _laid_out(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: channels_last(x) for name, x in batch.items()}

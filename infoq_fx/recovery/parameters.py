@@ -1,0 +1,69 @@
+"""Read and replace weights, biases and qparams of a prepared model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from infoq_fx.graph.layers import write_tensor
+from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.segments import Layer
+from infoq_fx.types import BASELINE_BITS, QParams
+
+__all__ = ["fork", "read_qparams", "set_bias", "set_parameter", "set_qparams", "weight_quantizer"]
+
+
+def fork(prepared: PreparedModel) -> PreparedModel:
+    """A copy to be changed, which remembers the float model that it came from."""
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy.deepcopy(prepared.graph_module)
+    return replace(prepared, graph_module=copied, origin=prepared.origin or prepared, rounded={})
+
+
+def set_parameter(prepared: PreparedModel, target: str, value: Tensor) -> None:
+    """Replace the weight or bias at a path."""
+    with torch.inference_mode(False):
+        write_tensor(prepared.graph_module, target, value.to(torch.float32).clone())
+
+
+def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[str, int]) -> None:
+    """Replace a layer's bias by what conversion makes of it: a multiple of the accumulator's unit.
+
+    With few bits that unit, input scale times weight scale, is a visible part of an output step; whoever comes next is
+    to see what really arrives.
+    """
+    assert layer.bias is not None
+    source = layer.source
+    module = prepared.graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
+    weight = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+    if isinstance(module, Quantizer):
+        input_scale = module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
+        if weight.scale.shape == bias.shape:
+            unit = fit_weight_scale(weight.scale, bias, input_scale) * input_scale
+            bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
+    set_parameter(prepared, layer.bias, bias)
+
+
+def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
+    """The qparams of a layer's weight at a bit-width."""
+    return weight_quantizer(prepared, layer).qparams_at(bits)
+
+
+def set_qparams(prepared: PreparedModel, layer: Layer, qparams: QParams) -> None:
+    """Replace the qparams of a layer's weight at the bit-width that they are for."""
+    quantizer = weight_quantizer(prepared, layer)
+    known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
+    quantizer.set_qparams({**known, qparams.spec.bits: qparams}, qparams.scale.device)
+
+
+def weight_quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
+    """The module that quantizes a layer's weight."""
+    quantizer = prepared.graph_module.get_submodule(str(layer.quantizer.target))
+    assert isinstance(quantizer, Quantizer)
+    return quantizer

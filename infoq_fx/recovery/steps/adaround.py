@@ -1,0 +1,151 @@
+"""Rounding as something that gradients flow through: every weight between two integers until it is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.numerics import flat_view
+from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.layerwise_runner import SegmentRunner
+from infoq_fx.recovery.parameters import read_qparams
+from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.types import BASELINE_BITS, QParams
+
+__all__ = ["SoftBlock", "SoftWeight", "begin_soft_block"]
+
+_STRETCH = 0.1  # the sigmoid is stretched by so much on each side and clipped: it reaches 0 and 1
+_FIRST_SHARE = 0.8  # of the integer that a weight is at, at the beginning
+
+
+@dataclass(frozen=True)
+class SoftWeight:
+    """One weight between ``floor`` and ``floor + 1`` steps, by ``logit``; all of the weight's shape.
+
+    ``scale`` broadcasts to it. Two integers in reach of each weight: the one that it is at, and the next one on the
+    side of the float weight. At the ends of the range the second may be out of it: such weights stay.
+    """
+
+    layer: Layer
+    floor: Tensor
+    logit: nn.Parameter
+    scale: Tensor
+    qparams: QParams
+
+    def shares(self) -> Tensor:
+        """How far each weight is up from its floor, 0 to 1."""
+        return (torch.sigmoid(self.logit) * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
+
+    def value(self) -> Tensor:
+        """The weight in between."""
+        return (self.floor + self.shares()) * self.scale
+
+    def rounded(self) -> Tensor:
+        """The weight decided."""
+        with torch.no_grad():
+            return (self.floor + (self.shares() >= 0.5)) * self.scale
+
+
+class SoftBlock(SegmentRunner):
+    """Runs a segment with soft weights, its own biases, and activations of which a share stays in float."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        bits: Mapping[str, int],
+        weights: Mapping[str, SoftWeight],
+        biases: Mapping[str, nn.Parameter],
+        drop: float,
+    ) -> None:
+        super().__init__(prepared, bits)
+        self._weights, self._biases, self._drop = weights, biases, drop
+        self._generator = torch.Generator()
+
+    def draw(self, seed: int) -> SoftBlock:
+        """Another one that may run at the same time, with its own choice of what stays in float."""
+        forked = self.fork()
+        forked._generator = torch.Generator().manual_seed(seed)
+        return forked
+
+    def get_attr(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """A bias that is learned, or any other constant."""
+        if str(target) in self._biases:
+            return self._biases[str(target)]
+        found: Tensor = super().get_attr(target, args, kwargs)
+        return found
+
+    def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
+        """Soft weights; activations straight through, some of their values in float."""
+        soft = self._weights.get(quantizer.site.name)
+        if soft is not None:
+            return soft.value()
+        if quantizer.site.kind == "weight":
+            return super().quantize(quantizer, x)
+        qparams = quantizer.qparams_at(self._bits_of(quantizer))
+        seed = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drop else 0
+        y: Tensor = _DropQuantize.apply(x, qparams, self._drop, seed)
+        return y
+
+
+class _DropQuantize(torch.autograd.Function):
+    """Activations fake quantized, all but a share of them; the gradient passes straight through within the range.
+
+    On a CPU there is one pass each way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, qparams: QParams, share: float, seed: int) -> Any:
+        spec, step, zero_point = qparams.spec, float(qparams.scale), int(qparams.zero_point)
+        low, high = spec.quant_min - zero_point, spec.quant_max - zero_point
+        ctx.save_for_backward(x)
+        ctx.range = low * step, high * step
+        y = torch.empty_like(x)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and y.stride() == x.stride():
+            numbers = np.float32(step), np.float32(low), np.float32(high)
+            fake_quantize_but_share(flat_view(x), *numbers, share, seed, flat_view(y))
+            return y
+        is_float = torch.empty_like(x, dtype=torch.bool, device="cpu")
+        draw_share(share, seed, flat_view(is_float))
+        return torch.where(is_float.to(x.device), x, torch.round(x / step).clamp_(low, high).mul_(step))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None
+
+
+def begin_soft_block(
+    prepared: PreparedModel, segment: Segment, bits: Mapping[str, int]
+) -> tuple[dict[str, SoftWeight], dict[str, nn.Parameter]]:
+    """Soft weights by site and biases by path, at the values that they have now.
+
+    A weight starts near the integer that it is at, with a share of 0.2 for the other one in reach.
+    """
+    weights, biases = {}, {}
+    origin = prepared.origin or prepared
+    for layer in segment.layers:
+        qparams = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+        axis = qparams.spec.channel_axis
+        shape = [-1 if i == axis else 1 for i in range(len(layer.site.shape))]
+        scale = qparams.scale.reshape(shape)
+        now = (read_tensor(prepared.graph_module, layer.weight) / scale).round()
+        now = now.clamp(qparams.spec.quant_min, qparams.spec.quant_max)
+        is_above = read_tensor(origin.graph_module, layer.weight) / scale < now
+        floor = torch.where(is_above, now - 1, now)
+        share = torch.where(is_above, _FIRST_SHARE, 1 - _FIRST_SHARE)
+        # Out of the range there is no second integer.
+        stays_up, stays_down = floor < qparams.spec.quant_min, floor + 1 > qparams.spec.quant_max
+        logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
+        logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)
+        weights[layer.site.name] = SoftWeight(layer, floor, nn.Parameter(logit), scale, qparams)
+        if layer.bias is not None:
+            biases[layer.bias] = nn.Parameter(read_tensor(prepared.graph_module, layer.bias).clone())
+    return weights, biases

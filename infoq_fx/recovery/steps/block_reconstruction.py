@@ -1,0 +1,359 @@
+"""Block reconstruction: which way each weight of a block is rounded is learned on the block's output."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from infoq_fx.core.atomic_files import write_atomically
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import ThreadMap, thread_map
+from infoq_fx.errors import OptionError
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Reference, Values, check_reference, choose_samples
+from infoq_fx.recovery.parameters import fork, set_bias, set_parameter
+from infoq_fx.recovery.segments import Segment
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps.adaround import SoftBlock, SoftWeight, begin_soft_block
+from infoq_fx.runtime.digest import digest_run
+from infoq_fx.types import BASELINE_BITS
+
+__all__ = ["BlockReconstruction"]
+
+_SHARE = 5  # one shard in so many is held back
+_SHARD = 8  # samples that run together; a step adds up the gradients of several such runs
+_WARM_UP = 0.2
+_FIRST_POWER, _LAST_POWER = 20.0, 2.0
+_DECIDED = 0.02
+_DRAWS = 2  # how what stays in float is drawn: blocks learned with other draws are not gone on from
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    r"""Learns which of two integers each weight takes, block after block, so that the block's output is the float one.
+
+    A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
+    attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
+    and learns the reference's output by::
+
+        mean (z - z_reference)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
+
+    h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of a logit a weight; p falls from 20
+    to 2 and drives all h to 0 or 1. The two integers are the one that the weight is at when the step begins (by
+    second-order rounding, when it came before) and the next one on the side of the float weight. Biases learn along. A
+    share ``drop`` of the activation values inside the block stays in float while it learns. With ``fisher``, w weighs
+    each channel of each sample by the mean squared gradient of the log-likelihood of the float model's own decision;
+    else it is 1. Of the block as it was, with learned biases, and with learned weights and biases, the one of least
+    error on every fifth part of the samples stays, from which it does not learn. A block whose weights are all decided
+    stops early.
+
+    Behind second-order rounding there is little left to learn in few epochs: its integers are a local optimum, and it
+    takes hundreds of updates before others are better.
+
+    Cost: ``epochs`` forward and backward passes over ``samples`` of the model, in float32; no labels. With a
+    ``cache_dir`` every finished block is kept, and a run that was stopped goes on behind it.
+
+    Reference:
+        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, Eq. 21 to 25;
+        Li et al., "BRECQ", arXiv 2102.05426, Eq. 10 (blocks, Fisher); Wei et al., "QDrop", arXiv 2203.05740, Eq. 8.
+
+    Args:
+        epochs: passes over the samples, each block.
+        samples: at most so many, spread over the data.
+        batch_size: samples an update.
+        learning_rate: of Adam, for the logits; biases learn at a tenth of it, in units of their mean size.
+        strength: of the second term.
+        drop: share of activation values that stay in float.
+        fisher: whether outputs are weighed.
+        seed: of the order of batches and of what is dropped.
+        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought, as in
+            :class:`infoq_fx.recovery.SecondOrderRounding`.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+
+    epochs: int = 20
+    samples: int = 1024
+    batch_size: int = 32
+    learning_rate: float = 0.01
+    strength: float = 0.1
+    drop: float = 0.5
+    fisher: bool = False
+    seed: int = 0
+    reference: Reference = "float_weights"
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
+            raise OptionError(f"{self}: give epochs, samples, batch_size, learning_rate and strength above 0")
+        if not 0 <= self.drop < 1:
+            raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
+        check_reference(self.reference)
+
+    @property
+    def name(self) -> str:
+        """``"block_reconstruction"``."""
+        return "block_reconstruction"
+
+    def recover(
+        self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, context: StepContext
+    ) -> PreparedModel:
+        """See :class:`infoq_fx.recovery.RecoveryStep`."""
+        changed, chosen = fork(prepared), choose_samples(prepared, data, self.samples)
+        shard = prepared.batch_size or min(_SHARD, self.batch_size)
+        folder = _open_folder(self, prepared, bits, chosen, context.cache_dir, shard)
+        runner = LayerwiseRunner(changed, bits, chosen, replace(context, batch_size=shard), reference=self.reference)
+        weighing = _fisher_weights(runner, self.seed) if self.fisher else {}
+        share = 1 / sum(bool(segment.layers) for segment in runner.segments)
+        with thread_map(context.run_options.threads, context.run_options.stop) as spread:
+            for index, segment in enumerate(runner.segments):
+                path = None if folder is None else folder / f"block-{index}.pt"
+                if segment.layers and not _load(changed, path):
+                    block = _Block.begin(runner, segment, weighing)
+                    block.learn(self, max(1, self.batch_size // shard), self.seed + index, context, share, spread)
+                    _store(changed, segment, path)
+                elif segment.layers:
+                    context.run_options.advance(share)
+                runner.advance(segment)
+        return changed
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block with what enters it and what should leave it, a list of shards."""
+
+    runner: LayerwiseRunner
+    segment: Segment
+    outputs: tuple[fx.Node, ...]
+    entering: Sequence[Values]
+    wanted: Sequence[Sequence[Tensor]]
+    weighing: Sequence[Sequence[Tensor]]
+
+    @staticmethod
+    def begin(runner: LayerwiseRunner, segment: Segment, weighing: Mapping[fx.Node, Sequence[Tensor]]) -> _Block:
+        outputs = segment.outputs
+        wanted = runner.run_reference(segment, outputs)
+        one = torch.ones(())
+        weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
+        return _Block(runner, segment, outputs, runner.entering(segment), wanted, weights)
+
+    def learn(
+        self,
+        options: BlockReconstruction,
+        shards: int,
+        seed: int,
+        context: StepContext,
+        share: float,
+        spread: ThreadMap,
+    ) -> None:
+        """Learn, and put the decided weights in place if the error is less than it was."""
+        runner = self.runner
+        weights, biases = begin_soft_block(runner.prepared, self.segment, runner.bits)
+        before = {path: read_tensor(runner.prepared.graph_module, path) for path in _paths(self.segment)}
+        first = self._error(spread)
+        self._descend(weights, biases, first, options, shards, seed, context, share, spread)
+        learned = {soft.layer.weight: soft.rounded() for soft in weights.values()}
+        offsets_learned = self._round_biases(biases)
+        self._keep_best([before, before | offsets_learned, before | learned | offsets_learned], first, spread)
+
+    def _descend(
+        self,
+        weights: Mapping[str, SoftWeight],
+        biases: Mapping[str, nn.Parameter],
+        first: float,
+        options: BlockReconstruction,
+        shards: int,
+        seed: int,
+        context: StepContext,
+        share: float,
+        spread: ThreadMap,
+    ) -> None:
+        """Adam on logits and biases, until all weights are decided or the epochs are over."""
+        leaves = [*(soft.logit for soft in weights.values()), *biases.values()]
+        optimizer = _make_optimizer(weights, biases, options.learning_rate)
+        block = SoftBlock(self.runner.prepared, self.runner.bits, weights, biases, options.drop)
+        generator = torch.Generator().manual_seed(seed)
+
+        def run(job: tuple[int, int]) -> list[Tensor]:
+            with torch.inference_mode(False), torch.enable_grad():
+                loss = self._loss(block.draw(job[1]), job[0])
+                return list(torch.autograd.grad(loss / first, leaves))
+
+        learned_from = self._shards(is_held_back=False)
+        total, done = options.epochs * -(-len(learned_from) // shards), 0
+        for _ in range(options.epochs):
+            order = [learned_from[i] for i in torch.randperm(len(learned_from), generator=generator).tolist()]
+            for start in range(0, len(order), shards):
+                seeds = torch.randint(1 << 62, (shards,), generator=generator).tolist()
+                _set_gradients(leaves, list(spread(run, zip(order[start : start + shards], seeds, strict=False))))
+                _add_regularizer(list(weights.values()), options.strength, done / total)
+                optimizer.step()
+                done += 1
+                context.run_options.advance(share / total)
+            if done > _WARM_UP * total and all(_is_decided(soft) for soft in weights.values()):
+                context.run_options.advance(share * (1 - done / total))
+                break
+
+    def _round_biases(self, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As conversion will; see :func:`set_bias`."""
+        for layer in self.segment.layers:
+            if layer.bias is not None:
+                set_bias(self.runner.prepared, layer, biases[layer.bias].detach(), self.runner.bits)
+        return {path: read_tensor(self.runner.prepared.graph_module, path) for path in biases}
+
+    def _keep_best(self, candidates: Sequence[Mapping[str, Tensor]], first: float, spread: ThreadMap) -> None:
+        """Put the parameters of least error in place; the first are those that were there, with error ``first``."""
+        errors = [first]
+        for candidate in candidates[1:]:
+            self._put(candidate)
+            errors.append(self._error(spread))
+        best = min(range(len(errors)), key=lambda index: errors[index])
+        self._put(candidates[best])
+        names = ", ".join(layer.site.name for layer in self.segment.layers)
+        shares = ", ".join(f"{error / first:.3g}" for error in errors[1:])
+        logging.getLogger(__name__).debug("%s: biases learned, weights too: %s of the error", names, shares)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for path, value in values.items():
+            set_parameter(self.runner.prepared, path, value)
+
+    def _shards(self, *, is_held_back: bool) -> list[int]:
+        """Every fifth shard is held back; where there are fewer, all serve for both."""
+        count = len(self.entering)
+        return [i for i in range(count) if count < _SHARE or (i % _SHARE == _SHARE - 1) == is_held_back]
+
+    def _error(self, spread: ThreadMap) -> float:
+        """Mean weighted squared error of the block as it stands, on what it does not learn from."""
+        block = SoftBlock(self.runner.prepared, self.runner.bits, {}, {}, 0.0)
+
+        def run(index: int) -> float:
+            with torch.inference_mode(False), torch.no_grad():
+                return float(self._loss(block.fork(), index))
+
+        held_back = self._shards(is_held_back=True)
+        return sum(spread(run, held_back)) / len(held_back) + 1e-20
+
+    def _loss(self, block: SoftBlock, index: int) -> Tensor:
+        # What was stored in inference mode cannot be saved for a backward pass: copies can.
+        known = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.entering[index].items()}
+        values = block.compute([*self.segment.constants, *self.segment.nodes], known)
+        parts = [
+            ((values[node] - wanted) ** 2 * weight).mean()
+            for node, wanted, weight in zip(self.outputs, self.wanted[index], self.weighing[index], strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+
+def _make_optimizer(
+    weights: Mapping[str, SoftWeight], biases: Mapping[str, Tensor], learning_rate: float
+) -> torch.optim.Adam:
+    groups: list[dict[str, Any]] = [{"params": [soft.logit for soft in weights.values()], "lr": learning_rate}]
+    for bias in biases.values():
+        groups.append({"params": [bias], "lr": 0.1 * learning_rate * float(bias.detach().abs().mean() + 1e-8)})
+    return torch.optim.Adam(groups)
+
+
+def _set_gradients(parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
+    """Means over the shards, added in order."""
+    for position, parameter in enumerate(parameters):
+        total = grads[0][position]
+        for other in grads[1:]:
+            total = total + other[position]
+        parameter.grad = total / len(grads)
+
+
+def _add_regularizer(weights: Sequence[SoftWeight], strength: float, progress: float) -> None:
+    if progress < _WARM_UP:
+        return
+    left = (1 - progress) / (1 - _WARM_UP)
+    power = _LAST_POWER + (_FIRST_POWER - _LAST_POWER) * left
+    count = sum(soft.logit.numel() for soft in weights)
+    with torch.inference_mode(False), torch.enable_grad():
+        for soft in weights:
+            term = (1 - (2 * soft.shares() - 1).abs() ** power).sum() * (strength / count)
+            (gradient,) = torch.autograd.grad(term, [soft.logit])
+            assert soft.logit.grad is not None
+            soft.logit.grad += gradient
+
+
+def _is_decided(soft: SoftWeight) -> bool:
+    shares = soft.shares().detach()
+    return bool((torch.minimum(shares, 1 - shares) < _DECIDED).all())
+
+
+def _fisher_weights(runner: LayerwiseRunner, seed: int) -> dict[fx.Node, list[Tensor]]:
+    """By the nodes that leave segments and by shard: squared gradients of each sample and channel, 1 on average."""
+    nodes = [node for segment in runner.segments for node in segment.outputs]
+    found = runner.squared_gradients(nodes, lambda _, square: _mean_over_places(square), seed)
+    means = {n: torch.stack([g.mean() for g in parts]).mean().clamp_min(1e-30) for n, parts in found.items()}
+    return {n: [g / means[n] for g in parts] for n, parts in found.items()}
+
+
+def _mean_over_places(x: Tensor) -> Tensor:
+    """Over all dimensions but samples and channels: the second of maps, the last of tokens."""
+    if x.ndim > 3:
+        return x.mean(list(range(2, x.ndim)), keepdim=True)
+    return x.mean(1, keepdim=True) if x.ndim == 3 else x
+
+
+def _paths(segment: Segment) -> list[str]:
+    return [path for layer in segment.layers for path in (layer.weight, layer.bias) if path is not None]
+
+
+def _open_folder(
+    options: BlockReconstruction,
+    prepared: PreparedModel,
+    bits: Mapping[str, int],
+    data: CalibrationData,
+    cache_dir: Path | None,
+    batch_size: int,
+) -> Path | None:
+    """Where this step keeps its blocks: a folder named by everything that decides them."""
+    if cache_dir is None:
+        return None
+    sites = {site.name: bits.get(site.name, BASELINE_BITS) for site in prepared.inventory.sites}
+    settings = {"step": options.name, **asdict(options), "bits": sites, "draws": _DRAWS}
+    parts = [
+        digest_run(model, data.take(0) if index else data, settings, batch_size=batch_size, bits=sites)
+        for index, model in enumerate((prepared, prepared.origin or prepared))
+    ]
+    folder = cache_dir / f"{options.name}-{parts[0][:20]}{parts[1][:20]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write the cache {str(cache_dir)!r}: {error}; give another cache_dir") from error
+    return folder
+
+
+def _store(changed: PreparedModel, segment: Segment, path: Path | None) -> None:
+    if path is None:
+        return
+    buffer = io.BytesIO()
+    torch.save({target: read_tensor(changed.graph_module, target).cpu() for target in _paths(segment)}, buffer)
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise OptionError(f"cannot write {str(path)!r}: {error}; give another cache_dir") from error
+
+
+def _load(changed: PreparedModel, path: Path | None) -> bool:
+    """Put a finished block in place, if there is one."""
+    if path is None or not path.exists():
+        return False
+    try:
+        kept = torch.load(path, weights_only=True)
+        values = {target: kept[target].to(read_tensor(changed.graph_module, target)) for target in kept}
+    except Exception as error:  # a file of any other kind
+        logging.getLogger(__name__).warning("cannot use %s: %s; learning the block again", path, error)
+        return False
+    for target, value in values.items():
+        set_parameter(changed, target, value)
+    return True

@@ -1,0 +1,232 @@
+"""Output tuning: with all integers settled, scales and biases learn together on what leaves the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import ThreadMap, thread_map
+from infoq_fx.errors import OptionError
+from infoq_fx.finetuning.trainable import LearnedStepQuantizer, copy_with, float_copy
+from infoq_fx.finetuning.training_data import Form, Samples, Source
+from infoq_fx.finetuning.training_loop import (
+    Learned,
+    Settings,
+    Training,
+    begin_moments,
+    choose_run_size,
+    compute_gradients,
+    place,
+    update,
+)
+from infoq_fx.graph.calibration import weight_digits
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.numerics import quantize, shorten_scale
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.layerwise_runner import choose_samples
+from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_parameter, set_qparams
+from infoq_fx.recovery.segments import Layer, find_segments
+from infoq_fx.recovery.step import StepContext
+from infoq_fx.runtime.outputs import first_tensor, measure_spread, output_rows
+from infoq_fx.types import BASELINE_BITS, QParams
+
+__all__ = ["OutputTuning"]
+
+_SMALLEST_UNIT = 0.01
+
+
+@dataclass(frozen=True)
+class OutputTuning:
+    """Learns the scales and biases of all layers together, so that the outputs are the float model's.
+
+    Steps before look at a layer or a block; what is left of their errors adds up on the way to the output. Here the
+    integers of all weights stay as they are, and the scale of every output channel and every bias learn by gradient
+    descent on E KL(p || q), p of the float model and q of the quantized one, both with their outputs divided by the
+    ``temperature``: some numbers a channel, so few that a few hundred samples settle them.
+
+    Adam as in :func:`infoq_fx.finetune`; what stays are averages over about the last epoch. Scales are used with the
+    few significant bits that kernels are exact with, and their gradient passes that straight through; at the default
+    rate that leaves most of them as they are, and what learns are the biases. Activations keep their scales.
+
+    Cost: ``epochs`` forward and backward passes over ``samples`` of the quantized model, one forward of the float
+    model; no labels.
+
+    Reference:
+        Chen et al., "EfficientQAT", arXiv 2407.11062, Section 3.3, for training quantization parameters alone, end to
+        end; there with the task's loss and without biases.
+
+    Args:
+        epochs: passes over the samples.
+        samples: at most so many, spread over the data.
+        batch_size: samples an update.
+        learning_rate: how far an update moves a bias at most, in units of their root mean square in a layer (at least
+            0.01); scales move by ``scale_rate`` times that share of themselves.
+        scale_rate: of scales, against biases.
+        temperature: as in :func:`infoq_fx.finetune`.
+        seed: of the order of the samples.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+
+    epochs: int = 4
+    samples: int = 1024
+    batch_size: int = 32
+    learning_rate: float = 0.001
+    scale_rate: float = 0.5
+    temperature: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        is_counted = min(self.epochs, self.samples, self.batch_size) >= 1
+        if not is_counted or min(self.learning_rate, self.temperature) <= 0 or self.scale_rate < 0:
+            raise OptionError(
+                f"{self}: give epochs, samples and batch_size of at least 1, learning_rate and temperature above 0 and "
+                "scale_rate of 0 or more"
+            )
+
+    @property
+    def name(self) -> str:
+        """``"output_tuning"``."""
+        return "output_tuning"
+
+    def recover(
+        self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, context: StepContext
+    ) -> PreparedModel:
+        """See :class:`infoq_fx.recovery.RecoveryStep`."""
+        changed, chosen = fork(prepared), choose_samples(prepared, data, self.samples)
+        layers = [layer for segment in find_segments(changed) for layer in segment.layers]
+        student = _make_student(changed, layers, bits)
+        with (
+            thread_map(context.run_options.threads, context.run_options.stop) as spread,
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            training = _prepare(self, student, changed, layers, chosen, spread)
+            _descend(training, context, spread)
+        _put_back(changed, layers, student, bits)
+        return changed
+
+
+class SettledWeight(nn.Module):
+    """A weight whose integers stay and whose scales learn, one a channel; what it is given does not matter."""
+
+    q: Tensor
+    smallest: Tensor
+
+    def __init__(self, q: Tensor, qparams: QParams, significant_bits: int) -> None:
+        super().__init__()
+        self.spec, self.significant_bits = qparams.spec, significant_bits
+        self.scale = nn.Parameter(qparams.scale.detach().clone())
+        layout = torch.channels_last if q.ndim == 4 else torch.contiguous_format
+        self.register_buffer("q", q.float().contiguous(memory_format=layout))
+        self.register_buffer("smallest", 0.5 * qparams.scale.detach())
+
+    def usable_scale(self) -> Tensor:
+        """The scale as it is used: of few significant bits, and never below half of its first value."""
+        return shorten_scale(torch.maximum(self.scale.detach(), self.smallest), self.significant_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of the integers."""
+        scale = self.scale + (self.usable_scale() - self.scale).detach()
+        axis = self.spec.channel_axis
+        return self.q * scale.reshape([-1 if a == axis else 1 for a in range(self.q.ndim)] if scale.ndim else [])
+
+
+def _make_student(changed: PreparedModel, layers: list[Layer], bits: Mapping[str, int]) -> fx.GraphModule:
+    """A copy with settled integers in its layers; the steps of activations, and of other weights, do not learn."""
+    nodes, inner = dict(changed.quantizer_nodes()), {layer.site.name: layer for layer in layers}
+
+    def make(quantizer: Quantizer) -> nn.Module:
+        site = quantizer.site
+        width = bits.get(site.name, BASELINE_BITS)
+        qparams = quantizer.qparams_at(width)
+        if site.name not in inner:
+            found = LearnedStepQuantizer(site, qparams)
+            found.scale.requires_grad_(False)
+            return found
+        layer = inner[site.name]
+        q = quantize(read_tensor(changed.graph_module, layer.weight), qparams)
+        return SettledWeight(q, qparams, weight_digits(nodes, layer.quantizer, width))
+
+    return copy_with(changed, make)
+
+
+def _prepare(
+    options: OutputTuning,
+    student: fx.GraphModule,
+    changed: PreparedModel,
+    layers: list[Layer],
+    data: CalibrationData,
+    spread: ThreadMap,
+) -> Training:
+    fixed, device = changed.batch_size, next(iter(data.inputs.values())).device
+    size = fixed or options.batch_size
+    if fixed is None and device.type == "cpu":
+        size = choose_run_size(student, changed.example_inputs, options.batch_size)
+    float_model = float_copy(changed.origin or changed)
+
+    def ask(samples: Samples) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return first_tensor(float_model(*place(samples.inputs, device).values()))
+
+    samples = Samples(data.inputs)
+    samples = Samples(data.inputs, reference=torch.cat(list(spread(ask, samples.split(size)))))
+    assert samples.reference is not None
+    batch_size = min(max(options.batch_size, fixed or 1), samples.count) // (fixed or 1) * (fixed or 1)
+    steps = samples.count // batch_size
+    source = Source(
+        Form(changed.example_inputs, False),
+        samples.take(torch.arange(0)),
+        samples,
+        None,
+        None,
+        steps,
+        batch_size,
+        options.seed,
+        fixed or 1,
+    )
+    settings = Settings(options.epochs, options.learning_rate, batch_size, 0.0, options.seed, options.temperature)
+    learned = list(_list_learned(student, layers, options))
+    return Training(student, learned, source, settings, ask, measure_spread(output_rows(samples.reference)), size)
+
+
+def _list_learned(student: fx.GraphModule, layers: list[Layer], options: OutputTuning) -> Iterator[Learned]:
+    rate = options.learning_rate
+    for layer in layers:
+        if layer.bias is not None:
+            bias = student.get_parameter(layer.bias)
+            unit = bias.detach().square().mean().sqrt().clamp_min(_SMALLEST_UNIT)
+            yield Learned(bias, rate * unit, False)
+    for module in student.modules():
+        if isinstance(module, SettledWeight) and options.scale_rate:
+            yield Learned(module.scale, rate * options.scale_rate * module.scale.detach().clone(), True)
+
+
+def _descend(training: Training, context: StepContext, spread: ThreadMap) -> None:
+    moments, total = begin_moments(training.learned), training.settings.epochs * training.source.steps
+    for epoch in range(training.settings.epochs):
+        for step, batch in enumerate(training.source.batches(epoch)):
+            gradients = compute_gradients(training, batch, spread)
+            update(training, moments, gradients, epoch * training.source.steps + step)
+            context.run_options.advance(1 / total)
+    for learned, average in zip(training.learned, moments.average, strict=True):
+        learned.parameter.copy_(average)
+
+
+def _put_back(changed: PreparedModel, layers: list[Layer], student: fx.GraphModule, bits: Mapping[str, int]) -> None:
+    for layer in layers:
+        weight: Any = student.get_submodule(str(layer.quantizer.target))
+        qparams = read_qparams(changed, layer, bits.get(layer.site.name, BASELINE_BITS))
+        with torch.no_grad():
+            set_qparams(changed, layer, QParams(qparams.spec, weight.usable_scale(), qparams.zero_point))
+            set_parameter(changed, layer.weight, weight(weight.q).contiguous())
+    for layer in layers:
+        if layer.bias is not None:
+            set_bias(changed, layer, student.get_parameter(layer.bias).detach(), bits)

@@ -1,0 +1,66 @@
+"""A key of everything that decides the result of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.version import __version__
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.scoring.criterion import Plain
+from infoq_fx.types import BASELINE_BITS
+
+__all__ = ["digest_run"]
+
+
+def digest_run(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    settings: Mapping[str, Plain],
+    *,
+    batch_size: int,
+    bits: Mapping[str, int] | None = None,
+) -> str:
+    """A key for everything that decides measurements beside the site and its bit-width.
+
+    The package's and torch's version, the graph, all its weights, the 8-bit qparams of all sites, the data and the
+    settings of the criterion. The batch size decides the last bits of some sums. With ``bits``, by site, the qparams at
+    these bit-widths count too.
+    """
+    device = prepared.device.type
+    parts: list[str | Tensor] = [__version__, torch.__version__, device, str(batch_size)]
+    parts.append(json.dumps(dict(settings), sort_keys=True))
+    for node in prepared.graph_module.graph.nodes:
+        parts.append(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}")
+    quantizers = [quantizer for _, quantizer in prepared.quantizer_nodes()]
+    of_quantizers = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
+    for name, tensor in prepared.graph_module.state_dict(keep_vars=True).items():
+        if id(tensor) not in of_quantizers:
+            parts += [name, tensor]
+    for quantizer in quantizers:
+        name = quantizer.site.name
+        for width in [BASELINE_BITS, *([] if bits is None else [bits.get(name, BASELINE_BITS)])]:
+            qparams = quantizer.qparams_at(width)
+            parts += [name, qparams.scale, qparams.zero_point]
+    for name, tensor in data.inputs.items() if data is not None else ():
+        parts += [name, tensor]
+    parts.append("no labels" if data is None or data.labels is None else data.labels)
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[str | Tensor]) -> str:
+    """Every part with its length or its shape in front, so that none runs into the next."""
+    found = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        if isinstance(part, str):
+            text = part.encode()
+            found.update(b"text %d " % len(text) + text)
+        else:
+            found.update(f"{part.dtype} {list(part.shape)} ".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

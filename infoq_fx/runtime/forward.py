@@ -1,0 +1,199 @@
+"""Forward runs over all samples: the model at any bit-widths, and sites perturbed one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import ThreadMap, thread_map
+from infoq_fx.graph.float_interpreter import FloatInterpreter
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.integer_convolution import find_integer_nodes
+from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
+from infoq_fx.runtime.outputs import class_logits, first_output, first_tensor
+from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.types import BASELINE_BITS, QuantSite
+
+__all__ = [
+    "MakeReader",
+    "RunOptions",
+    "bytes_per_sample",
+    "choose_batch_size",
+    "compute_float_logits",
+    "compute_logits",
+    "run_perturbed",
+    "run_whole",
+]
+
+_BATCH_BYTES = 256 << 20
+_MAX_BATCH = 64
+
+MakeReader = Callable[[tuple[str, int], int], ReadValue]
+"""What is to read the values of a run: asked with its (site, bit-width) and the index of the batch's first sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a measurement is carried out; nothing here changes its result.
+
+    ``threads`` that may be used; ``advance`` is told of progress in units of (site, bit-width), in as small shares
+    as there are; ``stop`` is set when nobody waits for the result any more.
+    """
+
+    threads: int = 1
+    advance: Callable[[float], None] = field(default=lambda share: None)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def compute_logits(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    bits: Mapping[str, int] | None = None,
+    *,
+    batch_size: int | None = None,
+    run_options: RunOptions | None = None,
+) -> Tensor:
+    """What the model says at given bit-widths: float32 ``[samples, classes]``, see :func:`class_logits`.
+
+    Args:
+        prepared: calibrated.
+        data: by the model's input names.
+        bits: bit-width by site; sites that are not named, and all for None, are at 8 bits.
+        batch_size: samples a run; None for what suits the model.
+        run_options: threads.
+    """
+    output, size = first_output(prepared), batch_size or choose_batch_size(prepared)
+    found: list[Tensor] = [torch.empty(0)] * -(-data.samples // size)
+
+    def read(start: int, values: Mapping[fx.Node, Any]) -> None:
+        found[start // size] = class_logits(values[output]).cpu()
+
+    run_whole(prepared, data, {output}, read, bits=bits, batch_size=size, run_options=run_options or RunOptions())
+    return torch.cat(found)
+
+
+def compute_float_logits(
+    prepared: PreparedModel, data: CalibrationData, *, batch_size: int, run_options: RunOptions | None = None
+) -> Tensor:
+    """What the float model says: float32 ``[samples, classes]``, as :func:`compute_logits`."""
+    given = run_options or RunOptions()
+
+    def run(batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return class_logits(first_tensor(FloatInterpreter(prepared).run(*batch.values()))).cpu()
+
+    with thread_map(given.threads, given.stop) as spread:
+        return torch.cat(list(spread(run, data.batches(batch_size))))
+
+
+def run_whole(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    observed: Iterable[fx.Node],
+    read: Callable[[int, Mapping[fx.Node, Any]], None],
+    *,
+    bits: Mapping[str, int] | None = None,
+    batch_size: int,
+    run_options: RunOptions,
+) -> None:
+    """Run all samples at given bit-widths.
+
+    ``read`` gets the index of a batch's first sample and the observed values. The first batch is read before any other
+    is begun; the others come in any order, from several threads.
+    """
+    integers, given = find_integer_nodes(prepared), bits or {}
+    interpreter = SiteInterpreter(prepared, integers)
+    interpreter.quantize_weights(bits=given)
+    own, plan = _ForkPerThread(interpreter), plan_whole_run(prepared, observed, integers, given)
+
+    def run(numbered: tuple[int, Mapping[str, Tensor]]) -> None:
+        start, batch = numbered
+        read(start, own().run_plan(plan, {}, inputs=batch, bits=given, is_stopped=run_options.stop.is_set))
+
+    first, *others = _number_batches(data, batch_size)
+    run(first)
+    with thread_map(run_options.threads, run_options.stop) as spread:
+        for _ in spread(run, others):
+            pass
+
+
+def run_perturbed(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    sites: Sequence[QuantSite],
+    observed: Iterable[fx.Node],
+    make_reader: MakeReader,
+    *,
+    batch_size: int,
+    run_options: RunOptions,
+    spread: ThreadMap,
+    share: float,
+) -> None:
+    """Run every site at each of its candidate bit-widths but 8, all others at 8 bits, as far as something observed.
+
+    Batches outside, sites inside, so that each batch of the baseline runs once. ``share`` is the part of a (site,
+    bit-width) that the bar advances by for its run.
+    """
+    wanted, integers = set(observed), find_integer_nodes(prepared)
+    plans = {site.name: plan_perturbed_run(prepared, site.name, wanted, integers) for site in sites}
+    runs = [(site.name, bits) for site in sites for bits in site.bits if bits != BASELINE_BITS]
+    if not runs:
+        return
+    boundary = set().union(*(plan.boundary for plan in plans.values()))
+    baseline_plan = plan_whole_run(prepared, boundary, integers)
+    interpreter = SiteInterpreter(prepared, integers)
+    interpreter.quantize_weights(sites)
+    own = _ForkPerThread(interpreter)
+    for start, batch in _number_batches(data, batch_size):
+        known = interpreter.run_plan(baseline_plan, {}, inputs=batch, is_stopped=run_options.stop.is_set)
+
+        def perturb(run: tuple[str, int], start: int = start, known: Mapping[fx.Node, Any] = known) -> None:
+            plan, read = plans[run[0]], make_reader(run, start)
+            own().run_plan(plan, known, bits=dict([run]), read=read, is_stopped=run_options.stop.is_set)
+
+        part = share * len(next(iter(batch.values()))) / data.samples
+        for _ in spread(perturb, runs):
+            run_options.advance(part)
+
+
+def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
+    """Samples a batch so that the values a run keeps stay near 256 MiB, or a quarter of the limit if that is less.
+
+    With any limit from 1 GiB on it is the same on every machine.
+    """
+    if prepared.batch_size is not None:
+        return prepared.batch_size
+    per_sample = bytes_per_sample(prepared)
+    share = _BATCH_BYTES if memory_limit is None else min(_BATCH_BYTES, memory_limit // 4)
+    return max(2, min(_MAX_BATCH, share // max(1, per_sample)))
+
+
+def bytes_per_sample(prepared: PreparedModel) -> int:
+    """Memory that the values of a run take for one sample, about."""
+    per_sample = 4 * sum(site.numel for site in prepared.inventory.sites if site.kind == "activation")
+    if per_sample == 0:
+        per_sample = 8 * max(operation.macs for operation in prepared.inventory.operations) // 100
+    return per_sample
+
+
+class _ForkPerThread:
+    """The interpreter of the calling thread, a fork of one."""
+
+    def __init__(self, interpreter: SiteInterpreter) -> None:
+        self._interpreter, self._local = interpreter, threading.local()
+
+    def __call__(self) -> SiteInterpreter:
+        if not hasattr(self._local, "fork"):
+            self._local.fork = self._interpreter.fork()
+        fork: SiteInterpreter = self._local.fork
+        return fork
+
+
+def _number_batches(data: CalibrationData, batch_size: int) -> list[tuple[int, Mapping[str, Tensor]]]:
+    return list(zip(range(0, data.samples, batch_size), data.batches(batch_size), strict=True))

@@ -1,0 +1,138 @@
+"""Convolutions over the integers themselves, where the processor multiplies 8-bit values faster than floats.
+
+oneDNN does the work. Its sums are exact; those over fake quantized floats are too, thanks to scales of few significant
+bits, so that both give the same values. Processors whose 8-bit products saturate (x86 without VNNI) would not: a trial
+decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.types import QParams
+
+__all__ = [
+    "IntegerWeight",
+    "QuantizedTensor",
+    "can_convolve_integers",
+    "convolve",
+    "find_integer_nodes",
+    "quantize_activation",
+    "quantize_weight",
+]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """An activation as integers: uint8 ``q``, real values ``(q - zero_point) * scale``."""
+
+    q: Tensor
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as int8 with a scale a channel; ``packed`` is oneDNN's form of it, by what it depends on."""
+
+    q: Tensor
+    scale: Tensor
+    packed: dict[Any, Tensor] = field(default_factory=dict)
+
+
+def find_integer_nodes(prepared: PreparedModel) -> frozenset[fx.Node]:
+    """The convolutions that can run over integers, and the quantizers that feed nothing else.
+
+    Both operands must come from quantizers, the input's affine and the weight's per output channel. Empty where the
+    processor is not up to it.
+    """
+    device = prepared.device.type
+    if device != "cpu" or not can_convolve_integers():
+        return frozenset()
+    kinds = {node: module.site.kind for node, module in prepared.quantizer_nodes() if _is_plain(module)}
+    convolutions = {
+        node
+        for node in prepared.graph_module.graph.nodes
+        if _is_convolution(node) and [kinds.get(operand) for operand in node.args[:2]] == ["activation", "weight"]
+    }
+    feeding = {node for node in kinds if all(user in convolutions for user in node.users)}
+    convolutions = {node for node in convolutions if node.args[0] in feeding and node.args[1] in feeding}
+    feeding = {node for node in feeding if all(user in convolutions for user in node.users)}
+    return frozenset(convolutions | feeding)
+
+
+def quantize_activation(
+    x: Tensor, qparams: QParams, *, addend: Tensor | None = None, clip: tuple[float, float] = (-math.inf, math.inf)
+) -> QuantizedTensor:
+    """The integers of an activation, for the same arguments as :func:`numerics.fake_quantize`."""
+    q = numerics.quantize_in_one_pass(x, qparams, addend=addend, clip=clip)
+    return QuantizedTensor(q, float(qparams.scale.detach()), int(qparams.zero_point))
+
+
+def quantize_weight(weight: Tensor, qparams: QParams) -> IntegerWeight:
+    """The integers of a weight; exact, as :func:`numerics.quantize`."""
+    return IntegerWeight(numerics.quantize(weight, qparams), qparams.scale.detach())
+
+
+def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    """What the convolution node gives for these operands: float32, channels last."""
+    stride, padding, dilation, groups = _options(node)
+    key = x.scale, x.zero_point, stride, padding, dilation, groups, x.q.shape[1:]
+    if key not in weight.packed:
+        weight.packed[key] = torch.ops.onednn.qconv_prepack(
+            weight.q, weight.scale, x.scale, x.zero_point, stride, padding, dilation, groups, list(x.q.shape)
+        )
+    q = x.q.contiguous(memory_format=torch.channels_last)
+    no_shift = torch.zeros(len(weight.scale), dtype=torch.int8)
+    y: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        q, x.scale, x.zero_point, weight.packed[key], weight.scale, no_shift, bias, stride, padding, dilation, groups,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return y
+
+
+@functools.lru_cache(maxsize=1)
+def can_convolve_integers() -> bool:
+    """Whether oneDNN convolves 8-bit integers exactly here: tried on values whose products saturate elsewhere."""
+    q = torch.full((1, 32, 6, 6), 255, dtype=torch.uint8)
+    weight = torch.tensor([127, -128], dtype=torch.int8).repeat(16)[:, None, None, None].expand(32, 32, 3, 3)
+    try:
+        graph = fx.Graph()
+        node = graph.call_function(torch.ops.aten.conv2d.default, (graph.placeholder("x"), graph.placeholder("w")))
+        with torch.inference_mode():
+            found = convolve(node, QuantizedTensor(q, 1.0, 3), IntegerWeight(weight.contiguous(), torch.ones(32)), None)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    expected = torch.tensor([127.0, -128.0]).repeat(16)[:, None, None] * (255 - 3) * 32 * 9
+    return bool(torch.equal(found, expected.expand(1, 32, 4, 4)))
+
+
+def _is_plain(quantizer: Quantizer) -> bool:
+    return quantizer.site.kind == "activation" or quantizer.site.channel_axis == 0
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.conv2d.default or len(node.args) < 2 or node.kwargs:
+        return False
+    return not any(isinstance(value, fx.Node) for option in _options(node)[:3] for value in option)
+
+
+def _options(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """Stride, padding, dilation and groups of a convolution node."""
+    given: list[Any] = [*node.args[3:]]
+    stride, padding, dilation, groups = given + [1, 0, 1, 1][len(given) :]
+    return _pair(stride), _pair(padding), _pair(dilation), groups
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    first, *others = value if isinstance(value, list | tuple) else [value]
+    return first, others[0] if others else first

@@ -1,0 +1,9 @@
+"""How much the model loses when one layer alone is quantized: a score for every (site, bit-width).
+
+In: a calibrated :class:`~infoq_fx.PreparedModel` and data. Out: a :class:`~infoq_fx.SensitivityTable`. One criterion is
+one file in ``criteria``; the estimators of mutual information are in ``information``.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

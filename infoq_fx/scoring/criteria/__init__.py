@@ -1,0 +1,85 @@
+"""Sensitivity criteria: one a file, one Protocol, one dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.runtime.forward import RunOptions
+from infoq_fx.scoring.criteria.alps import ALPS
+from infoq_fx.scoring.criteria.eagl import EAGL
+from infoq_fx.scoring.criteria.function import FunctionCriterion, ScoreFunction
+from infoq_fx.scoring.criteria.hawq_v2 import HAWQv2
+from infoq_fx.scoring.criteria.infoq import InfoQ
+from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
+from infoq_fx.scoring.criteria.limpq import LIMPQ
+from infoq_fx.scoring.criteria.mpqco import MPQCO
+from infoq_fx.scoring.criteria.ompq import OMPQ
+from infoq_fx.scoring.criteria.output_change import Accuracy, Loss, OutputKL, OutputSQNR
+from infoq_fx.scoring.criteria.weight_mse import WeightMSE
+from infoq_fx.scoring.criterion import Criterion, Kind, Measure, Plain
+
+__all__ = [
+    "ALPS",
+    "CRITERIA",
+    "EAGL",
+    "LIMPQ",
+    "MPQCO",
+    "OMPQ",
+    "Accuracy",
+    "AnyCriterion",
+    "Criterion",
+    "FunctionCriterion",
+    "HAWQv2",
+    "InfoQ",
+    "InfoQPaper",
+    "Kind",
+    "Loss",
+    "Measure",
+    "OutputKL",
+    "OutputSQNR",
+    "Plain",
+    "RunOptions",
+    "ScoreFunction",
+    "WeightMSE",
+    "find_criterion",
+]
+
+AnyCriterion = Criterion | str | ScoreFunction
+
+CRITERIA: dict[str, Callable[[], Criterion]] = {
+    "infoq": InfoQ,
+    "infoq_paper": InfoQPaper,
+    "eagl": EAGL,
+    "weight_mse": WeightMSE,
+    "output_sqnr": OutputSQNR,
+    "output_kl": OutputKL,
+    "loss": Loss,
+    "accuracy": Accuracy,
+    "hawq_v2": HAWQv2,
+    "mpqco": MPQCO,
+    "ompq": OMPQ,
+    "limpq": LIMPQ,
+    "alps": ALPS,
+}
+"""The criteria by name, each with its default options."""
+
+
+def find_criterion(criterion: AnyCriterion) -> Criterion:
+    """A criterion from its registered name, from a function of the user's own, or the object itself.
+
+    Raises:
+        OptionError: an unknown name, or something that is no criterion.
+    """
+    if not isinstance(criterion, str):
+        if hasattr(criterion, "begin") and not isinstance(criterion, type):
+            return criterion  # type: ignore[return-value]
+        if callable(criterion) and not isinstance(criterion, type):
+            return FunctionCriterion(criterion)
+        raise OptionError(
+            f"criterion={criterion!r}; give a name ({', '.join(CRITERIA)}), a criterion object or a function "
+            "(prepared, data, site, bits) -> score"
+        )
+    if criterion not in CRITERIA:
+        raise unknown_name_error("criterion", criterion, CRITERIA)
+    return CRITERIA[criterion]()

@@ -1,0 +1,172 @@
+"""OMPQ: layers whose outputs are like those of many others get fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import check_count
+from infoq_fx.errors import OptionError
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.forward import RunOptions, run_whole
+from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.gradients import spread_samples
+from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite, Score
+
+__all__ = ["OMPQ"]
+
+_GROUP_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class OMPQ:
+    """How little a layer's output shares with the outputs of the others, times the bits that it is short of 8.
+
+    ``ORM_ij = |F_j' F_i|^2 / (|F_i' F_i| |F_j' F_j|)`` with F_i the flattened outputs of layer i, ``[samples,
+    values]``; ``gamma_i = sum of ORM_ij over j, less 1`` and ``theta_i = exp(-beta * gamma_i)``. The source maximises
+    ``sum of b_i * m_i`` with m_i the mean of theta over layer i and all layers behind it, in graph order. The score
+    ``(8 - b_i) * m_i`` has its minimum at the same bit-widths under any budget; theta is taken relative to its
+    largest value, which moves no minimum and keeps small numbers from vanishing. Unit: bits. It says nothing of the
+    weights' own error, nor of anything but the order of layers at equal bits. Activations are not scored.
+
+    Cost: one forward pass of ``samples`` samples of the 8-bit model (a few where the outputs of all layers do not fit
+    into 256 MiB), no backward pass, no labels. No standard error.
+
+    Args:
+        beta: how much is made of differences.
+        samples: spread evenly over the data.
+        is_centred: outputs less their mean over the samples, as the authors' code has them; False takes the
+            definition by the letter.
+
+    Reference:
+        "OMPQ: Orthogonal Mixed Precision Quantization", arXiv 2109.07865, Section 3; code at MAC-AutoML/OMPQ.
+    """
+
+    beta: float = 1.0
+    samples: int = 64
+    is_centred: bool = True
+    name: str = "ompq"
+    needs_data: bool = True
+    kinds: tuple[Kind, ...] = ("weight",)
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples, 2)
+        if not self.beta >= 0:
+            raise OptionError(f"beta={self.beta!r}; give a number of at least 0")
+
+    def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
+        """All options."""
+        return {
+            "measure": "orthogonality",
+            "beta": self.beta,
+            "output_samples": self.samples,
+            "is_centred": self.is_centred,
+        }
+
+    def begin(
+        self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
+    ) -> Measure:
+        """Run the samples and compare the outputs of all layers.
+
+        Raises:
+            CalibrationDataError: no data.
+        """
+        chosen = spread_samples(self.name, prepared, data, self.samples)
+        grams = _output_grams(prepared, chosen, batch_size, run_options)
+        orm = orthogonality(torch.stack(list(grams.values())), is_centred=self.is_centred)
+        return ImportanceMeasure(dict(zip(grams, weigh(orm, self.beta).tolist(), strict=True)))
+
+    def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
+        """The bits short of 8 times the importance."""
+        scores: dict[str, dict[int, Score]] = {}
+        for found in measurements:
+            short = BASELINE_BITS - found.bits
+            scores.setdefault(found.site, {})[found.bits] = Score(short * found.values["importance"])
+        return scores
+
+
+@dataclass(frozen=True)
+class ImportanceMeasure:
+    """The importance of every weight site: the same at all its bit-widths."""
+
+    importance: Mapping[str, float]
+    run_bytes: int = 0
+
+    def __call__(
+        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
+    ) -> list[Measurement]:
+        """What was found for every weight site; activation sites are left out."""
+        measured = []
+        for site in sites:
+            for bits in site.bits if site.kind == "weight" else ():
+                measured.append(Measurement(site.name, bits, {"importance": self.importance[site.name]}))
+                run_options.advance(1.0)
+        return measured
+
+
+def orthogonality(grams: Tensor, *, is_centred: bool) -> Tensor:
+    """ORM between layers, float64 ``[layers, layers]``; a layer whose outputs do not vary is like no other.
+
+    Args:
+        grams: products of the outputs of every two samples, ``[layers, samples, samples]``.
+        is_centred: whether the outputs' mean over the samples is taken off.
+    """
+    held = grams.double()
+    if is_centred:
+        held = held - held.mean(1, keepdim=True)
+        held = held - held.mean(2, keepdim=True)
+    rows = held.flatten(1)
+    norms = rows.norm(dim=1)
+    limit = torch.finfo(torch.float32).eps * grams.double().flatten(1).norm(dim=1)
+    rows = torch.where((norms > limit)[:, None], rows / norms.clamp_min(1e-300)[:, None], 0.0)
+    return (rows @ rows.T).fill_diagonal_(1.0)
+
+
+def weigh(orm: Tensor, beta: float) -> Tensor:
+    """Mean importance ``exp(-beta * gamma)`` of each layer and those behind it, relative to the largest importance."""
+    gamma = orm.sum(1) - 1
+    theta = torch.exp(-beta * (gamma - gamma.min()))
+    return theta.flip(0).cumsum(0).flip(0) / torch.arange(len(theta), 0, -1)
+
+
+def _output_grams(
+    prepared: PreparedModel, data: CalibrationData, batch_size: int, run_options: RunOptions
+) -> dict[str, Tensor]:
+    """Products of the outputs of every two samples, by weight site in graph order; over all uses of a shared weight."""
+    users = {quantizer.site.name: list(node.users) for node, quantizer in prepared.quantizer_nodes()}
+    names = [site.name for site in prepared.inventory.sites if site.kind == "weight"]
+    left = list(dict.fromkeys(node for name in names for node in users[name]))
+    found: dict[fx.Node, Tensor] = {}
+    while left:
+        for node, outputs in _read_outputs(prepared, data, left, batch_size, run_options).items():
+            found[node] = (outputs @ outputs.T).cpu()
+        left = [node for node in left if node not in found]
+    return {name: torch.stack([found[node] for node in users[name]]).sum(0) for name in names}
+
+
+def _read_outputs(
+    prepared: PreparedModel, data: CalibrationData, nodes: Sequence[fx.Node], batch_size: int, run_options: RunOptions
+) -> dict[fx.Node, Tensor]:
+    """Outputs ``[samples, values]`` of the first nodes, of as many as fit: at least one."""
+    parts: dict[fx.Node, dict[int, Tensor]] = {}
+
+    def read(start: int, values: Mapping[fx.Node, Any]) -> None:
+        count = min(batch_size, data.samples - start)
+        if start == 0:
+            room = _GROUP_BYTES
+            for node in nodes:
+                room -= 4 * values[node].numel() // count * data.samples
+                if parts and room < 0:
+                    break
+                parts[node] = {}
+        for node, by_start in parts.items():
+            value = values[node].detach().float()  # of fixed positions: the same for every sample
+            by_start[start] = value.reshape(count if len(value) == count else 1, -1).expand(count, -1)
+
+    run_whole(prepared, data, set(nodes), read, batch_size=batch_size, run_options=run_options)
+    return {node: torch.cat([rows for _, rows in sorted(by_start.items())]) for node, by_start in parts.items()}

@@ -1,0 +1,142 @@
+"""What criteria share that need gradients: labelled samples, the loss, batches in a random order, updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.forward import RunOptions, compute_logits
+from infoq_fx.runtime.outputs import class_logits, first_tensor
+from infoq_fx.scoring.output_measure import read_labels
+
+__all__ = [
+    "WORST_LOSS",
+    "Labelled",
+    "losses_of",
+    "read_labelled",
+    "shuffled_batches",
+    "spread_samples",
+    "with_gradients",
+]
+
+
+WORST_LOSS = 1e3  # nats a sample
+_MOMENTUM = 0.9
+_LARGEST_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples by input name with a class number each, int64 ``[samples]``, all on the model's device."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Labelled:
+        """Copies of some samples."""
+        rows = rows.to(self.labels.device)
+        return Labelled({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+
+    def batches(self, batch_size: int) -> Iterator[Labelled]:
+        """Consecutive batches, copied."""
+        for rows in torch.arange(self.samples).split(batch_size):
+            yield self.take(rows)
+
+
+def read_labelled(
+    criterion: str,
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    samples: int,
+    *,
+    batch_size: int,
+    run_options: RunOptions,
+) -> Labelled:
+    """So many samples, evenly spread over the data, with its labels or else the 8-bit model's own predictions.
+
+    Raises:
+        CalibrationDataError: no data, or labels that are no classes of the model.
+    """
+    chosen = spread_samples(criterion, prepared, data, samples)
+    seen = chosen if chosen.labels is None else chosen.take(prepared.batch_size or 2)
+    logits = compute_logits(prepared, seen, batch_size=batch_size, run_options=run_options)
+    chosen.check_labels(logits.shape[1])
+    labels = read_labels(seen, logits) if chosen.labels is None else chosen.labels
+    return Labelled(chosen.inputs, labels.to(next(iter(chosen.inputs.values())).device))
+
+
+def spread_samples(
+    criterion: str, prepared: PreparedModel, data: CalibrationData | None, samples: int
+) -> CalibrationData:
+    """Copies of so many samples (all, if there are fewer), evenly spread over the data; whole batches of a fixed graph.
+
+    Raises:
+        CalibrationDataError: no data.
+    """
+    if data is None:
+        raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
+    fixed = prepared.batch_size or 1
+    count = max(fixed, min(samples, data.samples) // fixed * fixed)
+    rows = torch.arange(count) * data.samples // count
+    labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
+    return CalibrationData({name: x[rows.to(x.device)] for name, x in data.inputs.items()}, labels, data.is_positional)
+
+
+def losses_of(module: nn.Module, batch: Labelled) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every sample in nats, float32 ``[samples]``, and the logits ``[samples, classes]``."""
+    logits = class_logits(first_tensor(module(*batch.inputs.values())))
+    return functional.cross_entropy(logits, batch.labels, reduction="none"), logits
+
+
+def shuffled_batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of one batch after the other without end: whole batches of a new order every epoch."""
+    size = min(batch_size, samples)
+    while True:
+        order = torch.randperm(samples, generator=generator)
+        yield from (rows for rows in order.split(size) if len(rows) == size)
+
+
+def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], learning_rate: float) -> torch.optim.SGD:
+    """Gradient descent with momentum 0.9; :func:`clipped_step` holds the gradient of each group to a norm of 1.
+
+    With batch norms folded, nothing else bounds an update, and one layer at 2 bits has gradients that would destroy
+    the model.
+    """
+    return torch.optim.SGD([{"params": list(group)} for group in groups], lr=learning_rate, momentum=_MOMENTUM)
+
+
+def clipped_step(optimizer: torch.optim.Optimizer) -> None:
+    """One update with the clipped gradients of :func:`make_optimizer`."""
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], _LARGEST_NORM)
+    optimizer.step()
+
+
+def check_trained(criterion: str, loss: float, learning_rate: float) -> None:
+    """Refuse a training that ended nowhere near a model.
+
+    Raises:
+        OptionError: the loss is no number, or beyond what any classifier has.
+    """
+    if not loss <= WORST_LOSS:
+        raise OptionError(f"criterion {criterion!r} diverged at learning_rate={learning_rate:g}; lower it")
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients are recorded, whatever the caller has set."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

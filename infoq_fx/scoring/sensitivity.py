@@ -1,0 +1,304 @@
+"""The loop over sites and bit-widths that fills a sensitivity table: cached, spread over workers, within memory."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import available_memory_bytes
+from infoq_fx.core.threads import one_torch_thread
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.runtime.digest import digest_run
+from infoq_fx.runtime.forward import RunOptions, bytes_per_sample, choose_batch_size
+from infoq_fx.scoring.cache import MeasurementCache
+from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
+from infoq_fx.scoring.criterion import Criterion, Measure, Plain
+from infoq_fx.scoring.workers import count_workers, map_blocks, pack_job
+from infoq_fx.table import SensitivityTable
+from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite
+
+__all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
+
+_BLOCK_RUNS = 32  # what an interrupted run may lose; each block runs a part of the baseline again
+_WORKER_BLOCK_RUNS = 16
+_MEMORY_SHARE = 0.5
+_SMALLEST_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What scoring may use and where it keeps what it found; none of it changes a score.
+
+    Args:
+        executor: any ``concurrent.futures.Executor``: blocks of sites are scored by its workers. None scores here, in
+            as many threads as torch has. It stays open.
+        cache_dir: folder where every finished (site, bit-width) is kept at once; a later run takes from there what
+            was made of the same weights, graph, data and settings by the same version, and scores the rest.
+        memory_limit: bytes that one process may take for scoring, above model and data; None for half of what is
+            available (divided by the workers of a local executor).
+        progress: show a bar over (site, bit-width) on standard error.
+    """
+
+    executor: Executor | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    memory_limit: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        limit = self.memory_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise OptionError(
+                f"memory_limit={limit!r} is not a number of bytes; give one, half a gigabyte is {1 << 29}"
+            )
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise OptionError(
+                f"executor is a {type(self.executor).__name__}; give a concurrent.futures.Executor, such as "
+                "ProcessPoolExecutor(4) or a Dask client's get_executor()"
+            )
+
+
+def measure_sensitivity(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    criterion: AnyCriterion,
+    resources: Resources | None = None,
+    candidates: Candidates | None = None,
+) -> tuple[SensitivityTable, list[Measurement]]:
+    """Score every searched site at every candidate bit-width.
+
+    An interrupt (Ctrl-C) or an error ends the scoring but loses nothing that is finished: it is in ``cache_dir``, or
+    is written to a new folder that the message names; the same call with that ``cache_dir`` goes on from there.
+
+    Args:
+        prepared: calibrated.
+        data: by the model's input names, on the model's device; None for a criterion that needs none.
+        criterion: a registered name, an object or a function.
+        resources: workers, cache, memory and progress.
+        candidates: weights to measure with, where the criterion runs them; None for rounding to nearest.
+
+    Returns:
+        The table, and the criterion's own measurements behind it.
+
+    Raises:
+        OptionError: an unknown criterion, or resources that cannot be used.
+        CalibrationDataError: the criterion needs data and there is none.
+        KeyboardInterrupt: interrupted; the message says how to go on.
+    """
+    found, given = find_criterion(criterion), resources or Resources()
+    if found.needs_data and data is None:
+        raise CalibrationDataError(f"criterion {found.name!r} needs calibration data; give some, or take 'weight_mse'")
+    sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
+    for site in sites:
+        if site.kind not in found.kinds:
+            raise OptionError(
+                f"criterion {found.name!r} scores no {site.kind}s, and {site.name!r} is searched over {site.bits}: fix "
+                f"{site.kind}s at one bit-width, or take a criterion such as 'infoq' that scores both"
+            )
+    most = getattr(found, "samples", None)
+    if data is not None and most is not None:
+        data = _take_samples(prepared, data, most, found.name)
+    limit = _choose_memory_limit(given)
+    batch_size = choose_batch_size(prepared, limit)
+    candidates = candidates if runs_weights(found) else None
+    described = describe_measurements(found, prepared, data, candidates)
+    settings = {"criterion": found.name, **described}
+    key = digest_run(prepared, data, described, batch_size=batch_size)
+    folder = None if given.cache_dir is None else Path(given.cache_dir)
+    cache = MeasurementCache(folder, key, {q.site.name: q for _, q in prepared.quantizer_nodes()})
+    cache.describe(settings)
+    measured = {(m.site, m.bits): m for m in cache.load(sites)}
+    missing = _without(sites, measured)
+    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    total, title = sum(len(site.bits) for site in sites), f"scoring ({found.name})"
+    with tqdm(
+        total=total,
+        initial=len(measured),
+        disable=not given.progress,
+        desc=title,
+        unit="bit-width",
+        bar_format=form,
+    ) as bar:
+        finished = _Finished(measured, cache, bar)
+        with finished.kept(total):
+            if missing:
+                if candidates is not None:
+                    bar.set_description("rounding weights")
+                    prepared = _round(candidates, missing, prepared)
+                    bar.set_description(title)
+                _measure(prepared, data, found, missing, given, limit, batch_size, finished)
+    ordered = [measured[site.name, bits] for site in sites for bits in site.bits if (site.name, bits) in measured]
+    table = SensitivityTable(
+        criterion=found.name,
+        inventory=prepared.inventory,
+        scores=found.score(prepared, ordered),
+        settings={**settings, "samples": None if data is None else data.samples},
+    )
+    return table, ordered
+
+
+def describe_measurements(
+    criterion: Criterion,
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    candidates: Candidates | None = None,
+) -> dict[str, Plain]:
+    """What decides a criterion's measurements; criteria that name what they measure share it under any name."""
+    with one_torch_thread():
+        described = dict(criterion.describe(prepared, data))
+    if candidates is not None and runs_weights(criterion):
+        described |= candidates.describe()
+    return described if "measure" in described else {"criterion": criterion.name, **described}
+
+
+def runs_weights(criterion: Criterion) -> bool:
+    """Whether a criterion runs the model with weights at candidate bit-widths: it matters how they are rounded."""
+    return bool(getattr(criterion, "runs_weights", False))
+
+
+def _round(candidates: Candidates, sites: Sequence[QuantSite], prepared: PreparedModel) -> PreparedModel:
+    is_on_cpu = prepared.device.type == "cpu"
+    with one_torch_thread() as threads:
+        return candidates.round(sites, RunOptions(threads=threads if is_on_cpu else 1))
+
+
+def _take_samples(prepared: PreparedModel, data: CalibrationData, most: int, name: str) -> CalibrationData:
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise OptionError(f"criterion {name!r} has samples={most!r}; give a number of at least 1, or None for all")
+    taken = data.spread(most)
+    return taken.take(taken.samples - taken.samples % (prepared.batch_size or 1) or (prepared.batch_size or 1))
+
+
+def _choose_memory_limit(resources: Resources) -> int:
+    if resources.memory_limit is not None:
+        return resources.memory_limit
+    workers = 1 if resources.executor is None else count_workers(resources.executor) or 1
+    return max(_SMALLEST_LIMIT_BYTES, int(_MEMORY_SHARE * available_memory_bytes()) // workers)
+
+
+def _without(sites: Sequence[QuantSite], measured: Mapping[tuple[str, int], Measurement]) -> list[QuantSite]:
+    """The sites with only those candidates that are not measured yet."""
+    left = [replace(s, bits=tuple(bits for bits in s.bits if (s.name, bits) not in measured)) for s in sites]
+    return [site for site in left if site.bits]
+
+
+def _measure(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    criterion: Criterion,
+    sites: Sequence[QuantSite],
+    resources: Resources,
+    limit: int,
+    batch_size: int,
+    finished: _Finished,
+) -> None:
+    with one_torch_thread() as threads:
+        threads = threads if prepared.device.type == "cpu" else 1
+        measure = criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions(threads=threads))
+        room = limit - batch_size * bytes_per_sample(prepared)
+        most = _BLOCK_RUNS if resources.executor is None else _WORKER_BLOCK_RUNS
+        blocks = _cut_blocks(sites, measure, max(0, room), most)
+        here = functools.partial(_measure_here, prepared, data, measure, threads=threads, finished=finished)
+        if resources.executor is None:
+            for local in blocks:
+                here(local)
+            return
+        workers = count_workers(resources.executor)
+        share = max(1, (os.cpu_count() or 1) // workers) if workers else 1
+        with pack_job(prepared, data, measure) as job:
+            for block, found in map_blocks(resources.executor, job, blocks, share):
+                if found is None:
+                    here(block)
+                else:
+                    finished.add(found)
+
+
+def _measure_here(
+    prepared: PreparedModel,
+    data: CalibrationData | None,
+    measure: Measure,
+    block: Sequence[QuantSite],
+    *,
+    threads: int,
+    finished: _Finished,
+) -> None:
+    finished.add(measure(prepared, data, block, RunOptions(threads=threads, advance=finished.advance)))
+
+
+def _cut_blocks(sites: Sequence[QuantSite], measure: Measure, room: int, most: int) -> list[list[QuantSite]]:
+    """Blocks of consecutive sites whose runs are stored together, within ``room`` bytes or a single run each.
+
+    So the memory grows neither with the number of sites nor with that of bit-widths.
+    """
+    blocks: list[list[QuantSite]] = []
+    runs, taken = most, room
+    for site in sites:
+        weight_bytes = 4 * site.numel if site.kind == "weight" else 0
+        for bits in site.bits:
+            needed = 0 if bits == BASELINE_BITS else measure.run_bytes + weight_bytes
+            if not blocks or (needed and (runs + 1 > most or taken + needed > room)):
+                blocks.append([])
+                runs = taken = 0
+            runs, taken = runs + bool(needed), taken + needed
+            block = blocks[-1]
+            if block and block[-1].name == site.name:
+                block[-1] = replace(site, bits=(*block[-1].bits, bits))
+            else:
+                block.append(replace(site, bits=(bits,)))
+    return blocks
+
+
+class _Finished:
+    """Takes in what is measured: into the cache, the results and the bar."""
+
+    def __init__(self, measured: dict[tuple[str, int], Measurement], cache: MeasurementCache, bar: tqdm[None]) -> None:
+        self._measured, self._cache, self._bar = measured, cache, bar
+
+    def advance(self, share: float) -> None:
+        """Move the bar within a block, in units of (site, bit-width)."""
+        self._bar.update(min(share, self._bar.total - self._bar.n))
+
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Keep the measurements of a block."""
+        for measurement in measurements:
+            self._cache.store(measurement)
+            self._measured[measurement.site, measurement.bits] = measurement
+        self._bar.update(len(self._measured) - self._bar.n)
+
+    @contextmanager
+    def kept(self, total: int) -> Iterator[None]:
+        """Whatever ends the scoring early, what is finished is kept, and the message says how to go on."""
+        try:
+            yield
+        except BaseException as error:
+            message = self._keep(total)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(message) from None
+            error.add_note(message)
+            raise
+
+    def _keep(self, total: int) -> str:
+        done = f"{len(self._measured)} of {total} bit-widths were scored"
+        if not self._measured:
+            return f"scoring stopped before anything was finished (0 of {total} bit-widths)"
+        cache = self._cache
+        if cache.folder is None:
+            cache = replace(cache, folder=Path(tempfile.mkdtemp(prefix="infoq_fx_scores_")))
+            try:
+                for measurement in self._measured.values():
+                    cache.store(measurement)
+            except OptionError as error:
+                logging.getLogger(__name__).warning("%s", error)
+                return f"{done} and could not be kept; give cache_dir"
+        return f"{done} and are kept; the same call with cache_dir={str(cache.folder)!r} goes on from there"

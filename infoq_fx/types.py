@@ -1,0 +1,311 @@
+"""The values that the stages hand to each other: frozen, printable, without behaviour of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
+
+from infoq_fx.core.tabular import align_rows, html_table
+from infoq_fx.core.targets import find_container
+from infoq_fx.errors import OptionError
+
+if TYPE_CHECKING:  # budgets and allocations are read and made without torch
+    import torch
+
+__all__ = [
+    "BASELINE_BITS",
+    "FLOAT_BITS",
+    "MAX_BITS",
+    "MIN_BITS",
+    "Allocation",
+    "Budget",
+    "Cost",
+    "Inventory",
+    "Measurement",
+    "Observer",
+    "Operation",
+    "QParams",
+    "QuantSite",
+    "QuantSpec",
+    "RoundedWeight",
+    "Score",
+    "check_bits",
+]
+
+MIN_BITS = 2
+MAX_BITS = 8
+BASELINE_BITS = 8
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How a tensor becomes integers.
+
+    Invariants: ``quant_min <= q <= quant_max`` and ``x ~ (q - zero_point) * scale``; symmetric means signed
+    integers with ``zero_point == 0``, affine means unsigned integers. ``channel_axis`` is the axis along which
+    each slice has a scale of its own; None is one scale for the whole tensor.
+    """
+
+    bits: int
+    symmetric: bool
+    channel_axis: int | None = None
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest integer: ``-2**(bits-1)`` when symmetric, else 0."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def quant_max(self) -> int:
+        """Largest integer: ``2**(bits-1) - 1`` when symmetric, else ``2**bits - 1``."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale and zero point of a tensor under ``spec``.
+
+    ``scale`` is float32 and positive, of shape ``[channels]`` (per channel) or ``[]`` (per tensor);
+    ``zero_point`` is int32 of the same shape, within ``quant_min`` and ``quant_max``.
+    """
+
+    spec: QuantSpec
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight as integers: ``q`` int8 of the weight's shape, its values those of ``qparams``."""
+
+    q: torch.Tensor
+    qparams: QParams
+
+
+@dataclass(frozen=True)
+class QuantSite:
+    """One tensor that gets a bit-width of its own.
+
+    ``shape`` is the weight's shape, or the activation's shape without its batch dimension. ``bits`` are the
+    candidate bit-widths, ascending; a single one is fixed. ``is_searched`` is False for tensors that are
+    quantized only so that integer kernels fuse (operands of residual additions, outputs of convolutions):
+    they stay at 8 bits and carry no score.
+    """
+
+    name: str
+    kind: Literal["weight", "activation"]
+    shape: tuple[int, ...]
+    bits: tuple[int, ...]
+    channel_axis: int | None = None
+    is_searched: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight, or of the activation for one sample."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The multiply-accumulates of one node for one sample and the sites of its two operands.
+
+    ``left`` is the weight where there is one. A ``None`` operand is not quantized and counts 32 bits.
+    """
+
+    name: str
+    macs: int
+    left: str | None
+    right: str | None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a prepared model holds, as far as costs are concerned.
+
+    ``sites`` are in graph order; ``float_bytes`` counts every parameter and buffer that stays float32 (biases,
+    norms, ignored layers); ``ignored_weights`` counts the weights of conv and linear layers left in float.
+    """
+
+    sites: tuple[QuantSite, ...]
+    operations: tuple[Operation, ...]
+    float_bytes: int
+    ignored_weights: int = 0
+
+    def __getitem__(self, name: str) -> QuantSite:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A place where information is measured.
+
+    ``name`` is a module path (its output), a site (its tensor) or ``"output"`` (the first output of the model);
+    ``measure`` is ``"input"`` for SMI(X_E; L) or ``"task"`` for SMI(L; Y).
+    """
+
+    name: str
+    measure: Literal["input", "task"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sensitivity of one (site, bit-width): smaller is better; unit and meaning are the criterion's."""
+
+    value: float
+    standard_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a criterion measured for one (site, bit-width): plain numbers under plain names."""
+
+    site: str
+    bits: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Upper limits (``compression`` is a lower limit); any number of them at once, at least one.
+
+    Args:
+        weight_bits: mean bit-width over the weights of all quantized layers.
+        compression: float32 bits over bits of all conv and linear weights (the paper's W-C); weights of
+            ignored layers count 32 bits.
+        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, their scales
+            (4 bytes a channel) and all other parameters (biases and ignored layers, 4 bytes each).
+        bitops: sum over multiply-accumulates of weight bits times activation bits, one sample (Eq. 2).
+        activation_bytes: sum over searched activation sites of their bytes, one sample.
+        container: count the weights of the first three limits as this container of :data:`infoq_fx.CONTAINERS`
+            stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
+        costs: limits on costs of your own, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
+
+    Raises:
+        OptionError: no limit at all, one that is not a positive finite number, or an unknown container.
+    """
+
+    weight_bits: float | None = None
+    compression: float | None = None
+    size_bytes: float | None = None
+    bitops: float | None = None
+    activation_bytes: float | None = None
+    container: str | None = None
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        if self.container is not None:
+            find_container(self.container)
+        for name in self.costs:
+            if name in self.__dataclass_fields__:
+                raise OptionError(f"Budget(costs={{{name!r}: ...}}) is a limit of its own; give Budget({name}=...)")
+        if not limits:
+            names = ", ".join(f.name for f in fields(self) if f.name not in ("container", "costs"))
+            raise OptionError(f"Budget() has no limit; give at least one of {names}")
+        for name, value in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise OptionError(f"Budget({name}={value!r}) is not a number; give one above 0")
+            if not math.isfinite(value) or value <= 0:
+                raise OptionError(f"Budget({name}={value!r}) is no limit; give a positive finite number")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that were given, by name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("container", "costs")}
+        return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
+
+    def __str__(self) -> str:
+        limits = ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        return limits if self.container is None else f"{limits} as stored in {self.container!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an allocation costs, in the units of :class:`Budget`; ``costs`` are those that the budget limited."""
+
+    weight_bits: float
+    compression: float
+    size_bytes: int
+    bitops: int
+    activation_bytes: int
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __getitem__(self, name: str) -> float:
+        value: float = self.costs[name] if name in self.costs else getattr(self, name)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """A bit-width for every site, and how it was found.
+
+    ``bits`` maps every site to its bit-width. ``score`` is the objective of Eq. 5 with its standard error.
+    ``uniform_*`` describe the best uniform weight bit-width that fits the same budget (None: none fits), scored
+    by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, where it was
+    measured (with weights as they were scored). ``recovered_by`` are the steps of recovery behind the numbers of the
+    model that it was read from. Fields other than ``bits`` are None when the allocation was read back from a graph
+    alone.
+    """
+
+    bits: Mapping[str, int]
+    criterion: str | None = None
+    budget: Budget | None = None
+    score: float | None = None
+    standard_error: float | None = None
+    cost: Cost | None = None
+    uniform_bits: int | None = None
+    uniform_score: float | None = None
+    lost_nats: float | None = None
+    recovered_by: tuple[str, ...] = ()
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._describe(), self._rows(), self._notes())
+
+    def _describe(self) -> str:
+        found = "" if self.criterion is None else f" by {self.criterion!r}"
+        within = "" if self.budget is None else f" within {self.budget}"
+        return f"bit-widths{found}{within}"
+
+    def _rows(self) -> list[list[str]]:
+        # Sites without a score are fixed; where none has one, all are shown.
+        rows = [["site", "bits", "score", "± error"]]
+        for name in self.scores or self.bits:
+            score = self.scores.get(name)
+            found = ["-", "-"] if score is None else [f"{score.value:.3g}", f"{score.standard_error:.2g}"]
+            rows.append([name, str(self.bits[name]), *found])
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if fixed := len(self.bits) - len(self.scores) if self.scores else 0:
+            notes.append(f"and {fixed} sites at fixed bits")
+        if self.cost is not None:
+            notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
+        if self.score is not None:
+            notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
+        return notes
+
+
+def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
+    """Candidate bit-widths as an ascending tuple without repeats.
+
+    Raises:
+        OptionError: an empty set, or a bit-width that is not an integer from 2 to 8.
+    """
+    given = (bits,) if isinstance(bits, int) else tuple(bits)
+    if not given:
+        raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+            raise OptionError(f"{option} holds {value!r}; give integers from {MIN_BITS} to {MAX_BITS}")
+    return tuple(sorted(set(given)))
