@@ -26,6 +26,7 @@ __all__ = [
     "Measurement",
     "Observer",
     "Operation",
+    "Plain",
     "QParams",
     "QuantSite",
     "QuantSpec",
@@ -33,6 +34,9 @@ __all__ = [
     "Score",
     "check_bits",
 ]
+
+Plain = str | int | float | bool | None
+"""What a description of a measurement holds: JSON writes it as it is."""
 
 MIN_BITS = 2
 MAX_BITS = 8

@@ -39,12 +39,12 @@ from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
 from infoq_fx.runtime.outputs import diverge, measure_spread
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
-from infoq_fx.scoring.criterion import Criterion, Measure, Plain
+from infoq_fx.scoring.criterion import Criterion, Measure
 from infoq_fx.scoring.output_measure import ACCURACY_DROP
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, describe_measurements, measure_sensitivity, runs_weights
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, Budget, Score
+from infoq_fx.types import Allocation, Budget, Plain, Score
 
 __all__ = ["Audit", "AuditRow", "audit"]
 

@@ -1,12 +1,20 @@
 from .candidates import Candidates as Candidates
 from .ladder import (
     LADDER as LADDER,
+)
+from .ladder import (
     RECOVERY_STEPS as RECOVERY_STEPS,
+)
+from .ladder import (
     find_steps as find_steps,
+)
+from .ladder import (
     recover_accuracy as recover_accuracy,
 )
 from .step import (
     RecoveryStep as RecoveryStep,
+)
+from .step import (
     StepContext as StepContext,
 )
 from .steps.bias_correction import BiasCorrection as BiasCorrection

@@ -12,8 +12,7 @@ from torch import Tensor
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.version import __version__
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.scoring.criterion import Plain
-from infoq_fx.types import BASELINE_BITS
+from infoq_fx.types import BASELINE_BITS, Plain
 
 __all__ = ["digest_run"]
 

@@ -16,8 +16,7 @@ from infoq_fx.core.version import __version__
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.digest import _digest
-from infoq_fx.scoring.criterion import Plain
-from infoq_fx.types import Measurement, QuantSite
+from infoq_fx.types import Measurement, Plain, QuantSite
 
 __all__ = ["MeasurementCache"]
 

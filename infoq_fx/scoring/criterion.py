@@ -8,12 +8,11 @@ from typing import Literal, Protocol
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.types import Measurement, QuantSite, Score
+from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
-__all__ = ["Criterion", "Kind", "Measure", "Plain", "RunOptions", "Scores"]
+__all__ = ["Criterion", "Kind", "Measure", "Scores"]
 
 Kind = Literal["weight", "activation"]
-Plain = str | int | float | bool | None
 Scores = Mapping[str, Mapping[int, Score]]
 
 
@@ -27,7 +26,7 @@ class Measure(Protocol):
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Measure every candidate bit-width of every site. The same numbers whatever the blocks and the work."""
+        """Measure every candidate bit-width of every site. The same numbers whatever the blocks and the run options."""
 
 
 class Criterion(Protocol):

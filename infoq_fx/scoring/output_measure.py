@@ -16,8 +16,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits, run_perturbed
 from infoq_fx.runtime.interpreter import ReadValue
 from infoq_fx.runtime.outputs import class_logits, diverge, first_output, measure_spread
-from infoq_fx.scoring.criterion import Plain
-from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
 __all__ = [
     "ACCURACY_DROP",

@@ -24,10 +24,10 @@ from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, bytes_per_sample, choose_batch_size
 from infoq_fx.scoring.cache import MeasurementCache
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
-from infoq_fx.scoring.criterion import Criterion, Measure, Plain
+from infoq_fx.scoring.criterion import Criterion, Measure
 from infoq_fx.scoring.workers import count_workers, map_blocks, pack_job
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
 __all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 

@@ -17,7 +17,8 @@ from infoq_fx.scoring.criteria.mpqco import MPQCO
 from infoq_fx.scoring.criteria.ompq import OMPQ
 from infoq_fx.scoring.criteria.output_change import Accuracy, Loss, OutputKL, OutputSQNR
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
-from infoq_fx.scoring.criterion import Criterion, Kind, Measure, Plain
+from infoq_fx.scoring.criterion import Criterion, Kind, Measure
+from infoq_fx.types import Plain
 
 __all__ = [
     "ALPS",

@@ -18,7 +18,7 @@ from infoq_fx.errors import unknown_name_error
 from infoq_fx.finetuning.trainable import trainable_copy
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.gradients import (
     WORST_LOSS,
     Labelled,
@@ -31,7 +31,7 @@ from infoq_fx.scoring.gradients import (
     spread_samples,
     with_gradients,
 )
-from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["ALPS"]
 

@@ -13,8 +13,8 @@ from infoq_fx.graph.float_interpreter import read_weights
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
-from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite, Score
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["EAGL"]
 

@@ -11,8 +11,8 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
-from infoq_fx.types import Measurement, QuantSite, Score
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["FunctionCriterion", "ScoreFunction"]
 

@@ -11,10 +11,10 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.output_measure import DESCRIPTION, INFORMATION_LOSS, measure_outputs
-from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
 
 __all__ = ["InfoQ"]
 

@@ -19,7 +19,7 @@ from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.gradients import (
     Labelled,
     check_trained,
@@ -30,7 +30,7 @@ from infoq_fx.scoring.gradients import (
     shuffled_batches,
     with_gradients,
 )
-from infoq_fx.types import BASELINE_BITS, Measurement, QParams, QuantSite, QuantSpec, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QParams, QuantSite, QuantSpec, Score
 
 __all__ = ["LIMPQ"]
 

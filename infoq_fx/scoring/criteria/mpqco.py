@@ -16,9 +16,9 @@ from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.gradients import Labelled, losses_of, read_labelled, with_gradients
-from infoq_fx.types import Measurement, QuantSite, Score
+from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["MPQCO"]
 

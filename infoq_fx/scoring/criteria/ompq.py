@@ -14,9 +14,9 @@ from infoq_fx.core.option_checks import check_count
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, run_whole
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.gradients import spread_samples
-from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["OMPQ"]
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Plain, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.output_measure import (
     ACCURACY_DROP,
     DESCRIPTION,
@@ -18,7 +18,7 @@ from infoq_fx.scoring.output_measure import (
     NOISE_TO_SIGNAL,
     measure_outputs,
 )
-from infoq_fx.types import Measurement, Score
+from infoq_fx.types import Measurement, Plain, Score
 
 __all__ = ["Accuracy", "Loss", "OutputCriterion", "OutputKL", "OutputSQNR"]
 
