@@ -31,7 +31,7 @@ REASONS_IN = {"allocation_file.py", "files.py", "cache.py", "quantized_files.py"
 def raised():
     """(file, line, message with {} for what is filled in) of every error that the package raises itself."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.runner(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call = node.exc
                 if isinstance(call.func, ast.Name) and call.func.id in KINDS:
