@@ -20,7 +20,7 @@ __all__ = ["build_rows", "solve_with_highs"]
 _ROW_SCALE = 1e5
 _SLACK = 1e-9
 _TOLERANCE = 1e-9
-# No gap, and of equal optima always the same one. (A number of threads is refused where the process has run HiGHS before.)
+# No gap, and of equal optima always the same one. HiGHS refuses a number of threads where the process ran it before.
 _HIGHS_OPTIONS: dict[str, Any] = {
     "gapRel": 0.0,
     "gapAbs": 0.0,
