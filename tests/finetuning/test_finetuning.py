@@ -802,33 +802,34 @@ def test_updates_are_adams(residual):
     training = training_of(student, loop.Settings(1, 1.0, 32, 0.0, 0), steps=8)
     ones = [loop.Learned(o.parameter, torch.tensor(0.01), o.is_step) for o in training.learned]
     training = type(training)(**{**vars(training), "learned": ones})
-    moments = loop.begin_moments(training.learned)
-    optimizer = torch.optim.Adam(other.parameters(), lr=1.0, betas=(0.9, 0.99), eps=1e-12)
+    ours = loop.begin_optimizer(training.learned)
+    adam = torch.optim.Adam(other.parameters(), lr=1.0, betas=(0.9, 0.99), eps=1e-12)
     generator = torch.Generator().manual_seed(0)
     for done in range(8):
-        optimizer.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * done / 8)) / 2
+        adam.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * done / 8)) / 2
         gradients = [1e-4 * torch.randn(p.shape, generator=generator) for p in student.parameters()]
         for parameter, gradient in zip(other.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
-        optimizer.step()
+        adam.step()
         with torch.no_grad():
-            loop.update(training, moments, gradients, done)
-    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            loop.update(training, ours, gradients, done)
+    for mine, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_large_gradients_are_clipped_by_norm_those_of_steps_apart(residual):
     moved = []
     for factor in (1e6, 1.0, 1e-6):
         training = training_of(to_trainable(residual), loop.Settings(1, 1.0, 32, 0.0, 0))
-        moments = loop.begin_moments(training.learned)
+        optimizer = loop.begin_optimizer(training.learned)
         gradients = [torch.full_like(o.parameter, factor if o.is_step else 10.0) for o in training.learned]
         with torch.no_grad():
-            loop.update(training, moments, gradients, 0)
+            loop.update(training, optimizer, [gradient.clone() for gradient in gradients], 0)
+        means = [optimizer.adam.state[unit]["exp_avg"] for unit in optimizer.units]
         for is_step in (True, False):
             chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
             before, after = (
-                float(torch.cat([found[i].flatten() for i in chosen]).norm()) for found in (gradients, moments.first)
+                float(torch.cat([found[i].flatten() for i in chosen]).norm()) for found in (gradients, means)
             )
             assert after == pytest.approx(0.1 * min(1.0, before), rel=1e-4)
         moved.append(training.student.get_parameter("head.weight").detach().clone())
@@ -854,17 +855,17 @@ def test_reaches_are_in_units_that_suit_a_parameter():
 
 def test_averages_look_back_over_an_epoch(residual):
     training = training_of(to_trainable(residual), loop.Settings(3, 0.1, 32, 0.0, 0), steps=4)
-    moments = loop.begin_moments(training.learned)
+    optimizer = loop.begin_optimizer(training.learned)
     index = max(range(len(training.learned)), key=lambda i: training.learned[i].parameter.numel())
     generator, expected = torch.Generator().manual_seed(0), torch.zeros(())
     for done in range(12):
         gradients = [torch.randn(o.parameter.shape, generator=generator) for o in training.learned]
         with torch.no_grad():
-            loop.update(training, moments, gradients, done)
+            loop.update(training, optimizer, gradients, done)
         now = training.learned[index].parameter.detach().clone()
         share = 1 / (done + 1) if done < 4 else 1 / 4  # of the first epoch the plain mean
         expected = (1 - share) * expected + share * now
-        torch.testing.assert_close(moments.average[index], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(optimizer.average[index], expected, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(now, expected, rtol=1e-3)
 
 

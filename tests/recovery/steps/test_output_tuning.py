@@ -60,9 +60,9 @@ def test_what_stays_are_averages(rounded, monkeypatch):
     prepared, data, bits = rounded
     left = []
 
-    def record(training, moments, gradients, done):
-        update(training, moments, gradients, done)
-        left[:] = zip([x.clone() for x in moments.average], training.learned, strict=True)
+    def record(training, optimizer, gradients, done):
+        update(training, optimizer, gradients, done)
+        left[:] = zip([x.clone() for x in optimizer.average], training.learned, strict=True)
 
     monkeypatch.setattr(tuning, "update", record)
     OutputTuning(epochs=3, learning_rate=0.01).recover(prepared, bits, data, BENCH)
