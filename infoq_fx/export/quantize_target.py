@@ -30,6 +30,11 @@ _FIXED_OUTPUT = ".output"  # is in the names of sites that no allocation chooses
 
 
 def check_options(face: str, target: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a target or an option that :func:`quantize_target` does not take; ``face`` is who asks.
+
+    Raises:
+        OptionError: the first that does not fit.
+    """
     if isinstance(target, bool) or not isinstance(target, int | float | Budget | Allocation):
         found = type(target).__name__
         raise OptionError(f"{face}() got a {found} as its target; give a mean bit-width, a Budget or an Allocation")
@@ -44,6 +49,7 @@ def check_options(face: str, target: Any, options: Mapping[str, Any]) -> None:
 def quantize_target(
     model: nn.Module | ExportedProgram, target: float | Budget | Allocation, options: Mapping[str, Any]
 ) -> QuantizedModule:
+    """Quantize a model to a budget, or at the bit-widths of an allocation found before."""
     if isinstance(target, Allocation):
         return _quantize_by(model, target, **options)
     return quantize(model, target, **options)
@@ -101,5 +107,6 @@ def _fit_allocation(allocation: Allocation, prepared: PreparedModel) -> Allocati
 
 
 def shorten_names(names: Iterable[str], count: int = 3) -> str:
+    """The first few names, sorted, and how many more there are."""
     held = sorted(names)
     return ", ".join(map(repr, held[:count])) + (f" and {len(held) - count} more" if len(held) > count else "")
