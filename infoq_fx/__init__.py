@@ -1,10 +1,10 @@
-"""infoq_fx finds the bit-width of every layer of a trained network, as a ``torch.fx`` compiler pass.
+"""Mixed-precision quantization of trained networks as a ``torch.fx`` compiler pass: finds every layer's bit-width.
 
 quantized = infoq_fx.quantize(model, 3.0, calibration_data=loader)
 infoq_fx.export_onnx(quantized, "model.onnx")
 
-The public names are listed in ``__init__.pyi``. Each is imported when it is first used (PEP 562): the help of the command
-line, and an allocation on a laptop, do not wait for torch.
+The public names are listed in ``__init__.pyi``. Each is imported on first use (PEP 562), so that the command line's
+help and an allocation do not wait for torch.
 """
 
 import lazy_loader

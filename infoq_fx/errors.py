@@ -1,4 +1,4 @@
-"""What can go wrong, named by what the user can do about it."""
+"""The package's exceptions, named by what the user can do about them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OptionError(InfoqError, ValueError):
 
 
 class UnsupportedModelError(InfoqError):
-    """The model cannot be captured or holds nothing to quantize: change the model."""
+    """The model cannot be captured or has nothing to quantize: change the model."""
 
 
 class CalibrationDataError(InfoqError, ValueError):
@@ -40,7 +40,7 @@ class InfeasibleBudgetError(InfoqError):
 
 
 class ExportError(InfoqError):
-    """The file could not be written or failed its checks; nothing was left at the path."""
+    """The file could not be written or failed its checks; no file was left at the path."""
 
 
 class EncoderUnavailableError(InfoqError):
@@ -52,13 +52,13 @@ class MissingExtraError(InfoqError, ImportError):
 
 
 def nearest_names(asked: str, known: Iterable[str], count: int = 3) -> str:
-    """The ``count`` names in ``known`` that look most like ``asked``, as readable text."""
+    """Return the ``count`` names in ``known`` that are most similar to ``asked``, as readable text."""
     names = list(dict.fromkeys(known))
     close = difflib.get_close_matches(asked, names, n=count, cutoff=0.3) or names[:count]
     return ", ".join(repr(name) for name in close) if close else "none"
 
 
 def unknown_name_error(kind: str, asked: str, known: Iterable[str]) -> OptionError:
-    """An :class:`OptionError` for a name that is not there, with the nearest ones that are."""
+    """Return an :class:`OptionError` for an unknown name that lists the nearest known ones."""
     names = list(known)
     return OptionError(f"unknown {kind} {asked!r}; nearest of {len(names)}: {nearest_names(asked, names)}")

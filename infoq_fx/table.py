@@ -1,4 +1,4 @@
-"""The sensitivity table: what every (site, bit-width) scored, to print, save and reuse."""
+"""The sensitivity table: the score of every (site, bit-width), to print, save and reuse."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class SensitivityTable:
         criterion: name of the criterion that scored.
         inventory: the sites and operations of the prepared model.
         scores: site name to bit-width to score; sites with a single candidate may be absent.
-        settings: how the scores were measured, plain values under plain names.
+        settings: how the scores were measured: named values that JSON can store.
 
     Raises:
-        OptionError: a score of a site that is not in the inventory, or one that is not finite.
+        OptionError: a scored site is not in the inventory, or a score is not finite.
     """
 
     criterion: str
@@ -48,12 +48,10 @@ class SensitivityTable:
                 raise unknown_name_error("site", name, names)
             for bits, score in by_bits.items():
                 if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
-                    raise OptionError(
-                        f"the score of {name!r} at {bits} bits is not finite: {score}; mend the criterion"
-                    )
+                    raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}; fix the criterion")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as readable JSON: the whole file or nothing.
+        """Write the table as readable JSON, atomically: the whole file or nothing.
 
         Args:
             path: file to write, replaced if it exists.
@@ -70,7 +68,7 @@ class SensitivityTable:
             ) from error
 
     def to_json(self) -> str:
-        """What :meth:`save` writes.
+        """Return the JSON text that :meth:`save` writes.
 
         Raises:
             OptionError: a setting is not a plain finite value.
@@ -84,13 +82,13 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
-        """Read a table that :meth:`save` wrote; every number comes back exactly.
+        """Read a table that :meth:`save` wrote; all numbers are restored exactly.
 
         Args:
             path: file to read.
 
         Raises:
-            OptionError: the file cannot be read, is truncated, is no such table or has another version.
+            OptionError: the file cannot be read, is truncated, is not a sensitivity table or has another version.
         """
         try:
             return _decode(read_json(Path(path), _FORMAT, _VERSION))
@@ -132,7 +130,7 @@ def _describe_score(score: Score | None) -> str:
 
 
 def _encode(table: SensitivityTable) -> dict[str, Any]:
-    # float() because a criterion may hand over numpy's float32, which JSON does not know.
+    # float() because a criterion may return numpy's float32, which json cannot write.
     scores = {
         name: {
             str(int(bits)): {"value": float(score.value), "standard_error": float(score.standard_error)}

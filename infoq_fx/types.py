@@ -1,4 +1,4 @@
-"""The values that the stages hand to each other: frozen, printable, without behaviour of their own."""
+"""The frozen dataclasses that the stages pass to each other: sites, qparams, scores, budgets, allocations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Plain = str | int | float | bool | None
-"""What a description of a measurement holds: JSON writes it as it is."""
+"""A value of a measurement's settings; JSON stores it unchanged."""
 
 MIN_BITS = 2
 MAX_BITS = 8
@@ -46,11 +46,11 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How a tensor becomes integers.
+    """How a tensor is quantized: bit-width, symmetric or affine, per channel or per tensor.
 
-    Invariants: ``quant_min <= q <= quant_max`` and ``x ~ (q - zero_point) * scale``; symmetric means signed
-    integers with ``zero_point == 0``, affine means unsigned integers. ``channel_axis`` is the axis along which
-    each slice has a scale of its own; None is one scale for the whole tensor.
+    Invariants: ``quant_min <= q <= quant_max`` and ``x ~ (q - zero_point) * scale``. Symmetric means signed
+    integers with ``zero_point == 0``; affine means unsigned integers. ``channel_axis`` is the axis along which
+    each slice has its own scale; None means one scale for the whole tensor.
     """
 
     bits: int
@@ -70,7 +70,7 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class QParams:
-    """Scale and zero point of a tensor under ``spec``.
+    """Quantization parameters of a tensor: scale and zero point under ``spec``.
 
     ``scale`` is float32 and positive, of shape ``[channels]`` (per channel) or ``[]`` (per tensor);
     ``zero_point`` is int32 of the same shape, within ``quant_min`` and ``quant_max``.
@@ -83,7 +83,7 @@ class QParams:
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight as integers: ``q`` int8 of the weight's shape, its values those of ``qparams``."""
+    """A weight rounded to integers: ``q`` is int8 of the weight's shape, in the range of ``qparams.spec``."""
 
     q: torch.Tensor
     qparams: QParams
@@ -91,12 +91,12 @@ class RoundedWeight:
 
 @dataclass(frozen=True)
 class QuantSite:
-    """One tensor that gets a bit-width of its own.
+    """One tensor, weight or activation, with its own bit-width.
 
     ``shape`` is the weight's shape, or the activation's shape without its batch dimension. ``bits`` are the
-    candidate bit-widths, ascending; a single one is fixed. ``is_searched`` is False for tensors that are
-    quantized only so that integer kernels fuse (operands of residual additions, outputs of convolutions):
-    they stay at 8 bits and carry no score.
+    candidate bit-widths, ascending; a single candidate is a fixed bit-width. ``is_searched`` is False for tensors
+    that are quantized only so that integer kernels fuse (operands of residual additions, outputs of convolutions):
+    they stay at 8 bits and have no score.
     """
 
     name: str
@@ -108,15 +108,15 @@ class QuantSite:
 
     @property
     def numel(self) -> int:
-        """Elements of the weight, or of the activation for one sample."""
+        """Number of elements of the weight, or of the activation for one sample."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """The multiply-accumulates of one node for one sample and the sites of its two operands.
+    """The multiply-accumulates (MACs) of one node for one sample, and the sites of its two operands.
 
-    ``left`` is the weight where there is one. A ``None`` operand is not quantized and counts 32 bits.
+    ``left`` is the weight where there is one. An operand that is None is not quantized and counts 32 bits.
     """
 
     name: str
@@ -127,10 +127,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a prepared model holds, as far as costs are concerned.
+    """The sites and operations of a prepared model: all that costs are computed from.
 
-    ``sites`` are in graph order; ``float_bytes`` counts every parameter and buffer that stays float32 (biases,
-    norms, ignored layers); ``ignored_weights`` counts the weights of conv and linear layers left in float.
+    ``sites`` are in graph order. ``float_bytes`` is the size of every parameter and buffer that stays float32
+    (biases, norms, ignored layers). ``ignored_weights`` is the number of weights of conv and linear layers left
+    in float.
     """
 
     sites: tuple[QuantSite, ...]
@@ -147,9 +148,9 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Observer:
-    """A place where information is measured.
+    """A tensor at which sliced mutual information (SMI) is measured.
 
-    ``name`` is a module path (its output), a site (its tensor) or ``"output"`` (the first output of the model);
+    ``name`` is a module path (its output), a site (its tensor) or ``"output"`` (the first output of the model).
     ``measure`` is ``"input"`` for SMI(X_E; L) or ``"task"`` for SMI(L; Y).
     """
 
@@ -159,7 +160,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class Score:
-    """Sensitivity of one (site, bit-width): smaller is better; unit and meaning are the criterion's."""
+    """Sensitivity of one (site, bit-width): smaller is less sensitive; unit and meaning depend on the criterion."""
 
     value: float
     standard_error: float = 0.0
@@ -167,7 +168,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a criterion measured for one (site, bit-width): plain numbers under plain names."""
+    """What a criterion measured for one (site, bit-width), as named numbers."""
 
     site: str
     bits: int
@@ -176,22 +177,22 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper limits (``compression`` is a lower limit); any number of them at once, at least one.
+    """Limits on the cost of an allocation: one or several, all upper limits but ``compression``, a lower limit.
 
     Args:
         weight_bits: mean bit-width over the weights of all quantized layers.
         compression: float32 bits over bits of all conv and linear weights (the paper's W-C); weights of
             ignored layers count 32 bits.
         size_bytes: bytes of everything the model stores: weights packed at their bit-widths, their scales
-            (4 bytes a channel) and all other parameters (biases and ignored layers, 4 bytes each).
-        bitops: sum over multiply-accumulates of weight bits times activation bits, one sample (Eq. 2).
-        activation_bytes: sum over searched activation sites of their bytes, one sample.
-        container: count the weights of the first three limits as this container of :data:`infoq_fx.CONTAINERS`
+            (4 bytes per channel) and all other parameters (biases and ignored layers, 4 bytes each).
+        bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2).
+        activation_bytes: sum of the bytes of all searched activation sites, for one sample.
+        container: for the first three limits, count weights as this container of :data:`infoq_fx.CONTAINERS`
             stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
-        costs: limits on costs of your own, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
+        costs: limits on user-defined costs, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
     Raises:
-        OptionError: no limit at all, one that is not a positive finite number, or an unknown container.
+        OptionError: there is no limit, a limit is not a positive finite number, or the container is unknown.
     """
 
     weight_bits: float | None = None
@@ -208,7 +209,7 @@ class Budget:
             find_container(self.container)
         for name in self.costs:
             if name in self.__dataclass_fields__:
-                raise OptionError(f"Budget(costs={{{name!r}: ...}}) is a limit of its own; give Budget({name}=...)")
+                raise OptionError(f"Budget(costs={{{name!r}: ...}}) names a built-in limit; give Budget({name}=...)")
         if not limits:
             names = ", ".join(f.name for f in fields(self) if f.name not in ("container", "costs"))
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
@@ -216,11 +217,11 @@ class Budget:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise OptionError(f"Budget({name}={value!r}) is not a number; give one above 0")
             if not math.isfinite(value) or value <= 0:
-                raise OptionError(f"Budget({name}={value!r}) is no limit; give a positive finite number")
+                raise OptionError(f"Budget({name}={value!r}) is not a valid limit; give a positive finite number")
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that were given, by name."""
+        """The limits that are set, by name."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("container", "costs")}
         return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
 
@@ -231,7 +232,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an allocation costs, in the units of :class:`Budget`; ``costs`` are those that the budget limited."""
+    """The cost of an allocation, in the units of :class:`Budget`; ``costs`` holds the user-defined costs it limits."""
 
     weight_bits: float
     compression: float
@@ -249,12 +250,12 @@ class Cost:
 class Allocation:
     """A bit-width for every site, and how it was found.
 
-    ``bits`` maps every site to its bit-width. ``score`` is the objective of Eq. 5 with its standard error.
+    ``bits`` maps every site to its bit-width. ``score`` is the objective of Eq. 5 and ``standard_error`` its error.
     ``uniform_*`` describe the best uniform weight bit-width that fits the same budget (None: none fits), scored
-    by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, where it was
-    measured (with weights as they were scored). ``recovered_by`` are the steps of recovery behind the numbers of the
-    model that it was read from. Fields other than ``bits`` are None when the allocation was read back from a graph
-    alone.
+    by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, if it was
+    measured (with weights as they were scored). ``recovered_by`` names the recovery steps behind the parameters of
+    the model that it was read from. Fields other than ``bits`` are None or empty when the allocation was read back
+    from a graph alone.
     """
 
     bits: Mapping[str, int]
@@ -301,10 +302,10 @@ class Allocation:
 
 
 def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
-    """Candidate bit-widths as an ascending tuple without repeats.
+    """Return candidate bit-widths as an ascending tuple without repeats.
 
     Raises:
-        OptionError: an empty set, or a bit-width that is not an integer from 2 to 8.
+        OptionError: there are none, or one is not an integer from 2 to 8.
     """
     given = (bits,) if isinstance(bits, int) else tuple(bits)
     if not given:

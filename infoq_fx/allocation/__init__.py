@@ -1,7 +1,7 @@
-"""From scores and a budget to a bit-width for every layer (paper, Eq. 5), exactly.
+"""Chooses the bit-width of every layer from scores and a budget by an exact integer program (paper, Eq. 5).
 
 In: a :class:`~infoq_fx.SensitivityTable` and a :class:`~infoq_fx.Budget`. Out: an :class:`~infoq_fx.Allocation`.
-Nothing here imports torch: an allocation takes milliseconds on any laptop.
+Nothing here imports torch; an allocation takes milliseconds on a laptop.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""An allocation as a file: found on one machine, used on another."""
+"""Saves and loads allocations as JSON files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _VERSION = 1
 
 
 def describe_allocation(allocation: Allocation) -> dict[str, Any]:
-    """An allocation as plain values that JSON holds."""
+    """Return an allocation as values that JSON can store."""
     return asdict(allocation)
 
 
 def decode_allocation(held: Mapping[str, Any]) -> Allocation:
-    """The allocation that :func:`describe_allocation` made plain.
+    """Rebuild an allocation from the values of :func:`describe_allocation`.
 
     Raises:
-        OptionError: a bit-width that is none.
+        OptionError: a bit-width is not an integer from 2 to 8.
         KeyError, TypeError, ValueError, AttributeError: the values are not those of an allocation.
     """
     values = dict(held)
@@ -43,7 +43,7 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
 
 
 def save_allocation(allocation: Allocation, path: str | os.PathLike[str]) -> None:
-    """Write an allocation as readable JSON: the whole file or nothing.
+    """Write an allocation as readable JSON, atomically: the whole file or nothing.
 
     Args:
         allocation: what :func:`infoq_fx.allocate` or :func:`infoq_fx.refine` found.
@@ -62,10 +62,10 @@ def save_allocation(allocation: Allocation, path: str | os.PathLike[str]) -> Non
 
 
 def load_allocation(path: str | os.PathLike[str]) -> Allocation:
-    """Read what :func:`save_allocation` wrote; every number comes back exactly.
+    """Read an allocation that :func:`save_allocation` wrote; all numbers are restored exactly.
 
     Raises:
-        OptionError: the file cannot be read, or is none that :func:`save_allocation` wrote.
+        OptionError: the file cannot be read, or was not written by :func:`save_allocation`.
     """
     try:
         held = read_json(Path(path), _FORMAT, _VERSION)

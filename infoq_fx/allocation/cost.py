@@ -1,4 +1,4 @@
-"""What bit-widths cost, and what a budget leaves for them: bytes and BitOps in exact integers."""
+"""Costs of an allocation and the limits of a budget, in exact integers: bits, bytes, BitOps and user-defined costs."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _Products: TypeAlias = Mapping[tuple[str, str], Mapping[tuple[int, int], int]]
 
 
 class OperationCost(Protocol):
-    """A cost of your own, such as a latency that was measured: what one operation costs at the bits of its operands.
+    """A user-defined cost of one operation at the bits of its operands, such as a measured latency.
 
-    The cost of an allocation is the sum over the operations. Numbers are taken as their decimal notation says, so that
-    sums and limits are exact; short ones keep the integer program fast. Nothing is assumed of how the cost changes
-    with the bits.
+    The cost of an allocation is the sum over its operations. Numbers are taken as the decimals that they print as, so
+    that sums and limits are exact; few digits keep the integer program fast. The cost may depend on the bits in any
+    way.
     """
 
     def __call__(self, operation: Operation, left_bits: int | None, right_bits: int | None, /) -> float:
-        """A finite number of at least 0, the same for the same arguments.
+        """Return a finite number of at least 0, the same for the same arguments.
 
         Args:
             operation: its ``name`` is the layer's module path, ``macs`` its multiply-accumulates for one sample.
@@ -54,7 +54,7 @@ class OperationCost(Protocol):
 
 
 COSTS: dict[str, OperationCost] = {}
-"""Costs of your own by name; ``Budget(costs={name: limit})`` limits them."""
+"""User-defined costs by name; ``Budget(costs={name: limit})`` limits them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CostRow:
     """One limit in exact integers: ``sum(linear) + sum(pairs * left bits * right bits) + sum(products) <= limit``.
 
     ``linear`` is the cost of a (site, bit-width), ``pairs`` the multiply-accumulates that two sites share, ``products``
-    the cost of two sites at (left bits, right bits) where it is of another form. ``unit`` integers are one of the cost.
+    the cost of two sites at (left bits, right bits) if it has another form. A cost of 1 is the integer ``unit``.
     """
 
     limit: int
@@ -73,7 +73,7 @@ class CostRow:
 
     @property
     def grows_with_bits(self) -> bool:
-        """Whether no site costs more at fewer bits; products are not looked into and count as such that may."""
+        """Whether no site costs more at fewer bits; False if there are any ``products``, which are not examined."""
         by_site: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for (site, bits), cost in self.linear.items():
             by_site[site].append((bits, cost))
@@ -82,7 +82,7 @@ class CostRow:
 
     @property
     def least(self) -> int:
-        """No allocation costs less of what the limit is on: the sum of every site's and every product's least."""
+        """A lower bound on the cost of every allocation: the sum of each site's and each product's least cost."""
         low: dict[object, int] = {}
         for (site, _), cost in self.linear.items():
             low[site] = min(cost, low.get(site, cost))
@@ -90,18 +90,18 @@ class CostRow:
 
 
 def weight_bytes(site: QuantSite, bits: int) -> int:
-    """Bytes of a weight packed at ``bits``, with its scales (float32, one a channel or one in all)."""
+    """Return the bytes of a weight packed at ``bits``, with its scales (float32, one per channel or one in all)."""
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
     return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels
 
 
 def activation_bytes(site: QuantSite, bits: int) -> int:
-    """Bytes of one sample's activation packed at ``bits``."""
+    """Return the bytes of one sample's activation packed at ``bits``."""
     return _packed_bytes(site.numel, bits)
 
 
 def operation_bitops(operation: Operation, left_bits: int | None, right_bits: int | None) -> int:
-    """Multiply-accumulates times the bits of both operands, one sample; None is an operand in float.
+    """Return multiply-accumulates times the bits of both operands, for one sample; None is an operand in float.
 
     Reference:
         InfoQ, Eq. 2.
@@ -114,24 +114,24 @@ def operation_bitops(operation: Operation, left_bits: int | None, right_bits: in
 def measure_cost(
     inventory: Inventory, bits: Mapping[str, int], container: str | None = None, names: Iterable[str] = ()
 ) -> Cost:
-    """Every cost of giving each site its bits.
+    """Compute the cost of an allocation, in every unit.
 
-    A model without quantized weights stays as it is: ``weight_bits`` 32 and ``compression`` 1.
+    A model without quantized weights has ``weight_bits`` 32 and ``compression`` 1.
 
     Args:
-        inventory: what the prepared model holds.
+        inventory: of the prepared model.
         bits: bit-width by site name, for all sites.
-        container: count weights as this container stores them; None counts their own bits. BitOps stay those of the
+        container: count weights as this container stores them; None counts their own bits. BitOps always count the
             bit-widths.
-        names: costs in :data:`COSTS` to measure as well.
+        names: costs in :data:`COSTS` to compute as well.
 
     Returns:
         The costs in the units of :class:`~infoq_fx.types.Budget`; both ratios are correctly rounded quotients
         of exact integers.
 
     Raises:
-        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, an unknown container,
-            or a cost of your own that is not there or no number.
+        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, the container is
+            unknown, or a user-defined cost is unknown or not a number.
     """
     stored = _stored_bits(container)
     weights = [site for site in inventory.sites if site.kind == "weight"]
@@ -160,15 +160,15 @@ def build_cost_row(
     choices: Mapping[str, tuple[int, ...]],
     container: str | None = None,
 ) -> CostRow:
-    """A limit of the budget as a row over the sites that have several choices.
+    """Build the row of one limit of the budget over the sites that have several choices.
 
-    What all the others cost is taken off the limit.
+    The cost of all other sites is subtracted from the limit.
 
     Args:
-        inventory: what the prepared model holds.
-        name: the limit, a field of :class:`~infoq_fx.types.Budget` or one of its ``costs``.
+        inventory: of the prepared model.
+        name: of the limit, a field of :class:`~infoq_fx.types.Budget` or one of its ``costs``.
         limit: its value.
-        choices: bit-widths open to each site, for all sites.
+        choices: candidate bit-widths of each site, for all sites.
         container: as for :func:`measure_cost`.
     """
     if name not in Budget.__dataclass_fields__:
@@ -195,9 +195,9 @@ def build_cost_row(
 
 
 def broken_limits(cost: Cost, budget: Budget) -> list[str]:
-    """Names of the limits that a cost does not meet.
+    """Return the names of the limits that a cost does not meet.
 
-    Costs are correctly rounded, as a limit that someone wrote down is: 33 bits in 10 weights meet 3.3.
+    Costs are correctly rounded, as a limit written as a decimal is: 33 bits in 10 weights meet 3.3.
     """
     return [
         name
@@ -207,7 +207,7 @@ def broken_limits(cost: Cost, budget: Budget) -> list[str]:
 
 
 def bound_own_cost(row: CostRow, limit: float) -> float:
-    """What a cost of your own is at least, whatever the bits, from its row and the limit that the row was built for."""
+    """Return a lower bound on a user-defined cost, at any bits, from its row and the limit that it was built for."""
     return float(Fraction(_largest_rounded(limit, row.unit) - row.limit + row.least, row.unit))
 
 
@@ -261,7 +261,7 @@ def _count_bitops(
 
 
 def _integer_limit(inventory: Inventory, name: str, limit: float) -> int:
-    """The largest whole total that meets a limit, in the units of the row: bits, bytes or BitOps."""
+    """The largest integer total that meets a limit, in the units of the row: bits, bytes or BitOps."""
     numel = sum(site.numel for site in inventory.sites if site.kind == "weight")
     ignored_bits = FLOAT_BITS * inventory.ignored_weights
     float_bits = FLOAT_BITS * numel + ignored_bits
@@ -288,10 +288,10 @@ def _measure_own(inventory: Inventory, bits: Mapping[str, int], name: str) -> Fr
 
 
 def _evaluate(name: str, operation: Operation, left_bits: int | None, right_bits: int | None) -> Fraction:
-    """A cost of the user's own as the decimal number that it is written as."""
+    """A user-defined cost as the exact decimal that it prints as."""
     if name not in COSTS:
         raise OptionError(
-            f"Budget limits {name!r}, which is no known cost; put a function (operation, left_bits, right_bits) -> "
+            f"Budget limits {name!r}, which is not a known cost; put a function (operation, left_bits, right_bits) -> "
             f"cost into infoq_fx.COSTS[{name!r}] first"
         )
     value: Any = COSTS[name](operation, left_bits, right_bits)
@@ -304,7 +304,7 @@ def _evaluate(name: str, operation: Operation, left_bits: int | None, right_bits
 
 
 def _build_own_row(inventory: Inventory, name: str, limit: float, choices: Mapping[str, tuple[int, ...]]) -> CostRow:
-    """A limit on a cost of the user's own, in the largest unit that all its numbers are multiples of."""
+    """The row of a user-defined cost, in the largest unit that all its numbers are multiples of."""
     constant = Fraction(0)
     linear: defaultdict[tuple[str, int], Fraction] = defaultdict(Fraction)
     products: dict[tuple[str, str], defaultdict[tuple[int, int], Fraction]] = {}
@@ -348,13 +348,13 @@ def _build_own_row(inventory: Inventory, name: str, limit: float, choices: Mappi
 
 
 def _is_separable(table: Mapping[tuple[int, int], Fraction]) -> bool:
-    """Whether a cost of two sites is a sum of one of each."""
+    """Whether a cost of two sites is a sum of one cost of each."""
     first, second = min(table)
     return all(c - table[first, j] - table[i, second] + table[first, second] == 0 for (i, j), c in table.items())
 
 
 def _largest_rounded(limit: float, unit: int) -> int:
-    """The largest total of so many units to one whose rounded value meets the limit."""
+    """The largest total, in 1 / ``unit``, whose rounded value meets the limit."""
     exact = Fraction(limit)
     total = math.floor((exact + (Fraction(math.nextafter(limit, math.inf)) - exact) / 2) * unit)
     while float(Fraction(total, unit)) > limit:

@@ -1,7 +1,7 @@
-"""A lower bound on Eq. 5 by its Lagrangian relaxation: every limit becomes a price on its costs.
+"""A lower bound on Eq. 5 by Lagrangian relaxation: every limit becomes a price on its costs.
 
-What is left falls apart into small trees of sites that share operations, and message passing solves those exactly, so
-any prices give a lower bound on the score. It is within a few thousandths of the optimum on real networks.
+The relaxed problem separates into small trees of sites that share operations, which message passing solves exactly, so
+that any prices give a lower bound on the score. It is within a few thousandths of the optimum on real networks.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ Integers: TypeAlias = NDArray[np.int64]
 
 NO_PICKS: Integers = np.zeros(0, np.int64)
 MAX_TOTAL = 2**60  # sums of costs stay within int64
-# Rounding, in parts of the largest score or priced cost, a site: such a sum has as many terms as there are sites.
+# Rounding error per site, relative to the largest score or priced cost: a sum has as many terms as there are sites.
 _ROUNDING = 1e-14
 _MAX_CUTTING_ROUNDS = 60
 _WAY = (0.3, 0.6, 1.0)
-_PRICE_GAP = 1e-3  # prices are good enough when better ones raise the bound by less of what is left to close
+_PRICE_GAP = 1e-3  # stop when better prices could raise the bound by less than this share of the remaining gap
 
 
 @dataclass(frozen=True)
 class Program:
-    """The sites that have a choice, with all costs taken above those of the fewest bits.
+    """The integer program in arrays: the sites with several options, costs relative to those of the fewest bits.
 
-    A site's ``steps`` are its bits above its fewest. The product of two sites' bits is then a linear cost of
-    each and the product of their steps. The sites form trees by those products.
+    A site's ``steps`` are its bits minus its fewest bits. The product of two sites' bits is then a linear cost of
+    each plus the product of their steps. The sites form trees by those products.
     """
 
     sites: tuple[str, ...]
     bits: tuple[tuple[int, ...], ...]
-    scores: Doubles  # [sites, options]; inf: no such option, or one beyond some limit by itself
+    scores: Doubles  # [sites, options]; inf: no such option, or one that alone exceeds a limit
     steps: Integers  # [sites, options]
     linear: Integers  # [rows, sites, options]
     capacity: Integers  # [rows]
@@ -68,20 +68,20 @@ class Program:
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound on the score, and by how much each choice exceeds it.
+    """A lower bound on the score, and how much each option exceeds it.
 
-    ``excess`` is what the choice of a site's option adds to the bound when its parent's is given.
+    ``excess`` is what the choice of a site's option adds to the bound, given its parent's option.
     """
 
     value: float
-    prices: Doubles  # [rows], score a unit of cost
+    prices: Doubles  # [rows], score per unit of cost
     excess: Doubles  # [sites, options, options of the parent]
     picks: Integers  # [sites], the options that attain the bound
-    rounding: float  # of the value and of sums of excess, at most
+    rounding: float  # upper bound on the rounding error of the value and of sums of excess
 
 
 def read_program(rows: Sequence[CostRow], scores: CandidateScores) -> Program | None:
-    """The program in arrays; None for costs beyond integers of 64 bits, and for products that close a cycle."""
+    """Return the program in arrays; None if costs exceed 64-bit integers or products form a cycle."""
     sites = tuple(name for name, by_bits in scores.items() if len(by_bits) > 1)
     bits = tuple(tuple(scores[name]) for name in sites)
     index = {name: i for i, name in enumerate(sites)}
@@ -107,7 +107,7 @@ def read_program(rows: Sequence[CostRow], scores: CandidateScores) -> Program | 
             if macs <= MAX_TOTAL:
                 shared.setdefault((i, j), np.zeros(len(rows), np.int64))[k] = macs
         total += costs.max(1).sum()
-        limits.append((min(limit, total), total))  # more than everything is no limit: the smaller number does
+        limits.append((min(limit, total), total))  # a limit above the total never binds: the total fits int64
     if any(total > MAX_TOTAL for _, total in limits) or (grown := _grow_trees(len(sites), shared)) is None:
         return None
     parents, levels, trees = grown
@@ -121,7 +121,7 @@ def read_program(rows: Sequence[CostRow], scores: CandidateScores) -> Program | 
 
 
 def set_prices(program: Program, ceiling: float) -> tuple[Bound, Integers]:
-    """Prices of nearly the highest bound, by cutting planes, and the best allocation met below the ceiling."""
+    """Find prices of nearly the highest bound by cutting planes, and the best allocation met below the ceiling."""
     unit = np.maximum(program.capacity, 1).astype(np.float64)
     rows, scale = len(unit), ceiling
     cuts: list[list[float]] = []
@@ -129,7 +129,7 @@ def set_prices(program: Program, ceiling: float) -> tuple[Bound, Integers]:
     best = _relax(program, np.zeros(rows))
     bounds, found = [best], NO_PICKS
     for _ in range(_MAX_CUTTING_ROUNDS):
-        # The fewest bits meet every limit: without them the cuts would not bound the prices.
+        # The fewest bits meet every limit: their cut is needed to bound the prices.
         for picks in (*(bound.picks for bound in bounds), *([] if cuts else [np.isfinite(program.scores).argmax(1)])):
             costs, score = site_costs(program, picks).sum(1), total_score(program, picks)
             if score < ceiling and (costs <= program.capacity).all():
@@ -141,19 +141,19 @@ def set_prices(program: Program, ceiling: float) -> tuple[Bound, Integers]:
         left = ceiling - best.value
         if model.status != 0 or left < 0 or model.x[0] * scale - best.value <= _PRICE_GAP * left:
             break
-        # The cuts' own optimum swings widely at first: points on the way to it need fewer rounds.
+        # The optimum of the cuts oscillates at first: points on the way to it need fewer rounds.
         aim = np.maximum(model.x[1:], 0.0) * scale / unit
         bounds = [_relax(program, best.prices + part * (aim - best.prices)) for part in _WAY]
     return best, found
 
 
 def total_score(program: Program, picks: Integers) -> float:
-    """The score of an allocation, ``picks [sites]`` the index of every site's option."""
+    """Return the score of an allocation; ``picks [sites]`` is the index of every site's option."""
     return math.fsum(program.scores[np.arange(len(picks)), picks])
 
 
 def site_costs(program: Program, picks: Integers) -> Integers:
-    """What every site costs with its product with its parent, ``[rows, sites]``."""
+    """Return the cost of every site, its product with its parent included, ``[rows, sites]``."""
     sites = np.arange(len(picks))
     steps = program.steps[sites, picks]
     costs: Integers = program.linear[:, sites, picks] + program.links * steps * steps[program.parents]
@@ -161,7 +161,7 @@ def site_costs(program: Program, picks: Integers) -> Integers:
 
 
 def measure_rises(program: Program, bound: Bound) -> Doubles:
-    """By how much the bound rises when a site takes an option, ``[sites, options]``."""
+    """Return by how much the bound rises if a site takes an option, ``[sites, options]``."""
     rises = np.zeros_like(program.scores)
     for level in program.levels:
         rises[level] = (rises[program.parents[level]][:, None, :] + bound.excess[level]).min(2)
@@ -171,7 +171,7 @@ def measure_rises(program: Program, bound: Bound) -> Doubles:
 def _grow_trees(
     count: int, pairs: Iterable[tuple[int, int]]
 ) -> tuple[Integers, tuple[Integers, ...], tuple[tuple[int, ...], ...]] | None:
-    """Parents, sites by depth, and sites by tree; None where the pairs close a cycle."""
+    """Parents, sites by depth, and sites by tree; None if the pairs form a cycle."""
     near: list[list[int]] = [[] for _ in range(count)]
     for left, right in pairs:
         near[left].append(right)
@@ -194,7 +194,7 @@ def _grow_trees(
 
 
 def _relax(program: Program, prices: Doubles) -> Bound:
-    """The least of score plus priced cost less the priced limits: no allocation within them scores lower."""
+    """The minimum of score plus priced cost minus the priced limits: no allocation within the limits scores lower."""
     cost = program.scores + _weigh(prices, program.linear)
     pair = _weigh(prices, program.links)[:, None, None] * program.products
     magnitude = cost[np.isfinite(cost)].max() + pair.max() + np.max(prices * program.capacity)

@@ -1,4 +1,4 @@
-"""An allocation beside the sites that it is for: as text, and as a table in a notebook."""
+"""Formats an allocation with its sites and costs, as text and as a table in a notebook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Summary(str):
     html: str
 
     def __new__(cls, text: str, html: str) -> Summary:
-        """The text, and the same as HTML."""
+        """Create from a text and the same content as HTML."""
         made = super().__new__(cls, text)
         made.html = html
         return made
@@ -29,15 +29,15 @@ class Summary(str):
 
 
 def summarize_allocation(allocation: Allocation, inventory: Inventory) -> Summary:
-    """A table of the allocation: its sites, its cost, and how the uniform bit-width compares.
+    """Return a table of an allocation: its sites, its cost, and the best uniform bit-width for comparison.
 
     Args:
         allocation: bits for every site of the inventory.
-        inventory: what the prepared model holds.
+        inventory: of the prepared model.
 
     Returns:
-        One line a weight site and one a searched activation site, then two of totals. ``share of size`` is that of the
-        bytes of ``Cost.size_bytes``; beside these the totals give what containers take.
+        One line per weight site and per searched activation site, then lines of totals. ``share of size`` is the share
+        of ``Cost.size_bytes``; the totals also give the size in each container.
     """
     is_own = allocation.budget is None or allocation.budget.container is None
     cost = (is_own and allocation.cost) or measure_cost(inventory, allocation.bits)

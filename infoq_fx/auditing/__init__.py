@@ -1,4 +1,4 @@
-"""Compares criteria on a model of the user's, by what their allocations reach.
+"""Compares criteria on the user's model by the accuracy of their allocations.
 
 In: a model, data, budgets, criteria. Out: an :class:`~infoq_fx.Audit` with a row for each way to allocate.
 """

@@ -1,4 +1,4 @@
-"""Which criterion to take for a model: all of them on equal terms, judged by what their allocations reach."""
+"""Compares criteria on one model under equal conditions, by the accuracy of their allocations."""
 
 from __future__ import annotations
 
@@ -83,43 +83,43 @@ def audit(
     memory_limit: int | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Compare criteria on a model: same quantizers, same data, same integer program.
+    """Compare criteria on a model with the same quantizers, data and integer program.
 
-    For each criterion: how its scores correlate with the accuracy drop of every layer at 4 bits and fewer, the top-1 of
-    its allocation at every budget, the nats that are lost there, and what it cost. Accuracy is that of the quantized
-    model, by default with weights rounded to nearest, on samples that no criterion saw; without labels, agreement with
-    the float model. Nats are the mean KL divergence from the float model's outputs on the same samples. Beside the
-    criteria stand the uniform allocation and, where ``"infoq"`` takes part, what :func:`infoq_fx.quantize` allocates by
-    default.
+    For each criterion: the correlation of its scores with the accuracy drop of every layer at 4 bits and fewer, the
+    top-1 accuracy of its allocation at every budget, the nats lost there, and its cost. Accuracy is that of the
+    quantized model, by default with weights rounded to nearest, on samples that no criterion saw; without labels it is
+    agreement with the float model. Nats are the mean KL divergence from the float model's outputs on the same samples.
+    There are also rows for the uniform allocation and, if ``"infoq"`` is among the criteria, for the allocation that
+    :func:`infoq_fx.quantize` makes by default.
 
-    Deterministic but for the CPU times. With ``cache_dir`` an audit that was stopped goes on where it was, and another
-    criterion or budget costs only itself.
+    Results are deterministic, except for the CPU times. With ``cache_dir`` an interrupted audit resumes, and for
+    another criterion or budget only what is new is measured.
 
     Args:
         model: as for :func:`infoq_fx.quantize`.
-        calibration_data: what the criteria see.
+        calibration_data: the data for the criteria.
         criteria: names, objects or functions. The default leaves out those that train (``"limpq"``, ``"alps"``) and
             those that need labels (``"loss"``, ``"accuracy"``).
-        budgets: mean weight bit-widths or :class:`Budget`.
-        evaluation_data: what the accuracy is measured on; None keeps every second calibration sample for it.
-        correlate: measure the accuracy drop of every layer at 4 bits and fewer and correlate scores with it; it takes
-            about half as long as scoring does.
-        bits: this and all that follow are as for :func:`infoq_fx.quantize`.
-        activation_bits: candidates of activations; criteria that score weights alone need a single one.
-        ignore: layers left in float.
-        pin: bit-widths fixed beforehand.
-        recovery: what each allocation is measured behind, see :func:`infoq_fx.recover`, and scored for, see
-            :func:`infoq_fx.score`; ``"fast"`` is what :func:`infoq_fx.quantize` does, and costs its time for every row
-            and budget.
-        device: where the work is done.
+        budgets: mean weight bit-widths or :class:`infoq_fx.Budget` values.
+        evaluation_data: the data that accuracy is measured on; None sets every second calibration sample aside for it.
+        correlate: measure the accuracy drop of every layer at 4 bits and fewer and correlate scores with it; this takes
+            about half as long as scoring.
+        bits: this and all following arguments are as for :func:`infoq_fx.quantize`.
+        activation_bits: candidates of activations; criteria that score only weights need a single one.
+        ignore: layers to leave in float.
+        pin: fixed bit-widths.
+        recovery: the steps applied to each allocation before it is measured, see :func:`infoq_fx.recover`, and assumed
+            in scoring, see :func:`infoq_fx.score`; ``"fast"`` is the default of :func:`infoq_fx.quantize`, and takes
+            its time for every row and budget.
+        device: to compute on.
         executor: workers for the scoring.
         cache_dir: folder that keeps everything finished.
-        memory_limit: bytes that scoring may take in a process.
+        memory_limit: bytes that scoring may take in one process.
         progress: show progress bars on standard error.
 
     Raises:
-        OptionError: an argument cannot be used, a criterion stands there twice, or scores no activations that are
-            searched.
+        OptionError: an argument cannot be used, a criterion is given twice, or activations are searched that a
+            criterion does not score.
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a budget is out of reach.
     """
@@ -173,7 +173,7 @@ def audit(
 
 
 class _Judge:
-    """Runs allocations over the evaluation samples, each once; what was found is kept in the folder."""
+    """Evaluates allocations over the evaluation samples, each once; results are kept in the folder."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ def _score(
     folder: Path,
     candidates: Candidates | None,
 ) -> tuple[SensitivityTable, float]:
-    """The table and the CPU seconds of all runs that went into it, those of earlier audits included."""
+    """The table and the CPU seconds of all runs behind it, earlier audits included."""
     settings = describe_measurements(criterion, prepared, data, candidates)
     key = digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared))
     path = _path(folder, f"seconds {key}")
@@ -267,14 +267,14 @@ def _refine(
     candidates: Candidates | None,
     folder: Path,
 ) -> Allocation:
-    """What ``quantize()`` takes under a limit; kept, since with candidates the weights are rounded for it once more."""
-    # The first proposal holds the limit, and differs where costs of the user's own do.
+    """The allocation that ``quantize()`` makes under a limit; cached, since candidates need another rounding for it."""
+    # The first proposal reflects the limit and user-defined costs.
     first = json.dumps(describe_allocation(allocate(table, limit)))
     settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "first": first}
     if candidates is not None:
         settings |= candidates.describe()
     path = _path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
-    with suppress(OptionError, KeyError, TypeError, ValueError, AttributeError):  # nothing kept, or damaged
+    with suppress(OptionError, KeyError, TypeError, ValueError, AttributeError):  # not cached, or damaged
         return decode_allocation(_load(path)["allocation"])
     found = choose_allocation(prepared, table, limit, data, candidates=candidates)
     _store(path, {"allocation": describe_allocation(found)})
@@ -282,9 +282,9 @@ def _refine(
 
 
 class _Timed:
-    """A criterion that tells the CPU seconds since it began to measure: none where all was in the cache.
+    """A criterion that reports the CPU seconds since its measurements began: 0 if all of them were cached.
 
-    Rounding the weights counts in full for every criterion that is given them, though it is done once.
+    Rounding the weights counts in full for every criterion that uses them, though it is done once.
     """
 
     def __init__(self, criterion: Criterion, candidates: Candidates | None) -> None:
@@ -346,7 +346,7 @@ def _read_criteria(criteria: Sequence[AnyCriterion]) -> list[Criterion]:
     names = [criterion.name for criterion in chosen]
     for name in names:
         if names.count(name) > 1:
-            raise OptionError(f"criterion {name!r} stands there twice; give one of them another name")
+            raise OptionError(f"criterion {name!r} is given twice; give one of them another name")
     return chosen
 
 
@@ -375,7 +375,7 @@ def _name_budget(budget: float | Budget) -> str:
 
 @contextmanager
 def _kept_folder(cache_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The user's folder, or one for this audit alone: criteria share measurements through it."""
+    """The user's folder, or a temporary one for this audit, through which criteria share measurements."""
     if cache_dir is not None:
         yield Path(cache_dir)
         return
@@ -390,7 +390,7 @@ def _path(folder: Path, key: str) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, _FORMAT, _VERSION) if path.exists() else {}
-    except OptionError:  # cut short or of another release: it is found again
+    except OptionError:  # cut short or of another release: measure again
         return {}
 
 

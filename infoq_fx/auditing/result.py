@@ -1,4 +1,4 @@
-"""What an audit finds: a row for each way to allocate, and which criterion to take."""
+"""The result of an audit: a row for each way to allocate, and the recommended criterion."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from infoq_fx.types import Allocation, Score
 __all__ = ["Audit", "AuditRow", "Hits", "Nats"]
 
 Hits: TypeAlias = NDArray[np.bool_]
-"""Whether each evaluation sample is predicted right."""
+"""Whether the prediction for each evaluation sample is correct."""
 Nats: TypeAlias = NDArray[np.float64]
 """KL divergence of the quantized model's output from the float model's, of each evaluation sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRow:
-    """What one way to allocate reaches.
+    """Accuracy, information loss and cost of one way to allocate.
 
-    ``hits`` are right predictions of the evaluation samples, by budget, and ``nats`` what their outputs lose against
-    the float model's: it tells allocations apart that a top-1 does not. ``correlation`` is Pearson's r between score
-    and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is Spearman's.
-    ``cpu_seconds`` is what scoring took, whichever run did it (killed ones and workers apart); ``images`` is how
-    many it looked at. These five are None for rows without a criterion of their own.
+    ``hits`` says which evaluation samples are predicted correctly, by budget. ``nats`` is the divergence of their
+    outputs from the float model's, which distinguishes allocations of equal top-1. ``correlation`` is Pearson's r
+    between score and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is
+    Spearman's. ``cpu_seconds`` is the time of scoring over all runs (without killed ones and workers); ``images`` is
+    the number of samples that scoring used. These five are None for rows without a criterion of their own.
     """
 
     name: str
@@ -44,14 +44,14 @@ class AuditRow:
     nats: Mapping[str, Nats] = field(default_factory=dict)
 
     def top1(self, budget: str) -> Score | None:
-        """Percent of right predictions and its standard error; None where nothing fits the budget."""
+        """Return the percentage of correct predictions and its standard error; None if nothing fits the budget."""
         if budget not in self.hits:
             return None
         share, samples = float(self.hits[budget].mean()), len(self.hits[budget])
         return Score(100 * share, 100 * math.sqrt(share * (1 - share) / samples))
 
     def lost_nats(self, budget: str) -> Score | None:
-        """Mean of ``nats`` over the samples and its standard error; None where nothing fits the budget."""
+        """Return the mean of ``nats`` over the samples and its standard error; None if nothing fits the budget."""
         if budget not in self.nats:
             return None
         nats = self.nats[budget]
@@ -59,16 +59,16 @@ class AuditRow:
 
     @property
     def mean_top1(self) -> float:
-        """Mean over the budgets."""
+        """Mean top-1 over the budgets."""
         return float(np.mean([100 * hits.mean() for hits in self.hits.values()]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The rows, one a criterion, then ``"uniform"`` and, where InfoQ took part, ``"infoq, refined"``.
+    """The result of an audit: a row per criterion, then ``"uniform"`` and, with InfoQ, ``"infoq, refined"``.
 
     ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
-    ``float_top1`` is the float model's.
+    ``float_top1`` is the float model's top-1 in percent.
     """
 
     rows: tuple[AuditRow, ...]
@@ -80,18 +80,18 @@ class Audit:
 
     @property
     def leader(self) -> AuditRow:
-        """The row of the criterion with the best mean top-1; of equals the one that costs less."""
+        """The row of the criterion with the best mean top-1; among equals, the one with the lower cost."""
         return max(self._candidates(), key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
 
     @property
     def recommended(self) -> AuditRow:
-        """The leader, or the one that loses the fewest nats (geometric mean over budgets) of those level with it."""
+        """The row that loses the fewest nats (geometric mean over budgets) among the leader and those level with it."""
         leader, level = self.leader, self.indistinguishable()
         rows = [leader, *(row for row in self._candidates() if row.name in level)]
         return leader if any(not row.nats for row in rows) else min(rows, key=_mean_log_nats)
 
     def lead_over(self, name: str) -> Score:
-        """How far the leader is ahead of another row: points of mean top-1, and the paired standard error."""
+        """Return the leader's lead over another row in points of mean top-1, with the paired standard error."""
         best, other = self.leader, next(row for row in self.rows if row.name == name)
         shared = [budget for budget in self.budgets if budget in best.hits and budget in other.hits]
         if not shared:
@@ -100,7 +100,7 @@ class Audit:
         return Score(float(difference.mean()), float(difference.std() / math.sqrt(len(difference))))
 
     def indistinguishable(self) -> list[str]:
-        """Names of the other criteria whose top-1 is within two standard errors of the leader's."""
+        """Return the names of the other criteria whose top-1 is within two standard errors of the leader's."""
         leader = self.leader
         others = [row.name for row in self._candidates() if row is not leader]
         return [name for name in others if (lead := self.lead_over(name)).value <= 2 * lead.standard_error]

@@ -1,4 +1,4 @@
-"""The command line's frame: what every command shares, from its errors and exit codes to what it leaves behind."""
+"""The command-line application: what all commands share, such as errors, exit codes and configuration files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _JSON, _DEBUG = "infoq_fx.json", "infoq_fx.debug"
 
 
 class ExitCode(enum.IntEnum):
-    """What the program's exit code says."""
+    """Exit codes of the program."""
 
     DONE = 0
     INPUT = 1
@@ -41,43 +41,45 @@ class ExitCode(enum.IntEnum):
 
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 an input cannot be used; 2 the command line cannot be read; 3 a file is unsound (verify, "
-    "quantize, export); 4 no allocation fits the budget; 5 a fault of this program; 130 interrupted."
+    "Exit codes: 0 done; 1 an input cannot be used; 2 the command line cannot be parsed; 3 a file is unsound (verify, "
+    "quantize, export); 4 no allocation fits the budget; 5 internal error; 130 interrupted."
 )
 _EPILOG = (
-    "First: infoq-fx quantize torchvision.models:resnet18 images/ --weights resnet18.pth --budget 4 -o model.onnx. "
-    "Or in stages: score on a server, allocate on a laptop. Options may come from a TOML file (--config); every "
-    f"result has the one that made it beside it, as model.onnx.toml. {_EXIT_CODES}"
+    "Example: infoq-fx quantize torchvision.models:resnet18 images/ --weights resnet18.pth --budget 4 -o model.onnx. "
+    "Or in stages: score on a server, allocate on a laptop. Options may come from a TOML file (--config); the options "
+    f"of every result are written next to it, such as model.onnx.toml. {_EXIT_CODES}"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a command hands over: text for people, a document for machines, and the file that it wrote.
+    """The result of a command: text for people, a document for machines, and the file or folder that it wrote.
 
-    The document holds plain values; ``exit_code`` is not 0 where a finished command has bad news.
+    ``settings`` is the file for the options, next to the output by default. The document holds values that JSON can
+    store; ``exit_code`` is not 0 if the command finished with a bad result.
     """
 
     text: str
     document: Mapping[str, Any]
     output: Path | None = None
+    settings: Path | None = None
     exit_code: int = ExitCode.DONE
 
 
 class _Commands(TyperGroup):
-    """All commands, with one place that turns errors into a paragraph and an exit code."""
+    """The group of all commands, which turns errors into a message and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of the work."""
+        """List the commands in the order in which they are used."""
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Note how errors are to be shown before anything can fail."""
+        """Read how errors are to be shown, before anything can fail, and parse."""
         ctx.meta[_JSON], ctx.meta[_DEBUG] = "--json" in args, "--debug" in args
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command, and turn errors into messages and exit codes."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
@@ -96,7 +98,7 @@ class _Commands(TyperGroup):
                 raise
             reason = " ".join(str(error).split())[:500] or "no message"
             advice = "run it again with --debug for the traceback, and report that"
-            _fail(ctx, error, ExitCode.FAULT, f"error: a fault of infoq-fx, {type(error).__name__}: {reason}; {advice}")
+            _fail(ctx, error, ExitCode.FAULT, f"error: a bug in infoq-fx, {type(error).__name__}: {reason}; {advice}")
 
 
 app = typer.Typer(
@@ -106,15 +108,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
-    help="Find the bit-width of every layer under a budget and write a QDQ ONNX file that is known to run.",
+    help="Find the bit-width of every layer within a budget and write a verified QDQ ONNX file.",
 )
 
 
 def command(function: Callable[..., Result]) -> Callable[..., None]:
-    """Register a command of :data:`app`: its name is the function's, its help the docstring.
+    """Register a function as a command of :data:`app`; its name is the function's, its help text the docstring.
 
-    The result is printed as text or, with ``--json``, as the one document on standard output; the effective
-    configuration is written beside the file.
+    The result is printed as text or, with ``--json``, as the only document on standard output; the effective
+    configuration is written next to the result.
     """
 
     @functools.wraps(function)
@@ -123,7 +125,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
             result = function(ctx, **options)
         document = {"command": ctx.info_name, "version": __version__, **result.document}
         if result.output is not None:
-            kept = write_configuration(ctx, result.output)
+            kept = write_configuration(ctx, result.output, result.settings)
             document |= {"output": str(result.output), "configuration": str(kept)}
         typer.echo(json.dumps(document, indent=1, default=float) if options["json_output"] else result.text)
         if result.exit_code:
@@ -142,28 +144,41 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _shared(
     version: bool = typer.Option(
-        False, "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
     ),
 ) -> None:
     pass
 
 
 def say(message: str, *, progress: bool) -> None:
-    """A line about what comes next, on standard error, where the bars are."""
+    """Print a line about the next stage on standard error, like the progress bars."""
     if progress:
         typer.echo(message, err=True)
 
 
 def check_output(path: Path, option: str = "--output") -> Path:
-    """The path of a result, known to be writable before the work begins.
+    """Return the path of a result after checking that it can be written.
 
     Raises:
-        OptionError: it is a folder, or lies in one that is not there.
+        OptionError: it is a folder, or its folder does not exist.
     """
     if path.is_dir():
         raise OptionError(f"{option} {str(path)!r} is a folder; give the path of a file in it")
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"{option} {str(path)!r} lies in a folder that is not there; make {str(path.parent)!r} first")
+        raise OptionError(f"{option} {str(path)!r} is in a folder that does not exist; make {str(path.parent)!r} first")
+    return path
+
+
+def check_output_folder(path: Path, option: str = "--output") -> Path:
+    """The folder for results, made if it is not there, and known before the work begins.
+
+    Raises:
+        OptionError: it is a file, or it cannot be made.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{option} {str(path)!r} cannot be made ({error.strerror}); give another folder") from error
     return path
 
 
@@ -174,7 +189,7 @@ def main() -> None:
 
 @contextmanager
 def _messages(debug: bool) -> Iterator[None]:
-    """Warnings as single lines on standard error, and with ``--debug`` all that the library logs."""
+    """Show warnings as single lines on standard error, and with ``--debug`` everything that the library logs."""
     handler = logging.StreamHandler(sys.stderr)
     logger, level = logging.getLogger("infoq_fx"), logging.getLogger("infoq_fx").level
     with warnings.catch_warnings():
@@ -195,7 +210,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
-    """Say what went wrong, for people and, where they asked, for machines, and leave with the code."""
+    """Print an error for people and, with ``--json``, for machines, and exit with the code."""
     if ctx.meta[_DEBUG]:
         typer.echo("".join(traceback.format_exception(error)), err=True)
     typer.echo(message, err=True)
@@ -206,5 +221,5 @@ def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
 
 
 def _on_one_line(error: BaseException) -> str:
-    """The library's message, without its line breaks."""
+    """The library's message without line breaks."""
     return " ".join(str(error).split())

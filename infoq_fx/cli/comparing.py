@@ -1,4 +1,4 @@
-"""``infoq-fx audit`` and ``infoq-fx report``: which criterion to take, and what a result looks like."""
+"""The commands ``infoq-fx audit``, which compares criteria, and ``infoq-fx report``, which writes a page."""
 
 from __future__ import annotations
 
@@ -50,20 +50,22 @@ def audit(
     data: Data,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The comparison to write, JSON.")] = None,
     criteria: Annotated[
-        str, typer.Option(help="Names with commas between.", rich_help_panel="Search")
+        str, typer.Option(help="Names, separated by commas.", rich_help_panel="Search")
     ] = "infoq,hawq_v2,mpqco,eagl,weight_mse",
     budgets: Annotated[
-        str, typer.Option(help="Mean weight bit-widths, with commas between.", rich_help_panel="Search")
+        str, typer.Option(help="Mean weight bit-widths, separated by commas.", rich_help_panel="Search")
     ] = "5,4,3",
     evaluation_data: Annotated[
         Path | None,
-        typer.Option(help="What accuracy is measured on; else every second sample of DATA.", rich_help_panel="Data"),
+        typer.Option(
+            help="Data to measure accuracy on; by default every second sample of DATA.", rich_help_panel="Data"
+        ),
     ] = None,
     correlate: Annotated[
         bool, typer.Option(help="Measure every layer's accuracy drop and correlate with it.", rich_help_panel="Search")
     ] = True,
     recovery: Annotated[
-        str, typer.Option(help="What accuracy is measured behind; quantize has fast.", rich_help_panel="Search")
+        str, typer.Option(help="Recovery before accuracy is measured; quantize uses fast.", rich_help_panel="Search")
     ] = "none",
     weights: Weights = None,
     samples: Samples = 1024,
@@ -85,7 +87,7 @@ def audit(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Compare criteria on a model, by what their allocations reach on samples that they did not see."""
+    """Compare criteria on a model by the accuracy of their allocations on held-out samples."""
     import infoq_fx.auditing.comparison
     from infoq_fx.cli.model_files import load_model
 
@@ -123,10 +125,10 @@ def audit(
 @command
 def report(
     ctx: typer.Context,
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="The table of scores that score or quantize wrote.")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A table of scores from score or quantize.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, HTML.")],
     allocation: Annotated[
-        Path | None, typer.Option(help="What infoq-fx allocate wrote, to show beside the curve.")
+        Path | None, typer.Option(help="An allocation from infoq-fx allocate, to show with the curve.")
     ] = None,
     alpha: Alpha = 1.0,
     pin: Pin = None,
@@ -135,7 +137,7 @@ def report(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Write one HTML page about a table of scores: layers, bit-widths, and the curve over budgets with a slider."""
+    """Write an HTML page about a table of scores: layers, bit-widths, and a slider over budgets."""
     from infoq_fx.allocation.allocation_file import load_allocation
     from infoq_fx.report.page import write_report
     from infoq_fx.table import SensitivityTable
@@ -153,7 +155,7 @@ def report(
 
 
 def _describe_audit(found: Audit) -> dict[str, Any]:
-    """The comparison in plain values."""
+    """The comparison as values that JSON can store."""
     rows = []
     for row in found.rows:
         top1 = {budget: row.top1(budget) for budget in found.budgets}

@@ -1,4 +1,4 @@
-"""Options from a TOML file, and the effective ones of a run written beside its result."""
+"""Reads options from a TOML file, and writes the effective options of a run next to its result."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ABOUT = {"command", "version"}
 
 
 def read_configuration(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take a command's defaults from a TOML file; what the command line says itself goes before.
+    """Read a command's defaults from a TOML file; the command line takes precedence.
 
-    Keys are the options' names with underscores. Those at the top serve every command that has them, those in a table
-    named by a command, as ``[quantize]``, serve that command.
+    Keys are the options' names with underscores. Those at the top apply to every command that has them, those in a
+    table named after a command, such as ``[quantize]``, to that command.
 
     Raises:
-        OptionError: the file cannot be read, or holds a name or a value that no option takes.
+        OptionError: the file cannot be read, or has a name or a value that no option takes.
     """
     if path is None:
         return None
@@ -52,14 +52,15 @@ def read_configuration(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def write_configuration(ctx: typer.Context, output: Path) -> Path:
-    """Write what a command ran with beside its result, as TOML that ``--config`` takes.
+def write_configuration(ctx: typer.Context, output: Path, path: Path | None = None) -> Path:
+    """Write the effective options of a command next to its result, as TOML for ``--config``.
 
     Args:
         ctx: of the command that has run.
-        output: the result; the file is named after it, with ``.toml`` at the end.
+        output: the result.
+        path: the file; None for the result's name with ``.toml`` appended.
     """
-    path = output.with_name(output.name + ".toml")
+    path = path or output.with_name(output.name + ".toml")
     lines = [
         f"# What {output.name} was made with. Again:  infoq-fx {ctx.info_name} --config {path.name}",
         f"command = {_write_value(str(ctx.info_name))}",
@@ -76,7 +77,7 @@ def write_configuration(ctx: typer.Context, output: Path) -> Path:
 
 
 def _commands(ctx: typer.Context) -> dict[str, list[str]]:
-    """The names of the options of every command."""
+    """The option names of every command."""
     parent: Any = ctx.parent
     return {name: _option_names(command) for name, command in parent.command.commands.items()}
 
@@ -97,7 +98,7 @@ def _plain(key: str) -> str:
 
 
 def _as_typed(path: Path, key: str, value: Any) -> Any:
-    """A value as one would type it: numbers with commas between, and pairs with an equals sign."""
+    """A value as typed on the command line: numbers separated by commas, and pairs with an equals sign."""
     if isinstance(value, dict):
         return [f"{name}={held}" for name, held in value.items()]
     if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
@@ -116,5 +117,5 @@ def _write_value(value: Any) -> str:
         return f"[{', '.join(map(_write_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_write_value(str(k))} = {_write_value(v)}' for k, v in value.items())}}}"
-    # JSON's strings are TOML's, but for this one character.
+    # JSON strings are valid TOML, except for this character.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

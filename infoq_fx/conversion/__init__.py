@@ -1,7 +1,7 @@
-"""A prepared model at the bit-widths of an allocation becomes the quantized module.
+"""Converts a prepared model into a quantized module at the bit-widths of an allocation.
 
 In: a :class:`~infoq_fx.PreparedModel` and an :class:`~infoq_fx.Allocation`. Out: a :class:`~infoq_fx.QuantizedModule`
-with integer weights, which remembers how it was made. The prepared model stays as it is.
+with integer weights and a record of how it was made. The prepared model is not changed.
 """
 
 import lazy_loader

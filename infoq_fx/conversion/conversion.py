@@ -1,4 +1,4 @@
-"""A prepared model at the bit-widths of an allocation becomes the quantized module."""
+"""Converts a prepared model into a quantized module at the bit-widths of an allocation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["check_allocation", "convert_prepared"]
 def convert_prepared(
     prepared: PreparedModel, allocation: Allocation, table: SensitivityTable | None
 ) -> QuantizedModule:
-    """The quantized model of an allocation; see :func:`infoq_fx.convert`. ``table`` are the scores behind it."""
+    """Convert a prepared model; see :func:`infoq_fx.convert`. ``table`` holds the scores behind the allocation."""
     check_allocation(prepared, allocation)
     allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
     graph_module = copy.deepcopy(prepared.graph_module)
@@ -39,10 +39,10 @@ def convert_prepared(
 
 
 def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
-    """Refuse an allocation that lacks a site, or has a bit-width that the site was not calibrated for.
+    """Check that an allocation gives every site a bit-width that it was calibrated for.
 
     Raises:
-        OptionError: the first such site.
+        OptionError: a site has no bit-width, or one that it was not calibrated for.
     """
     for _, quantizer in prepared.quantizer_nodes():
         name, known = quantizer.site.name, quantizer.calibrated_bits

@@ -1,4 +1,4 @@
-"""The result: a graph module that remembers its allocation."""
+"""The quantized module, a graph module with a record of its allocation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _META_KEY = "infoq"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a quantized module remembers of its making; nothing of it is ever changed, so that copies share it.
+    """The record of how a quantized module was made; it is immutable, so that copies of the module share it.
 
-    Two example samples by input name serve the export. ``batch_size`` is None unless the graph is fixed to one.
-    ``inventory`` is what it was prepared as, ``table`` the scores that the allocation was found with, where
-    :func:`infoq_fx.quantize` made it. ``prepared`` is what it was converted from, in this process; a file does not
-    hold it.
+    ``example_inputs`` are two samples by input name, for export. ``batch_size`` is None unless the graph is fixed to
+    one. ``inventory`` is that of the prepared model, ``table`` the scores that the allocation was found with, if
+    :func:`infoq_fx.quantize` made it. ``prepared`` is the model that it was converted from, in this process; it is not
+    saved to files.
     """
 
     allocation: Allocation
@@ -48,7 +48,7 @@ class Provenance:
 
 
 class QuantizedModule(fx.GraphModule):
-    """A quantized graph. Its nodes carry their bits in ``node.meta["infoq"]``, also after pickle and deepcopy."""
+    """A quantized graph module; ``node.meta["infoq"]`` has each node's bits, also after pickle and deepcopy."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # fx pickles a graph as its code and drops all meta.
@@ -60,7 +60,7 @@ class QuantizedModule(fx.GraphModule):
 
 
 def wrap_quantized(graph_module: fx.GraphModule, provenance: Provenance) -> QuantizedModule:
-    """Attach its provenance to a converted graph and annotate its nodes."""
+    """Turn a converted graph into a quantized module: attach its provenance and annotate its nodes."""
     module = QuantizedModule(graph_module, graph_module.graph, class_name="QuantizedModule")
     annotate_bits(module)
     module.meta[_META_KEY] = provenance
@@ -68,14 +68,14 @@ def wrap_quantized(graph_module: fx.GraphModule, provenance: Provenance) -> Quan
 
 
 def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
-    """The allocation behind a quantized module.
+    """Return the allocation of a quantized module.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, a copy of it, or what
-            ``torch.export`` made of it; after an export only the bit-widths are known.
+            ``torch.export`` made of it; after ``torch.export`` only the bit-widths are known.
 
     Raises:
-        OptionError: the model holds no quantized site.
+        OptionError: the model has no quantized site.
     """
     provenance = provenance_of(quantized)
     if provenance is not None:
@@ -88,18 +88,18 @@ def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
 
 
 def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inventory | None = None) -> Summary:
-    """A table of an allocation: every layer's bits, score and share of the size, the cost, and the uniform bit-width.
+    """Return a table of an allocation: bits, score and share of the size by layer, the cost, the uniform bit-width.
 
     Args:
         source: a quantized module, or an allocation, which needs ``inventory``.
-        inventory: what the prepared model holds, ``table.inventory``.
+        inventory: of the prepared model: ``table.inventory``.
 
     Returns:
-        Text; a notebook shows it as a table. Without an inventory (a module read back from ``torch.export``) the
+        Text; a notebook shows it as a table. Without an inventory (a module read back from ``torch.export``) it is the
         allocation alone.
 
     Raises:
-        OptionError: the model holds no quantized site.
+        OptionError: the model has no quantized site.
     """
     allocation = source if isinstance(source, Allocation) else allocation_of(source)
     provenance = None if isinstance(source, Allocation) else provenance_of(source)
@@ -110,7 +110,7 @@ def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inven
 
 
 def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:
-    """What the module remembers; None after ``torch.export`` or for a model that is not quantized."""
+    """Return the provenance of a module; None after ``torch.export`` or for a model that is not quantized."""
     meta = getattr(quantized, "meta", None)
     found = meta.get(_META_KEY) if isinstance(meta, dict) else None
     return found if isinstance(found, Provenance) else None

@@ -1,7 +1,7 @@
-"""What every room needs and that knows nothing of quantization: data, files, threads, memory, compilation.
+"""Services that do not depend on quantization: data, files, threads, memory, compilation.
 
 In: what a user gives (samples, paths, options). Out: checked values and small services.
-May be imported by every other room; imports none of them but ``errors``.
+Every other package may import this one; it imports only ``errors``.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and moved, read with a reason when they cannot be."""
+"""Atomic file writes, and JSON reads that say why a file cannot be used."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["check_format", "read_json", "write_atomically"]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8: the whole of it or nothing; what stood there before stays until then.
+    """Write a file atomically, text as UTF-8; a previous file stays until the new one is complete.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    # os.replace is atomic only within one file system: the temporary file lies beside its target.
+    # os.replace is atomic only within one file system: the temporary file goes into the target's folder.
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -32,10 +32,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def read_json(path: Path, marker: str, version: int) -> dict[str, Any]:
-    """A JSON object that carries a format marker and a version.
+    """Read a JSON object that has a format marker and a version.
 
     Raises:
-        OptionError: why it is no such file: missing, cut short, of another kind or another version.
+        OptionError: the file is missing, cut short, or of another format or version; the message says which.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -49,10 +49,10 @@ def read_json(path: Path, marker: str, version: int) -> dict[str, Any]:
 
 
 def check_format(document: Any, marker: str, version: int) -> dict[str, Any]:
-    """A JSON document, known to be an object with this format marker and version.
+    """Return a JSON document after checking that it is an object with this format marker and version.
 
     Raises:
-        OptionError: it is of another kind or another version.
+        OptionError: it has another format or version.
     """
     if not isinstance(document, dict) or document.get("format") != marker:
         raise OptionError(f"its format marker is not {marker!r}")
@@ -62,4 +62,4 @@ def check_format(document: Any, marker: str, version: int) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise OptionError(f"it holds {name}, which no such file has")
+    raise OptionError(f"it holds {name}, which is not a valid value")

@@ -1,4 +1,4 @@
-"""Whatever the user gave as calibration data becomes one checked value: inputs by name, labels or none."""
+"""Calibration data: whatever form the user gives is read and checked into inputs by name and optional labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["LABEL_KEYS", "MAX_BYTES", "MAX_SAMPLES", "CalibrationData", "read_da
 
 MAX_SAMPLES = 20_000
 MAX_BYTES = 32 << 30
-_HELD_BYTES = 64 << 20  # more than this is spooled to disk while it is read, and mapped
+_HELD_BYTES = 64 << 20  # more than this is spooled to disk while it is read, then memory-mapped
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _FORMS = "give batches of inputs, (inputs, labels) or a dict of tensors; inputs are a tensor or a tuple of tensors"
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples in memory or, if they are many, mapped from disk.
+    """Calibration samples, in memory or memory-mapped from disk if there are many.
 
     ``inputs`` map input names (or positions as text, before the model is known) to tensors ``[samples, ...]``;
     ``labels`` are int64 ``[samples]`` or None.
@@ -42,16 +42,16 @@ class CalibrationData:
 
     @property
     def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """Two samples (one sample twice if there is but one), as the model takes them."""
+        """Two samples (one sample twice if there is only one), in the form that the model takes."""
         rows = torch.tensor([0, min(1, self.samples - 1)])
         chosen = {name: x.cpu()[rows] for name, x in self.inputs.items()}
         return tuple(chosen.values()) if self.is_positional else chosen
 
     def named(self, input_names: Sequence[str]) -> CalibrationData:
-        """The same data with the model's own input names, in the model's order.
+        """Return the same data with the model's input names, in the model's order.
 
         Raises:
-            CalibrationDataError: other inputs than the model takes.
+            CalibrationDataError: the inputs are not those that the model takes.
         """
         if self.is_positional and len(self.inputs) == len(input_names):
             inputs = dict(zip(input_names, self.inputs.values(), strict=True))
@@ -66,37 +66,37 @@ class CalibrationData:
         return replace(self, inputs=inputs, is_positional=False)
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Consecutive slices of at most ``batch_size`` samples, by input name."""
+        """Yield consecutive slices of at most ``batch_size`` samples, by input name."""
         for start in range(0, self.samples, batch_size):
             yield {name: x[start : start + batch_size] for name, x in self.inputs.items()}
 
     def to(self, device: torch.device | str) -> CalibrationData:
-        """The same data on another device."""
+        """Return the same data on another device."""
         inputs = {name: x.to(device) for name, x in self.inputs.items()}
         return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels.to(device))
 
     def take(self, samples: int) -> CalibrationData:
-        """The first ``samples`` samples."""
+        """Return the first ``samples`` samples."""
         inputs = {name: x[:samples] for name, x in self.inputs.items()}
         return replace(self, inputs=inputs, labels=None if self.labels is None else self.labels[:samples])
 
     def spread(self, samples: int) -> CalibrationData:
-        """So many samples evenly spread over the data, or all if there are no more."""
+        """Return ``samples`` samples evenly spread over the data, or all if there are fewer."""
         if samples >= self.samples:
             return self
         return self.select(torch.arange(samples) * self.samples // samples)
 
     def select(self, rows: Tensor) -> CalibrationData:
-        """Copies of the samples of these indices, int64 ``[samples]``."""
+        """Return copies of the samples with the given indices, int64 ``[samples]``."""
         inputs = {name: x[rows.to(x.device)] for name, x in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
         return replace(self, inputs=inputs, labels=labels)
 
     def check_labels(self, classes: int) -> None:
-        """Refuse labels that the model has no logit for.
+        """Check that every label is a class of the model.
 
         Raises:
-            CalibrationDataError: a label below 0 or not below ``classes``.
+            CalibrationDataError: a label is below 0 or not below ``classes``.
         """
         if self.labels is None:
             return
@@ -104,7 +104,7 @@ class CalibrationData:
         if low < 0 or high >= classes:
             raise CalibrationDataError(
                 f"labels range from {low} to {high}, but the model has {classes} classes: use 0 to {classes - 1}, "
-                "or leave the labels out and the model's own predictions serve"
+                "or leave the labels out to use the model's own predictions"
             )
 
 
@@ -113,8 +113,8 @@ def read_data(data: Any) -> CalibrationData:
 
     Args:
         data: a ``DataLoader`` or other iterable of batches; or one batch by itself: a tensor ``[samples, ...]``,
-            ``(inputs, labels)`` or a dict. Labels in a dict stand under one of ``LABEL_KEYS``. NumPy arrays count
-            as tensors. A :class:`CalibrationData` is returned as it is.
+            ``(inputs, labels)`` or a dict. Labels in a dict have one of ``LABEL_KEYS`` as their key. NumPy arrays
+            count as tensors. A :class:`CalibrationData` is returned unchanged.
 
     Raises:
         CalibrationDataError: no sample, more than ``MAX_SAMPLES`` samples or ``MAX_BYTES`` bytes (an endless
@@ -140,7 +140,7 @@ def read_data(data: Any) -> CalibrationData:
             if samples > MAX_SAMPLES or byte_count > MAX_BYTES or index > MAX_SAMPLES:
                 raise CalibrationDataError(
                     f"calibration data has not ended after {samples:,} samples ({byte_count / 2**20:,.0f} MiB); is the "
-                    "loader endless? About 1,000 samples serve: pass itertools.islice(loader, batches) or a Subset"
+                    "loader endless? About 1,000 samples are enough: pass itertools.islice(loader, batches) or a Subset"
                 )
             if index > 0 and held_bytes > _HELD_BYTES:
                 parts, held_bytes = [spool.take(parts)], 0
@@ -150,7 +150,7 @@ def read_data(data: Any) -> CalibrationData:
 
 
 class _Spool:
-    """Files without a name that hold what does not fit in memory; mapped afterwards, and gone with the tensors."""
+    """Unnamed temporary files for data too large for memory; mapped afterwards, and freed with the tensors."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -159,7 +159,7 @@ class _Spool:
         self.samples = 0
 
     def take(self, parts: Sequence[CalibrationData]) -> CalibrationData:
-        """Write parts to disk; an empty one, of the same form, is what is left of them."""
+        """Write parts to disk and return an empty part of the same form."""
         try:
             for part in parts:
                 for name, x in part.inputs.items():
@@ -179,12 +179,12 @@ class _Spool:
         return CalibrationData(empty, None if first.labels is None else first.labels[:0], first.is_positional)
 
     def map(self, rest: Sequence[CalibrationData]) -> CalibrationData:
-        """Everything written so far and the rest, as tensors mapped from the files."""
+        """Return everything written so far and ``rest`` as tensors mapped from the files."""
         form = self.take(rest)
         inputs = {}
         for name, file in self._files.items():
             file.flush()
-            # Copy on write: torch wants memory that it could write.
+            # Copy on write: torch requires writable memory.
             mapped = torch.from_numpy(np.memmap(file, np.uint8, "c"))
             inputs[name] = mapped.view(form.inputs[name].dtype).view(self.samples, *form.inputs[name].shape[1:])
         return CalibrationData(inputs, torch.cat(self._labels) if self._labels else None, form.is_positional)
@@ -242,7 +242,7 @@ def _check_inputs(inputs: Mapping[str, Tensor], index: int) -> None:
     if len({x.shape[0] for x in inputs.values()}) > 1:
         sizes = ", ".join(f"{name}: {x.shape[0]}" for name, x in inputs.items())
         raise CalibrationDataError(
-            f"inputs of batch {index} have different numbers of samples: {sizes}; give as many of each"
+            f"inputs of batch {index} have different numbers of samples: {sizes}; give the same number of each"
         )
 
 
@@ -255,25 +255,29 @@ def _read_labels(labels: Any, samples: int, index: int) -> Tensor | None:
         read = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalibrationDataError(
-            f"labels of batch {index} are no integer tensor: {error}; give class numbers"
+            f"labels of batch {index} are not an integer tensor: {error}; give class numbers"
         ) from error
     if read.is_floating_point() or read.is_complex() or read.ndim != 1:
         raise CalibrationDataError(
             f"labels of batch {index} are {read.dtype} {list(read.shape)}; give class numbers, int64 [{samples}]"
         )
     if read.shape[0] != samples:
-        raise CalibrationDataError(f"batch {index} has {samples} samples but {read.shape[0]} labels; give one a sample")
+        raise CalibrationDataError(
+            f"batch {index} has {samples} samples but {read.shape[0]} labels; give one label per sample"
+        )
     return read.to(torch.int64)
 
 
 def _check_alike(first: CalibrationData, other: CalibrationData, index: int) -> None:
     if list(first.inputs) != list(other.inputs) or (first.labels is None) != (other.labels is None):
-        raise CalibrationDataError(f"batch {index} has other inputs or labels than batch 0; give them all alike")
+        raise CalibrationDataError(
+            f"batch {index} has other inputs or labels than batch 0; give every batch the same ones"
+        )
     for name, x in first.inputs.items():
         y = other.inputs[name]
         if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype:
             raise CalibrationDataError(
-                f"input {name!r} of batch {index} is {y.dtype} {list(y.shape[1:])} a sample, in batch 0 it is "
+                f"input {name!r} of batch {index} is {y.dtype} {list(y.shape[1:])} per sample, in batch 0 it is "
                 f"{x.dtype} {list(x.shape[1:])}: resize or pad the samples to one shape"
             )
 

@@ -1,4 +1,4 @@
-"""Compilation of loops to machine code, kept on disk: the only numba import."""
+"""Compiles loops to machine code, cached on disk; the only module that imports numba."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def jit(function: _Function, **options: Any) -> _Function:
-    """Compile at the first call with each kind of arguments; later processes load the result.
+    """Compile a function at its first call for each combination of argument types; later processes load the result.
 
-    The function runs without the interpreter lock, and divisions by 0 give infinity or NaN.
+    The function runs without the GIL, and divisions by 0 give infinity or NaN.
     """
     options = {"nogil": True, "error_model": "numpy", **options}
     try:
         return cast(_Function, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written: compile every time
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable: compile in every process
         return cast(_Function, numba.njit(**options)(function))
 
 
 def usable_threads() -> int:
-    """Threads that numba was told to use; estimates are spread over so many."""
+    """Return the number of threads that numba is set to use, over which estimates are spread."""
     return int(numba.get_num_threads())

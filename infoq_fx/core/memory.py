@@ -1,4 +1,4 @@
-"""How much memory this process may take."""
+"""The memory available to this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def available_memory_bytes() -> int:
-    """Bytes that can be taken without swapping: of the machine, or of the container where that has less."""
+    """Return the bytes available without swapping, on the machine or within the container's limit if that is less."""
     available = int(psutil.virtual_memory().available)
     for path in _CGROUP_LIMITS:
         try:
             limit = int(path.read_text())
-        except (OSError, ValueError):  # no such group, or "max"
+        except (OSError, ValueError):  # no such cgroup, or "max"
             continue
         available = min(available, max(0, limit - int(psutil.Process().memory_info().rss)))
     return available

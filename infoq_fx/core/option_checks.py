@@ -1,4 +1,4 @@
-"""Checks of numbers that a user gives as options."""
+"""Checks of numeric options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["check_count", "check_rate"]
 
 
 def check_count(option: str, value: int, least: int) -> None:
-    """Refuse an option that is no whole number from ``least`` on.
+    """Check that an option is an integer of at least ``least``.
 
     Raises:
         OptionError: it is not.
@@ -20,7 +20,7 @@ def check_count(option: str, value: int, least: int) -> None:
 
 
 def check_rate(option: str, value: float) -> None:
-    """Refuse an option that is no positive finite number.
+    """Check that an option is a positive finite number.
 
     Raises:
         OptionError: it is not.

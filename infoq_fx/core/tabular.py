@@ -1,4 +1,4 @@
-"""Rows of cells as aligned text and as an HTML table."""
+"""Formats rows of cells as aligned text and as an HTML table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["align_rows", "html_table"]
 
 
 def align_rows(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """One line a row, in columns two spaces apart; the first ``left`` columns start at the left, others end right."""
+    """Return one line per row with columns two spaces apart, the first ``left`` left-aligned, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -21,13 +21,13 @@ def align_rows(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def html_table(caption: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = (), left: int = 1) -> str:
-    """A table for a notebook: the first row heads the columns, the first cell of each other row heads the row.
+    """Return an HTML table for a notebook; the first row and the first column are headers.
 
     Args:
-        caption: what the table shows.
+        caption: title of the table.
         rows: cells as text, which is escaped.
         notes: lines below the table.
-        left: columns that start at the left.
+        left: number of left-aligned columns.
     """
 
     def cell(tag: str, text: str, column: int, scope: str = "") -> str:

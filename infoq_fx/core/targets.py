@@ -1,4 +1,4 @@
-"""What runtimes take, as data: the containers that hold integers in a file, and which of them a target runs."""
+"""Containers, which say how an ONNX file stores integers, and targets, which say which containers a runtime runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Container:
     """How an ONNX file stores integers.
 
     Args:
-        name: what users call it.
-        weight_widths: bits of the integer types that weights are stored in, ascending; a weight takes the first that
-            holds its bit-width.
-        opset_version: of the file; the first that knows these types.
+        name: its public name.
+        weight_widths: bit-widths of the integer types that weights are stored in, ascending; a weight is stored in
+            the first that fits its bit-width.
+        opset_version: of the file; the first with these types.
         ir_version: of the file.
     """
 
@@ -29,27 +29,28 @@ class Container:
 
     @property
     def is_packed(self) -> bool:
-        """Whether weights take less than a byte, so that the file is to be small."""
+        """Whether some weights take less than a byte."""
         return self.weight_widths[0] < 8
 
     def stored_bits(self, bits: int) -> int:
-        """Bits that each weight of a bit-width takes in the file."""
+        """Return the bits that each weight of a bit-width takes in the file."""
         return next(width for width in self.weight_widths if width >= bits)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a runtime does with a file.
+    """A runtime, and what it needs from a file.
 
     Args:
-        name: what users call it.
-        containers: those that it loads and computes rightly, the one of widest reach and fastest kernels first.
+        name: its public name.
+        containers: those that it loads and computes correctly, the one with the widest support and fastest kernels
+            first.
         shifts_full_weights: weights that use all of 8 bits are stored as uint8 around zero point 128 instead of int8.
             onnxruntime multiplies uint8 by int8 with saturation on x86 processors without VNNI; with it, and in
-            OpenVINO, shifted weights are only slower (MobileNetV2 1.6 times).
-        quantizes_before_parameters: a convolution's output is quantized also where it is concatenated with a parameter
+            OpenVINO, shifted weights are only slower (MobileNetV2: 1.6 times).
+        quantizes_before_parameters: also quantize a convolution's output where it is concatenated with a parameter
             (patches with the class token of a vision transformer). OpenVINO 2026.4 then adds the first channel's bias
-            to all channels; without it the convolution computes in integers and gives floats.
+            to all channels; without that quantizer the convolution computes in integers and returns floats.
     """
 
     name: str
@@ -70,18 +71,18 @@ _TARGETS = (
 )
 
 CONTAINERS: Mapping[str, Container] = {container.name: container for container in _CONTAINERS}
-"""``int8`` for the widest reach and the fastest kernels, ``packed`` for the smallest file that runs, and ``int2``,
-which stock runtimes do not run yet."""
+"""Containers by name: ``int8`` for the widest support and the fastest kernels, ``packed`` for the smallest file that
+runs, and ``int2``, which stock runtimes do not run yet."""
 TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
-"""Runtimes that files are tested with; ``onnxruntime-avx2`` is onnxruntime on x86 processors without VNNI."""
+"""Runtimes that files are tested with, by name; ``onnxruntime-avx2`` is onnxruntime on x86 processors without VNNI."""
 DEFAULT_TARGET = "onnxruntime"
 
 
 def find_container(name: str) -> Container:
-    """A container by its name.
+    """Return a container by its name.
 
     Raises:
-        OptionError: there is none of this name.
+        OptionError: there is no container of this name.
     """
     if name not in CONTAINERS:
         raise unknown_name_error("container", name, CONTAINERS)
@@ -89,10 +90,10 @@ def find_container(name: str) -> Container:
 
 
 def find_target(name: str) -> Target:
-    """A target by its name.
+    """Return a target by its name.
 
     Raises:
-        OptionError: there is none of this name.
+        OptionError: there is no target of this name.
     """
     if name not in TARGETS:
         raise unknown_name_error("target", name, TARGETS)

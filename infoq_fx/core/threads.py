@@ -1,4 +1,4 @@
-"""What the machine gives: threads of our own in place of torch's, and memory."""
+"""Threads over whole runs, in place of torch's threads within operations."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _threads_before = 1
 
 @contextmanager
 def one_torch_thread() -> Iterator[int]:
-    """Hold torch to one thread an operation, and give how many it had.
+    """Limit torch to one thread per operation, and yield how many it had.
 
-    The last bits of a sum depend on how many threads share it. With one thread an operation, and whole runs
-    spread over threads, they do not; and small operations do not pay for the exchange. May be entered by several
-    threads at once.
+    The last bits of a sum depend on how many threads share it. With one thread per operation, and whole runs
+    spread over threads, they do not; small operations also avoid the cost of synchronization. Several threads may
+    enter at once.
     """
     global _entered, _threads_before
-    # The setting is one of every thread's own and, apart from that, one that new threads begin with.
+    # torch keeps this setting per thread, and a separate one that new threads start with.
     own = torch.get_num_threads()
     with _lock:
         if _entered == 0:
@@ -52,10 +52,10 @@ def one_torch_thread() -> Iterator[int]:
 
 @contextmanager
 def thread_map(threads: int, stop: threading.Event) -> Iterator[ThreadMap]:
-    """A ``map`` over so many threads that gives results in order, as they come.
+    """Yield a ``map`` over ``threads`` threads that gives results in order, as they become ready.
 
-    Where the caller leaves by an exception, an interrupt included, ``stop`` is set: items look at it and end
-    early, those that have not begun never begin.
+    If the caller exits with an exception, an interrupt included, ``stop`` is set: running items check it and end
+    early, and items that have not started are cancelled.
     """
     if threads == 1:
         yield map

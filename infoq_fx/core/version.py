@@ -1,4 +1,4 @@
-"""The version of the package, which every cache and file carries."""
+"""The version of the package, recorded in caches and files."""
 
 __all__ = ["__version__"]
 

@@ -1,7 +1,7 @@
-"""From a quantized module to what other programs run: ONNX, ``.pt2`` files, ``torch.compile``, PT2E.
+"""Exports quantized modules: ONNX and ``.pt2`` files, ``torch.compile``, PT2E.
 
-In: a :class:`~infoq_fx.QuantizedModule`. Out: files that were checked before they are at their place, and adapters for
-PyTorch's own compile flows. Only this room imports onnx, onnxruntime, OpenVINO and torchao.
+In: a :class:`~infoq_fx.QuantizedModule`. Out: files that are checked before they are moved to their path, and adapters
+for PyTorch's compile flows. Only this package imports onnx, onnxruntime, OpenVINO and torchao.
 """
 
 import lazy_loader

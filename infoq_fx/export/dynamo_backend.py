@@ -1,4 +1,4 @@
-"""A backend for ``torch.compile`` that quantizes what Dynamo captured."""
+"""A backend for ``torch.compile`` that quantizes the graph that Dynamo captured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from infoq_fx.types import Allocation, Budget
 __all__ = ["CompiledGraph", "Compiler", "backend"]
 
 
-# How Dynamo calls the tensors of modules: L['self']._modules['head']._parameters['weight']
+# Dynamo's names for the tensors of modules: L['self']._modules['head']._parameters['weight']
 _MODULE_TENSOR = re.compile(r"(?P<root>.*?)(?P<path>(?:\._modules\['[^']+'\])*\._(?:parameters|buffers)\['[^']+'\])")
 
 
@@ -43,24 +43,25 @@ def backend(
     inner: str | Compiler = "inductor",
     **options: Any,
 ) -> Compiler:
-    """A backend: ``torch.compile(model, backend=infoq_fx.backend(allocation, loader), fullgraph=True)``.
+    """Make a quantizing backend for ``torch.compile(model, backend=infoq_fx.backend(allocation, loader))``.
 
-    The first call of the compiled model quantizes the graph that Dynamo captured and hands it on to ``inner``; sites
-    bear the names that :func:`infoq_fx.quantize` gives them. A recompilation for another batch size takes the same
-    quantized graph where Dynamo captured the same one.
+    Use it with ``fullgraph=True``, so that Dynamo captures the whole model.
+    The first call of the compiled model quantizes the graph that Dynamo captured and passes it to ``inner``; sites
+    have the names that :func:`infoq_fx.quantize` gives them. A recompilation for another batch size reuses the
+    quantized graph if Dynamo captured the same one.
 
     Args:
-        target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an :class:`infoq_fx.Allocation` found before.
+        target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an existing :class:`infoq_fx.Allocation`.
         calibration_data: see :func:`infoq_fx.quantize`; without it the batch of the first call, with a warning.
-        inner: what compiles the quantized graph: the name of a backend or a backend itself.
-        options: see :class:`InfoqPass`; the device is that of the model.
+        inner: the backend that compiles the quantized graph, or its name.
+        options: see :class:`infoq_fx.InfoqPass`; the device is that of the model.
 
     Returns:
-        For ``torch.compile``, which raises what goes wrong as its ``BackendCompilerFailed`` with the error below as
+        A backend for ``torch.compile``, which raises errors as ``BackendCompilerFailed`` with the error below as
         ``inner_exception``.
 
     Raises:
-        OptionError: an argument cannot be used, or an allocation of another model.
+        OptionError: an argument cannot be used, or the allocation is of another model.
         UnsupportedModelError: the model is in training mode, or Dynamo captured only a part of it.
         CalibrationDataError: the data cannot be used.
     """
@@ -98,10 +99,10 @@ def _find_backend(inner: str | Compiler) -> Compiler:
 
 @dataclass(frozen=True)
 class _DynamoGraph:
-    """What Dynamo captured, with its tensors under the user's own paths again.
+    """A graph that Dynamo captured, with its tensors under the user's module paths.
 
-    ``inputs`` are the positions of the user's tensors among the arguments that Dynamo passes; ``versions`` tell the
-    model's tensors, by path, from others and from what they were before a change in place.
+    ``inputs`` are the positions of the user's tensors among the arguments that Dynamo passes. ``versions`` identify
+    the model's tensors, by path, and change when a tensor is modified in place.
     """
 
     module: fx.GraphModule
@@ -109,7 +110,7 @@ class _DynamoGraph:
     versions: Mapping[str, tuple[int, int]]
 
     def equals(self, other: _DynamoGraph) -> bool:
-        """Whether both compute the same from the same tensors."""
+        """Return whether both graphs compute the same from the same tensors."""
         return self.versions == other.versions and self.module.code == other.module.code
 
 
@@ -120,7 +121,7 @@ class _Finished:
 
 
 def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> _DynamoGraph:
-    """Parameters, which Dynamo passes as inputs, become attributes; sizes, passed too, are read from the inputs."""
+    """Turn parameters, which Dynamo passes as inputs, into attributes, and read sizes, passed too, from the inputs."""
     graph, copies, taken = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
     tensors, inputs, sizes = dict[str, Tensor](), list[int](), dict[fx.Node, str]()
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -161,7 +162,7 @@ def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[An
 
 
 def _root_of(sources: Iterable[str]) -> str:
-    """Where the model itself is found: ``L['self']``, or ``G['model']`` where a function calls it."""
+    """Dynamo's name of the model itself: ``L['self']``, or ``G['model']`` if a function calls it."""
     roots = sorted({found["root"] for source in sources if (found := _MODULE_TENSOR.fullmatch(source))})
     if len(roots) > 1:
         raise UnsupportedModelError(
@@ -176,10 +177,10 @@ def _root_of(sources: Iterable[str]) -> str:
 
 
 def _source_of(node: fx.Node) -> str:
-    """Where Dynamo found an input."""
+    """Dynamo's name of an input."""
     argument = node.meta.get("grapharg")
     if argument is None:
-        raise OptionError("backend() serves torch.compile alone; use quantize() or InfoqPass for other graphs")
+        raise OptionError("backend() works with torch.compile only; use quantize() or InfoqPass for other graphs")
     name = argument.source.name
     return str(name() if callable(name) else name)
 
@@ -207,7 +208,7 @@ def _quantize_captured(
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise UnsupportedModelError(
-            f"torch.export cannot take the graph that Dynamo captured: {reason}; quantize() the model itself"
+            f"torch.export cannot export the graph that Dynamo captured: {reason}; quantize() the model itself"
         ) from error
     chosen = {"calibration_data": calibration_data, "device": examples[0].device, **options}
     if calibration_data is None and isinstance(target, Allocation):

@@ -1,4 +1,4 @@
-"""Quantization as a pass of ``torch.fx`` pass managers."""
+"""Quantization as a pass for the pass managers of ``torch.fx``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["InfoqPass"]
 
 
 class InfoqPass(PassBase):
-    """Quantization as a pass: ``PassManager([InfoqPass(3.0, calibration_data=loader)])(graph_module)``.
+    """Quantization as a graph pass: ``PassManager([InfoqPass(3.0, calibration_data=loader)])(graph_module)``.
 
-    A graph that is quantized already is returned as it is, so that a manager with several ``steps`` comes to an end.
+    A graph that is already quantized is returned unchanged, so that a manager with several ``steps`` terminates.
 
     Args:
-        target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an :class:`infoq_fx.Allocation` found before.
+        target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an existing :class:`infoq_fx.Allocation`.
         calibration_data: see :func:`infoq_fx.quantize`.
         options: those of :func:`infoq_fx.quantize`; with an allocation only ``example_inputs``, ``recovery``,
             ``device``, ``cache_dir`` and ``progress``.
@@ -35,7 +35,7 @@ class InfoqPass(PassBase):
         self._target, self._options = target, {"calibration_data": calibration_data, **options}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """The quantized module of a float graph, traced or exported; the float graph stays as it was."""
+        """Quantize a float graph, traced or exported; the float graph itself is not changed."""
         if read_bits(graph_module.graph):
             return PassResult(graph_module, False)
         return PassResult(quantize_target(graph_module, self._target, self._options), True)

@@ -1,4 +1,4 @@
-"""An allocation as a quantizer of torchao's PT2E flow, which ExecuTorch and Inductor start from; needs torchao."""
+"""A quantizer for torchao's PT2E flow, used by ExecuTorch and Inductor, that applies an allocation; needs torchao."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ _OUT_OF_PLACE = {
     _ATEN.clamp_.default: _ATEN.clamp.default,
     _ATEN.relu6_.default: _ATEN.relu6.default,
 }
-_FIXED_OUTPUT = ".output"  # is in the names of sites that no allocation chooses
+_FIXED_OUTPUT = ".output"  # part of the names of sites with fixed bits
 
 
 class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no types
     """Annotates every site of an allocation: ``prepare_pt2e(exported_module, InfoqQuantizer(allocation))``.
 
-    Weights are int8 within their bits (at 4 bits from -8 to 7), symmetric per output channel, with the scales of least
-    squared error that this package takes everywhere. Activations are affine per tensor, observed by a histogram.
-    Biases, and layers that the allocation does not know, stay in float.
+    Weights are int8 within the range of their bits (at 4 bits from -8 to 7), symmetric per output channel, with the
+    scales of least squared error, as elsewhere in this package. Activations are affine per tensor, observed by a
+    histogram. Biases, and layers that the allocation does not contain, stay in float.
 
     Args:
-        source: bit-widths by site name; or a quantized module, whose weights (recovered ones too), biases and
-            ranges the flow then takes over; what torchao converts computes what that module computes.
+        source: bit-widths by site name; or a quantized module, whose weights (recovered ones included), biases and
+            ranges are then used: the model that torchao converts computes the same as that module.
         activation_dtype: of the integers, ``torch.int8`` (ExecuTorch) or ``torch.uint8`` (Inductor on x86).
-        output_bits: where given, the output of a layer that no site stands behind (a classifier) is quantized to so
-            many bits; integer kernels of ExecuTorch's XNNPACK want 8.
-        convolution_bits: where given, the weights of convolutions are declared to have so many bits, though their
-            integers stay within their own: XNNPACK, which wants 8, knows 4 bits for linear layers only.
+        output_bits: if given, the output of a layer that is followed by no site (a classifier) is quantized to this
+            many bits; integer kernels of ExecuTorch's XNNPACK require 8.
+        convolution_bits: if given, the weights of convolutions are declared to have this many bits, though their
+            integers stay within the range of their own bits: XNNPACK requires 8, and has 4 bits for linear layers only.
 
     Raises:
         OptionError: an argument cannot be used. ``prepare_pt2e`` raises it for an allocation of another model.
@@ -93,7 +93,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         self._observed: dict[int, QuantizationSpecBase] = {}
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Operations in place become plain ones where nothing else reads what they overwrite; known weights move in."""
+        """Replace in-place operations by out-of-place ones if that is safe, and set the quantized module's weights."""
         for node in model.graph.nodes:
             if node.target in _OUT_OF_PLACE and len(node.args[0].users) == 1:
                 node.target = _OUT_OF_PLACE[node.target]
@@ -110,7 +110,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Give every edge into a layer, and every tensor that integer kernels need, the bits of its site."""
+        """Annotate every edge into a layer, and every tensor that integer kernels need, with the bits of its site."""
         bits = self.allocation.bits
         plan = find_sites(model, _example_inputs(model), bits=(MAX_BITS,), activation_bits=(MAX_BITS,))
         self._check({placement.site.name for placement in plan.placements})
@@ -130,7 +130,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
-        """Nothing: what cannot be annotated is refused while it is annotated."""
+        """Do nothing; ``annotate`` raises an error for whatever cannot be annotated."""
 
     def _check(self, sites: set[str]) -> None:
         chosen = [name for name in self.allocation.bits if _FIXED_OUTPUT not in name]
@@ -151,7 +151,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             qparams = replace(qparams, scale=layer.scale)
         if self._convolution_bits is not None and LAYER_OPS[placement.users[0].target].is_convolution:
             declared = replace(spec, bits=max(spec.bits, self._convolution_bits))
-            # Clipped here: the declared range no longer does it.
+            # Clip here, since the declared range no longer does.
             _put(model, placement.node, numerics.fake_quantize(weight, qparams))
         return QuantizationSpec(
             dtype=torch.int8,
@@ -173,7 +173,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         if known is not None:
             scale, zero_point = known
             return FixedQParamsQuantizationSpec(scale=scale, zero_point=zero_point - shift, **options)
-        if bits not in self._observed:  # one object for all, so that readers of one tensor share an observer
+        if bits not in self._observed:  # one spec object per bit-width, so that readers of a tensor share an observer
             observer = HistogramObserver.with_args(eps=2**-12)
             self._observed[bits] = QuantizationSpec(observer_or_fake_quant_ctr=observer, **options)
         return self._observed[bits]
@@ -189,7 +189,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
 
 
 class _FixedScaleObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
-    """Observes nothing: the scales ``[channels]`` are known."""
+    """An observer that returns known scales ``[channels]``."""
 
     def __init__(self, *, scale: Tensor, **options: Any) -> None:
         super().__init__(**options)
@@ -204,7 +204,7 @@ class _FixedScaleObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weight and bias of a quantized layer as its integers have them, and the weight's scales."""
+    """Dequantized weight and bias of a quantized layer, and the weight's scales."""
 
     weight: Tensor
     scale: Tensor
@@ -215,7 +215,7 @@ class _Layer:
 class _Known:
     """Layers by weight site, (scale, zero point) of unsigned activations by site, bounds of clamps in graph order.
 
-    The weights hold factors of the activations between them, which clamps there have to follow.
+    The weights contain factors from scale equalization, which the bounds of clamps between them must include.
     """
 
     layers: Mapping[str, _Layer]
@@ -255,7 +255,7 @@ def _take_bounds(model: fx.GraphModule, bounds: Sequence[tuple[Any, Any]]) -> No
 def _match_ranges(
     placements: Iterable[Placement], ranges: Mapping[str, tuple[float, int]]
 ) -> dict[fx.Node, tuple[float, int]]:
-    """Known ranges by node. A name that holds a node's number counts without it where nothing else is called so."""
+    """Known ranges by node. Names that contain a node's number are compared without it if that is unambiguous."""
     ours, theirs = [p for p in placements if p.site.kind == "activation"], Counter(map(_without_number, ranges))
     plain = {_without_number(name): found for name, found in ranges.items() if theirs[_without_number(name)] == 1}
     counts = Counter(_without_number(p.site.name) for p in ours)
@@ -287,7 +287,7 @@ def _dequantized(quantized: QuantizedModule, node: fx.Node) -> Tensor:
 
 
 def _put(model: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """A parameter in the place of another; the model that was exported keeps its own."""
+    """Replace a parameter; the model that was exported keeps its own."""
     owner_path, _, name = str(node.target).rpartition(".")
     owner = model.get_submodule(owner_path)
     held = read_tensor(model, node)
@@ -307,7 +307,7 @@ def _annotation(node: fx.Node) -> Any:
 
 
 def _example_inputs(model: fx.GraphModule) -> dict[str, Tensor]:
-    """Zeros in the shapes that the model was exported with; only shapes are read from the run."""
+    """Zeros in the shapes that the model was exported with; the run only records shapes."""
     examples = {}
     for node in model.graph.nodes:
         if node.op != "placeholder":

@@ -1,4 +1,4 @@
-"""Quantize to a budget or by an allocation found before: what the FX pass and the Dynamo backend share."""
+"""Quantizes to a budget or an existing allocation, for the FX pass and the Dynamo backend."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ from infoq_fx.types import MAX_BITS, Allocation, Budget
 __all__ = ["check_options", "quantize_target", "shorten_names"]
 
 
-# What an allocation leaves to be chosen.
+# Options that still apply when an allocation is given.
 _ALLOCATION_OPTIONS = ("calibration_data", "example_inputs", "recovery", "device", "cache_dir", "progress")
 
 
-_FIXED_OUTPUT = ".output"  # is in the names of sites that no allocation chooses
+_FIXED_OUTPUT = ".output"  # part of the names of sites with fixed bits
 
 
 def check_options(face: str, target: Any, options: Mapping[str, Any]) -> None:
+    """Check the arguments of ``face``, the public function or class that the messages name.
+
+    Raises:
+        OptionError: the target is of another type, or an option is unknown.
+    """
     if isinstance(target, bool) or not isinstance(target, int | float | Budget | Allocation):
         found = type(target).__name__
         raise OptionError(f"{face}() got a {found} as its target; give a mean bit-width, a Budget or an Allocation")
@@ -44,6 +49,7 @@ def check_options(face: str, target: Any, options: Mapping[str, Any]) -> None:
 def quantize_target(
     model: nn.Module | ExportedProgram, target: float | Budget | Allocation, options: Mapping[str, Any]
 ) -> QuantizedModule:
+    """Quantize a model to a mean bit-width, a budget or an existing allocation."""
     if isinstance(target, Allocation):
         return _quantize_by(model, target, **options)
     return quantize(model, target, **options)
@@ -60,7 +66,7 @@ def _quantize_by(
     cache_dir: Any = None,
     progress: bool = True,
 ) -> QuantizedModule:
-    """Calibrate at an allocation's own bit-widths, recover, convert; layers that it does not know stay in float."""
+    """Calibrate at an allocation's bit-widths, recover and convert; layers that it does not contain stay in float."""
     data = None if calibration_data is None else read_data(calibration_data)
     examples = example_inputs if data is None else data.example_inputs
     draft = prepare(model, example_inputs=examples, bits=MAX_BITS, activation_bits=None, device=device)
@@ -88,7 +94,7 @@ def _quantize_by(
 
 
 def _fit_allocation(allocation: Allocation, prepared: PreparedModel) -> Allocation:
-    """The allocation for the sites of this capture; those that no allocation chooses may have other names in it."""
+    """The allocation for the sites of this captured graph; sites with fixed bits may have other names in it."""
     sites = {site.name: site for site in prepared.inventory.sites}
     missing = [name for name in allocation.bits if name not in sites and _FIXED_OUTPUT not in name]
     if missing:
@@ -101,5 +107,6 @@ def _fit_allocation(allocation: Allocation, prepared: PreparedModel) -> Allocati
 
 
 def shorten_names(names: Iterable[str], count: int = 3) -> str:
+    """Return the first ``count`` names as text, and how many more there are."""
     held = sorted(names)
     return ", ".join(map(repr, held[:count])) + (f" and {len(held) - count} more" if len(held) > count else "")

@@ -1,4 +1,4 @@
-"""A quantized module as a ``.pt2`` file: an exported program with what the module remembers beside it."""
+"""Saves and loads quantized modules as ``.pt2`` files: an exported program with the module's provenance."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _EXTRA_FILE = "infoq_fx.json"
 _FORMAT = "infoq_fx quantized module"
 _VERSION = 1
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
-# Sizes of a graph are sympy's Add(Symbol('s77', integer=True), Integer(1)) or s77 + 1; it would evaluate anything.
+# Sizes in a graph are sympy's Add(Symbol('s77', integer=True), Integer(1)) or s77 + 1; torch would evaluate any code.
 _SIZE_EXPRESSION = re.compile(r"(?!.*__)(?:[A-Z]\w*\(|'\w+'|\w+(?![\w\s]*\()|[-+*/=,() ])*", re.ASCII)
 
 
 def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> Path:
-    """Write a quantized module as a ``.pt2`` file, the whole of it or nothing.
+    """Write a quantized module as a ``.pt2`` file, atomically.
 
-    It is what ``torch.export.save`` writes: integers, scales and a free batch dimension, in the CPU's memory. After
-    ``import infoq_fx``, which brings the ops, ``torch.export.load`` reads it; :func:`load_quantized` also restores the
-    allocation, the names of inputs and outputs and the example inputs. The float model is not in the file.
+    The file is that of ``torch.export.save``: integers, scales and a dynamic batch dimension, on the CPU. After
+    ``import infoq_fx``, which registers the custom ops, ``torch.export.load`` reads it; :func:`load_quantized` also
+    restores the allocation, the names of inputs and outputs and the example inputs. The float model is not in the file.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, or a copy of it.
-        path: of the file, by custom ending in ``.pt2``; its folder must exist.
+        path: of the file, usually with the ending ``.pt2``; its folder must exist.
 
     Returns:
         The path.
 
     Raises:
-        OptionError: not a quantized module.
+        OptionError: the module is not a quantized module.
         ExportError: torch cannot export the module, or the path cannot be written.
     """
     provenance = provenance_of(quantized)
@@ -78,20 +78,20 @@ def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> 
 
 
 def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> QuantizedModule:
-    """Read what :func:`save_quantized` wrote: the same outputs to the last bit, and the same ONNX file.
+    """Read a module that :func:`save_quantized` wrote; its outputs and its ONNX file are the same to the last bit.
 
-    Nothing in the file is unpickled but plain tensors; one that asks for more is refused before torch reads it.
+    Only plain tensors are unpickled; a file that requires more is refused before torch reads it.
 
     Args:
         path: of the file.
-        device: where the module lives.
+        device: of the module.
 
     Returns:
-        For :func:`infoq_fx.export_onnx`, :func:`infoq_fx.allocation_of` and :func:`infoq_fx.to_trainable`. Finetuning
-        it needs the float model as ``teacher``.
+        A module for :func:`infoq_fx.export_onnx`, :func:`infoq_fx.allocation_of` and :func:`infoq_fx.to_trainable`.
+        Finetuning it needs the float model as ``teacher``.
 
     Raises:
-        OptionError: no such file, or it is none that :func:`save_quantized` wrote; the message says why.
+        OptionError: there is no such file, or :func:`save_quantized` did not write it; the message says why.
     """
     source = Path(path)
     with _reasons_of(source):
@@ -135,23 +135,23 @@ def _describe(provenance: Provenance) -> str:
 
 @contextlib.contextmanager
 def _reasons_of(source: Path) -> Iterator[None]:
-    """Whatever goes wrong with the file is an OptionError that names it."""
+    """Turn every error into an OptionError that names the file."""
     advice = "save one with infoq_fx.save_quantized(quantized, 'model.pt2')"
     try:
         yield
     except OSError as error:
         raise OptionError(f"cannot read {str(source)!r}: {error.strerror}; {advice}") from error
     except (OptionError, UnsupportedModelError) as error:
-        raise OptionError(f"{str(source)!r} is no quantized module: {error}; {advice}") from error
+        raise OptionError(f"{str(source)!r} is not a quantized module: {error}; {advice}") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise OptionError(
-            f"{str(source)!r} is no quantized module that this torch reads: {reason}; {advice}"
+            f"{str(source)!r} is not a quantized module that this torch can read: {reason}; {advice}"
         ) from error
 
 
 def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """What stands beside the program, and its example inputs; nothing that could run code is left in the file."""
+    """Read the provenance and the example inputs, and refuse files with anything that could run code."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except zipfile.BadZipFile as error:
@@ -172,7 +172,7 @@ def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
 
 
 def _refuse_code(archive: zipfile.ZipFile, entries: Mapping[str, str]) -> None:
-    """Refuse what torch.export.load would unpickle or evaluate; the older formats are pickles throughout."""
+    """Refuse files from which torch.export.load would unpickle or evaluate code; older formats are all pickles."""
     if any(not name or (name.endswith(".pt") and name != _SAMPLE_INPUTS) for name in entries):
         raise OptionError("it is of an older format that is unpickled")
     for kind, prefix in (("weights", "weight_"), ("constants", "tensor_")):

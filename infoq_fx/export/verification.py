@@ -1,4 +1,4 @@
-"""A file beside the module that it was made from, run over samples: does it compute the same?"""
+"""Verifies that an exported file computes the same as the module that it was made from."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _Run = Callable[[dict[str, Any]], list[Any]]
 
 @dataclass(frozen=True)
 class LevelResult:
-    """How a file fares at one optimisation level of its runtime.
+    """Agreement of a file with its module at one optimisation level of the runtime.
 
     Args:
-        level: ``"off"``, where single operators run as written, or ``"default"``, where they are fused.
-        agreement: share of samples whose top-1 class is the module's; for an output of one value, of samples within
-            one output step.
+        level: ``"off"``, where operators run one by one as written, or ``"default"``, where they are fused.
+        agreement: share of samples whose top-1 class is the module's; for an output of one value, share of samples
+            within one output step.
         mean_error_steps: mean difference of an output value, in output steps; a step is 1/255 of the range that the
             module's output has over the samples.
         largest_error_steps: the largest difference.
-        top1: percent of right predictions, where there are labels.
+        top1: percent of correct predictions, if there are labels.
     """
 
     level: str
@@ -49,14 +49,14 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify_onnx` found.
+    """The result of :func:`verify_onnx`.
 
     Args:
         target: the runtime, with its version.
-        samples: how many were run.
+        samples: number of samples that were run.
         levels: a result for each optimisation level.
-        module_top1: percent of right predictions of the module, where there are labels.
-        is_sound: whether the file can be shipped to this runtime.
+        module_top1: percent of correct predictions of the module, if there are labels.
+        is_sound: whether the file can be deployed on this runtime.
         verdict: the same in words.
     """
 
@@ -88,23 +88,23 @@ def verify_onnx(
     target: str = DEFAULT_TARGET,
     batch_size: int = 32,
 ) -> Verification:
-    """Run an exported file over samples, beside the quantized module that it was made from.
+    """Verify an exported file: run it over samples and compare it with the quantized module that it was made from.
 
-    onnxruntime runs twice. With optimisation off the file has to give the module's predictions on 99.5 % of the
-    samples, its outputs within one output step on average: anything else is a wrong graph. At the default level integer
-    kernels round single values by one step differently, which changes close decisions: with labels, the predictions
-    that turn wrong may outnumber those that turn right by two standard errors of their difference at most; without,
-    90 % have to agree. OpenVINO has only the latter level.
+    onnxruntime runs the file twice. With optimisation off, the file must give the module's predictions on 99.5 % of
+    the samples and its outputs within one output step on average; otherwise the graph is wrong. At the default level,
+    integer kernels round single values differently by one step, which changes close decisions. With labels, the
+    predictions that become wrong may then outnumber those that become right by at most two standard errors of their
+    difference; without labels, 90 % must agree. OpenVINO has only the default level.
 
     Args:
         path: of the file.
         quantized: the module.
-        data: what :func:`infoq_fx.quantize` takes as calibration data; a few hundred samples, with labels if there are.
+        data: as calibration data of :func:`infoq_fx.quantize`; a few hundred samples, with labels if available.
         target: the runtime of :data:`infoq_fx.TARGETS`; ``"openvino"`` needs the extra ``infoq-fx[openvino]``.
-        batch_size: samples a run; a module fixed to a batch size takes its own.
+        batch_size: samples per run; a module with a fixed batch size uses that.
 
     Raises:
-        OptionError: not a quantized module, an unknown target, or one that is not installed.
+        OptionError: the module is not a quantized module, or the target is unknown or not installed.
         CalibrationDataError: the data cannot be used.
         ExportError: the runtime refuses the file.
     """
@@ -130,7 +130,7 @@ def verify_onnx(
 
 
 def _open_sessions(path: str, target: str, output: str) -> tuple[str, Mapping[str, _Run]]:
-    """The runtime's name with its version, and how to run the file at each of its levels."""
+    """The runtime's name with its version, and a function that runs the file for each of its levels."""
     if target == "openvino":
         return _open_openvino(path)
     levels = {
@@ -219,7 +219,7 @@ def _find_problem(result: LevelResult, module_top1: float | None, samples: int) 
     if module_top1 is None or result.top1 is None:
         is_fair = result.agreement >= _FAIR_AGREEMENT
         return None if is_fair else f"at level {result.level!r} the file {agreement}; ship it unoptimised, or check why"
-    # Of m changed predictions, wrong ones less right ones spread by at most sqrt(m).
+    # Of m changed predictions, the number of wrong ones minus right ones has a standard deviation of at most sqrt(m).
     lost, changed = (module_top1 - result.top1) / 100 * samples, (1 - result.agreement) * samples
     if lost <= 2 * math.sqrt(changed):
         return None

@@ -1,7 +1,7 @@
-"""Gradients through a quantized model: learned step sizes, the training loop, and ``finetune``.
+"""Quantization-aware training: learned step sizes, the training loop, and ``finetune``.
 
 In: a quantized module and data. Out: a quantized module with better integers, at the same bit-widths. Output tuning, a
-step of ``recovery``, trains with the same loop, which is why this room comes before that one.
+step of ``recovery``, uses the same training loop, so that ``recovery`` imports this package.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""A quantized module becomes one that gradients flow through, and what was learned becomes integers again."""
+"""Converts a quantized module to a trainable one and back."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from infoq_fx.types import FLOAT_BITS, QParams, QuantSite
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
 _META_KEY = "infoq_trainable"
-_FLOAT_TWIN = "_float"  # what the conversion appends to a weight's path where something else reads it in float
+_FLOAT_TWIN = "_float"  # suffix that conversion gives to a weight's path for its readers in float
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """The quantized module that a trainable one was made from; never changed, so that copies share it."""
+    """The quantized module that a trainable one was made from; immutable, so that copies share it."""
 
     quantized: QuantizedModule
     provenance: Provenance
@@ -40,7 +40,7 @@ class _Origin:
 
 
 class TrainableModule(fx.GraphModule):
-    """A quantized graph with float parameters and learned steps. Pickle and deepcopy keep what it was made from."""
+    """A quantized graph with float parameters and learned step sizes; pickle and deepcopy keep its origin."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         build, arguments = super().__reduce__()
@@ -48,9 +48,9 @@ class TrainableModule(fx.GraphModule):
 
 
 class BiasQuantizer(nn.Module):
-    """A bias as its layer's accumulator holds it: multiples of the input's step times the weight's.
+    """Rounds a bias as its layer's accumulator does, to multiples of the input's step size times the weight's.
 
-    The bias's gradient passes straight through; the steps get none from here.
+    The bias's gradient passes straight through; the step sizes get no gradient from it.
     """
 
     def __init__(self, name: str, input_digits: int | None, weight_digits: int | None) -> None:
@@ -61,33 +61,33 @@ class BiasQuantizer(nn.Module):
     def forward(
         self, bias: Tensor, input_scale: Tensor, input_smallest: Tensor, weight_scale: Tensor, weight_smallest: Tensor
     ) -> Tensor:
-        """Round ``bias [channels]`` by the learned steps of its layer's input ``[]`` and weight ``[channels]``."""
+        """Round ``bias [channels]`` by the learned step sizes of its layer's input ``[]`` and weight ``[channels]``."""
         input_step = usable_step(input_scale.detach(), input_smallest, self._input_digits)
         step = usable_step(weight_scale.detach(), weight_smallest, self._weight_digits) * input_step
         return torch.round(bias.detach() / step) * step + (bias - bias.detach())
 
     def extra_repr(self) -> str:
-        """The bias's path, as it shows in a printed module."""
+        """Return the bias's path for the printed module."""
         return self.name
 
 
 def to_trainable(quantized: nn.Module) -> TrainableModule:
-    """The quantized module as one to train, by :func:`infoq_fx.finetune` or in a loop of your own.
+    """Convert a quantized module to a trainable one, for :func:`infoq_fx.finetune` or a training loop of your own.
 
-    Weights and biases are float parameters under their own paths, quantized in each forward run by steps that are
-    parameters too (LSQ); what was float stays so and is trained as well. Zero points are fixed. Steps are used rounded
-    to as few significant bits as a file has them, biases to what integer kernels add: what is trained is what is
-    exported. Before the first update it computes what the quantized module computes.
+    Weights and biases are float parameters under their own paths, quantized in each forward pass by step sizes that
+    are parameters too (LSQ). Float parameters stay float and are trained as well. Zero points are fixed. Step sizes
+    are rounded to as few significant bits as exported files have, and biases to multiples of the accumulator's unit:
+    the trained model is the exported one. Before the first update it computes the same as the quantized module.
 
-    It takes any optimizer, compiles with ``torch.compile``, and keeps what :func:`to_quantized` needs through
+    It works with any optimizer and with ``torch.compile``, and keeps what :func:`to_quantized` needs through
     deepcopy, pickle and a state dict.
 
     Args:
-        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, or a copy or a file of it. It
-            stays as it is.
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, or a copy of it, or a module
+            loaded from a file. It is not changed.
 
     Raises:
-        OptionError: not a quantized module.
+        OptionError: the module is not a quantized module.
 
     Reference:
         "Learned Step Size Quantization", arXiv 1902.08153.
@@ -110,17 +110,17 @@ def to_trainable(quantized: nn.Module) -> TrainableModule:
 
 
 def to_quantized(trained: nn.Module) -> QuantizedModule:
-    """The quantized module of what was trained: integers, steps and biases anew; bit-widths and graph as before.
+    """Convert a trained module to a quantized one: new integers, scales and biases, same bit-widths and graph.
 
     Args:
         trained: what :func:`to_trainable` returned, trained in any way; also compiled or wrapped for several devices.
-            It stays as it is.
+            It is not changed.
 
     Returns:
-        On the device of the parameters.
+        The quantized module, on the device of the parameters.
 
     Raises:
-        OptionError: another kind of module, or parameters that are NaN or infinite.
+        OptionError: the module is of another kind, or a parameter is NaN or infinite.
     """
     found = trained
     while not isinstance(found, TrainableModule):
@@ -153,7 +153,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs the graph and keeps the shape of every quantized activation, by site."""
+    """Runs the graph and records the shape of every quantized activation, by site."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -166,7 +166,7 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def _sample_shapes(quantized: QuantizedModule, provenance: Provenance) -> dict[str, tuple[int, ...]]:
-    """What one sample has of every activation; of tensors without a batch dimension only the size counts."""
+    """Shapes of every activation for one sample; for tensors without a batch dimension only the size matters."""
     device = _device_of(quantized)
     recorder = _ShapeRecorder(quantized)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def _learn_activation(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str
     site, device = QuantSite(name, "activation", shapes[name], (bits,)), _device_of(draft)
     step = torch.tensor(scale, dtype=torch.float32, device=device)
     qparams = QParams(spec_of(site, bits), step, torch.tensor(zero_point, dtype=torch.int32, device=device))
-    # A power of two stays one: integer kernels are exact behind it.
+    # A power of two stays one, so that integer kernels are exact.
     digits = 1 if significant_bits_of(scale) == 1 else scale_significant_bits(bits, is_weight=False)
     learned = LearnedStepQuantizer(site, qparams, digits)
     _replace(draft, node, name, learned, (source,))
@@ -221,7 +221,7 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
 
 
 def _digits_met(draft: QuantizedModule, node: fx.Node) -> int | None:
-    """Significant bits that the scales of a weight's inputs may have; None where one is no quantized activation."""
+    """Significant bits that the scales of a weight's inputs may have; None if an input is not quantized."""
     most = 0
     for layer in node.users:
         source: Any = layer.args[LAYER_OPS[layer.target].source]

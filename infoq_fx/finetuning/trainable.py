@@ -1,7 +1,7 @@
-"""A prepared model as something that gradients flow through: in float, or with learned step sizes at its sites.
+"""Makes trainable copies of a prepared model: in float, or with learned step sizes at its sites.
 
-Copies only; the prepared model stays as it is. Quantizers and parameters keep their paths, so that what was trained
-finds its way back.
+The prepared model is not changed. Quantizers and parameters keep their paths, so that trained values can be copied
+back.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _SMALLEST_SHARE = 2.0**-10
 
 
 class LearnedStepQuantizer(nn.Module):
-    """Fake quantization of one site at one bit-width with a step size that is learned.
+    """Fake quantization of one site at one bit-width with a learned step size (LSQ).
 
-    The step ``scale`` is the only parameter: one a channel or one for the tensor, as the qparams have it; the zero
-    point stays. Its gradient is divided by sqrt(N * Q_P), with N the values that share a step (of one sample, for an
-    activation) and Q_P the levels above zero. The input's gradient passes straight through inside the range. A step
-    that falls below 1/1024 of its first value is used as that, so that it stays positive, and can rise again.
+    The step size ``scale`` is the only parameter, per channel or per tensor as in the qparams; the zero point is fixed.
+    Its gradient is divided by sqrt(N * Q_P), with N the number of values that share a step size (of one sample, for an
+    activation) and Q_P the number of levels above zero. The input's gradient passes straight through inside the range.
+    A step size is never used below 1/1024 of its initial value, so that it stays positive and can grow again.
 
     Args:
-        site: whose values these are.
-        qparams: where to begin; one zero point for all.
-        significant_bits: the step is used rounded to so many of them, and its gradient passes that straight through;
-            see :func:`infoq_fx.quantization.histogram.scale_significant_bits`. None leaves it as it is.
+        site: of the quantizer.
+        qparams: initial values; all channels have the same zero point.
+        significant_bits: the step size is rounded to this many bits, with a straight-through gradient; see
+            :func:`infoq_fx.quantization.histogram.scale_significant_bits`. None does not round it.
 
     Reference:
         "Learned Step Size Quantization", arXiv 1902.08153, Eq. 1 to 5 and Section 2.2.
@@ -82,12 +82,12 @@ class LearnedStepQuantizer(nn.Module):
         return y
 
     def qparams(self) -> QParams:
-        """What has been learned so far, without gradients."""
+        """Return the qparams learned so far, detached."""
         scale = usable_step(self.scale.detach(), self.smallest, self.significant_bits)
         return QParams(self.spec, scale, self.zero_point.clone())
 
     def extra_repr(self) -> str:
-        """Site and bit-width, as they show in a printed module."""
+        """Return site and bit-width for the printed module."""
         return f"{self.site.name}, bits={self.spec.bits}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -95,23 +95,23 @@ class LearnedStepQuantizer(nn.Module):
         self._read_zero_point()
 
     def _read_zero_point(self) -> None:
-        # Plain numbers: operations with them take one pass, and no forward run waits for the device.
+        # Python numbers: operations with them take one pass, and no forward pass synchronizes with the device.
         zero_point = int(self.zero_point.flatten()[0])
         self._limits = self.spec.quant_min - zero_point, self.spec.quant_max - zero_point
 
 
 def usable_step(scale: Tensor, smallest: Tensor, significant_bits: int | None) -> Tensor:
-    """A learned step as it is used: never below ``smallest``, of so many significant bits."""
+    """Return a learned step size as it is used: at least ``smallest``, rounded to ``significant_bits``."""
     step = torch.maximum(scale, smallest).float()
     if significant_bits is None:
         return step
-    # As numerics.shorten_scale, in half of its operations: on the bits of the number itself.
+    # As numerics.shorten_scale, but on the bits of the float, with half as many operations.
     dropped = 24 - significant_bits
     return ((step.view(torch.int32) + (1 << (dropped - 1))) >> dropped << dropped).view(torch.float32)
 
 
 def float_copy(prepared: PreparedModel) -> fx.GraphModule:
-    """The float model as captured: without quantizers and observers, every parameter ready for gradients."""
+    """Return a trainable copy of the float model, without quantizers and observers."""
     return copy_with(prepared, lambda quantizer: None)
 
 
@@ -120,17 +120,17 @@ def trainable_copy(
     bits: Mapping[str, int] | None = None,
     qparams: Mapping[str, QParams] | None = None,
 ) -> fx.GraphModule:
-    """The quantized model with learned step sizes at all sites, every parameter ready for gradients.
+    """Return a trainable copy of the quantized model with learned step sizes at all sites.
 
-    Before the first step it computes what the prepared model computes at these bit-widths.
+    Before the first update it computes the same as the prepared model at these bit-widths.
 
     Args:
         prepared: calibrated.
         bits: bit-width by site; sites that are not named are at 8 bits.
-        qparams: where to begin at some sites, in place of the calibrated qparams.
+        qparams: initial qparams of some sites, in place of the calibrated ones.
 
     Raises:
-        OptionError: an unknown site, or a bit-width that it was not calibrated for.
+        OptionError: a site is unknown, or was not calibrated for its bit-width.
     """
     chosen, given = bits or {}, qparams or {}
     known = {quantizer.site.name: quantizer for _, quantizer in prepared.quantizer_nodes()}
@@ -154,10 +154,10 @@ def trainable_copy(
 
 
 def copy_with(prepared: PreparedModel, make: Callable[[Quantizer], nn.Module | None]) -> fx.GraphModule:
-    """A copy whose quantizers are what ``make`` gives for them, or gone where it gives None.
+    """Return a copy whose quantizers are replaced by the result of ``make``, or removed if it is None.
 
-    Trainable are the parameters that the graph reads and the weights and biases of its layers, which folding may have
-    turned into buffers. Statistics and other constants are not.
+    The parameters that the graph reads are trainable, and the weights and biases of its layers, which folding may have
+    turned into buffers. Statistics and other constants are not trainable.
     """
     with torch.inference_mode(False), torch.enable_grad():
         module = copy.deepcopy(prepared.graph_module)
@@ -172,13 +172,13 @@ def copy_with(prepared: PreparedModel, make: Callable[[Quantizer], nn.Module | N
 
 
 def make_trainable(module: fx.GraphModule, others: Iterable[str] = ()) -> None:
-    """Turn into parameters what gradients are to reach, see :func:`copy_with`, and ``others`` at these paths."""
+    """Turn the trainable tensors, see :func:`copy_with`, and ``others`` at these paths into parameters."""
     for name in _trainable_targets(module).union(others):
         _make_parameter(module, name)
 
 
 def weights_by_site(prepared: PreparedModel, copied: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a copy that lie behind the weight sites, in graph order."""
+    """Return the parameters of a copy by weight site, in graph order."""
     return {
         quantizer.site.name: copied.get_parameter(str(node.all_input_nodes[0].target))
         for node, quantizer in prepared.quantizer_nodes()
@@ -189,8 +189,8 @@ def weights_by_site(prepared: PreparedModel, copied: nn.Module) -> dict[str, nn.
 class _FakeQuantize(torch.autograd.Function):
     """:func:`infoq_fx.quantization.numerics.fake_quantize_ste` by the :func:`usable_step`, in few passes over memory.
 
-    ``low, high`` limit ``round(x / step)``. The step's gradient is scaled, and passes its limit and its rounding. On a
-    CPU there is one pass each way: ten times as fast as choosing by masks.
+    ``low, high`` limit ``round(x / step)``. The step's gradient is scaled, and passes straight through its limit and
+    its rounding. On a CPU, forward and backward take one pass each, ten times as fast as with masks.
     """
 
     @staticmethod
@@ -236,7 +236,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -> float:
-    """The gradient of ``x`` into ``inside``; returns that of the step. All flat, of one length."""
+    """Write the gradient of ``x`` into ``inside`` and return that of the step; all are flat, of one length."""
     total = 0.0
     for start in range(0, len(x), 1024):
         stop = min(start + 1024, len(x))
@@ -255,7 +255,7 @@ def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -
     return total
 
 
-# Sums within a block in any order: vector instructions.
+# Sums within a block may be reordered, so that the compiler vectorizes them.
 _pull_back = jit(_pull_back, fastmath={"reassoc"})
 
 

@@ -1,4 +1,4 @@
-"""What a training reads: samples like the examples, a part of them held back, the batches of every epoch."""
+"""Training data: checked samples, held-out samples, and the batches of every epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infoq_fx.errors import CalibrationDataError
 
 __all__ = ["Form", "Samples", "Source", "digest_tensors", "open_source"]
 
-_SHARE = 5  # every fifth sample is held back
+_SHARE = 5  # every fifth sample is held out
 _FEWEST, _ENOUGH = 16, 64
 _MOST_OF_LOADER = 2048
 _EPOCHS_APART = 1_000_003
@@ -25,10 +25,10 @@ _EPOCHS_APART = 1_000_003
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs by name ``[samples, ...]``, and what goes with them.
+    """Samples: inputs by name ``[samples, ...]``, with optional labels and reference outputs.
 
-    ``labels`` are int64 ``[samples]``; ``reference`` is what the float model says, ``[samples, ...]``; ``by_name`` is
-    whether a model of the user's takes the inputs by name.
+    ``labels`` are int64 ``[samples]``. ``reference`` is the float model's output, ``[samples, ...]``. ``by_name`` says
+    whether the user's model takes the inputs by name.
     """
 
     inputs: Mapping[str, Tensor]
@@ -42,7 +42,7 @@ class Samples:
         return next(iter(self.inputs.values())).shape[0]
 
     def take(self, rows: Tensor) -> Samples:
-        """Copies of the samples of these indices, int64 ``[samples]``."""
+        """Return copies of the samples with the given indices, int64 ``[samples]``."""
         labels, reference = (None if x is None else x[rows.to(x.device)] for x in (self.labels, self.reference))
         return replace(
             self,
@@ -52,27 +52,27 @@ class Samples:
         )
 
     def split(self, size: int) -> Iterator[Samples]:
-        """Consecutive parts of at most ``size`` samples."""
+        """Yield consecutive parts of at most ``size`` samples."""
         for rows in torch.arange(self.count).split(size):
             yield self.take(rows)
 
     def whole(self, size: int) -> Samples:
-        """As many of them as make whole runs of ``size`` samples."""
+        """Return as many samples as make whole runs of ``size`` samples."""
         return self if self.count % size == 0 else self.take(torch.arange(self.count - self.count % size))
 
 
 @dataclass(frozen=True)
 class Form:
-    """What samples must be like: as the ``examples`` by input name, with labels where they are needed."""
+    """The required form of samples: like ``examples`` by input name, with labels if they are needed."""
 
     examples: Mapping[str, Tensor]
     needs_labels: bool
 
     def read(self, data: Any) -> Samples:
-        """Read samples to their end, as :func:`infoq_fx.core.data.read_data` takes them.
+        """Read and check all samples of ``data``, in any form of :func:`infoq_fx.core.data.read_data`.
 
         Raises:
-            CalibrationDataError: they cannot be read, are unlike the examples, or lack labels.
+            CalibrationDataError: they cannot be read, differ in form from the examples, or lack labels.
         """
         found = read_data(data)
         named = found.named(tuple(self.examples))
@@ -93,10 +93,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Source:
-    """Where batches come from: all samples in ``training``, or a ``loader`` that is iterated once an epoch.
+    """The source of batches: all samples in ``training``, or a ``loader`` that is iterated once per epoch.
 
-    ``steps`` are the batches of an epoch. Of a graph that is fixed to ``whole`` samples a run every batch holds a
-    multiple. Of a loader every ``stride``-th sample is held back; None where others are.
+    ``steps`` is the number of batches per epoch. If the graph is fixed to ``whole`` samples per run, every batch has a
+    multiple of it. Every ``stride``-th sample of a loader is held out; None if there is other validation data.
     """
 
     form: Form
@@ -110,14 +110,14 @@ class Source:
     whole: int
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that is held in memory, with names."""
+        """Yield all tensors held in memory, with their names."""
         for part in (self.held_back, self.training):
             yield from part.inputs.items() if part is not None else ()
             if part is not None and part.labels is not None:
                 yield "labels", part.labels
 
     def batches(self, epoch: int) -> Iterator[Samples]:
-        """The batches of an epoch, the same whatever epochs came before."""
+        """Yield the batches of an epoch, which do not depend on earlier epochs."""
         seed = self.seed * _EPOCHS_APART + epoch
         if self.training is not None:
             order = torch.randperm(self.training.count, generator=torch.Generator().manual_seed(seed))
@@ -131,22 +131,23 @@ class Source:
 
 
 def open_source(data: Any, validation_data: Any, form: Form, *, batch_size: int, seed: int, whole: int = 1) -> Source:
-    """Read what is to be held in memory, and hold a part of it back.
+    """Read training and validation data.
 
-    Without ``validation_data`` that is every fifth sample (of 64 to 79 every fourth). A loader, which is anything that
-    can be iterated again and is no list, keeps its own batches and gives its samples anew every epoch, with torch's
-    random numbers set by seed and epoch; it is read once in advance for what is held back, at most 2,048 samples.
+    Without ``validation_data``, every fifth sample is held out (every fourth of 64 to 79 samples). A loader, which is
+    any iterable that can be iterated again and is not a list, keeps its own batches and is iterated again every epoch,
+    with torch's random seed set from seed and epoch. It is iterated once in advance for held-out samples, at most
+    2,048.
 
     Args:
         data: see :func:`infoq_fx.core.data.read_data`.
-        validation_data: likewise; None holds back a part of ``data``.
-        form: what the samples must be like.
-        batch_size: samples a batch, where data is held in memory.
-        seed: of the order, and of what a loader draws.
-        whole: samples a run that the graph is fixed to; 1 if it is not.
+        validation_data: likewise; None holds out a part of ``data``.
+        form: required form of the samples.
+        batch_size: samples per batch, for data held in memory.
+        seed: of the order of samples, and of a loader's random numbers.
+        whole: samples per run that the graph is fixed to; 1 if it is not.
 
     Raises:
-        CalibrationDataError: see :meth:`Form.read`; or too few samples.
+        CalibrationDataError: see :meth:`Form.read`; or there are too few samples.
     """
     training, stride, steps = None, None, 0
     held = None if validation_data is None else form.read(validation_data)
@@ -164,14 +165,14 @@ def open_source(data: Any, validation_data: Any, form: Form, *, batch_size: int,
     if steps == 0 or held is None or held.count < whole:
         raise CalibrationDataError(
             f"too few samples: every fifth is held back, and a run takes at least {whole} of each part; give more, or "
-            "others as validation_data"
+            "separate validation_data"
         )
     loader = data if training is None else None
     return Source(form, held.whole(whole), training, loader, stride, steps, batch_size, seed, whole)
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A key for named tensors: their bytes, shapes and dtypes."""
+    """Return a hash of named tensors: their bytes, shapes and dtypes."""
     found = hashlib.blake2b(digest_size=16)
     for name, x in tensors:
         found.update(f"{name} {x.dtype} {list(x.shape)};".encode())
@@ -187,18 +188,18 @@ def _is_loader(data: Any) -> bool:
 def _length(loader: Any) -> int:
     try:
         return len(loader)
-    except TypeError:  # not known in advance
+    except TypeError:  # the loader has no length
         return 0
 
 
 def _part(samples: Samples, start: int, stride: int) -> tuple[Samples, Samples]:
-    """What is trained with and what is held back of samples that are numbered from ``start`` on."""
+    """Split samples numbered from ``start`` on into those to train on and those held out."""
     is_held = torch.arange(start, start + samples.count) % stride == stride - 1
     return samples.take((~is_held).nonzero()[:, 0]), samples.take(is_held.nonzero()[:, 0])
 
 
 def _iterate(loader: Iterable[Any], form: Form, seed: int) -> Iterator[tuple[int, Samples]]:
-    """Every batch and the number of its first sample."""
+    """Every batch with the number of its first sample."""
     start = 0
     with _seeded(seed):
         for batch in loader:
@@ -208,7 +209,7 @@ def _iterate(loader: Iterable[Any], form: Form, seed: int) -> Iterator[tuple[int
 
 
 def _survey(loader: Iterable[Any], form: Form, seed: int) -> tuple[int, Samples | None, int]:
-    """The number of batches; the samples to hold back, and the stride between them."""
+    """The number of batches, the samples to hold out, and the stride between them."""
     steps, held, stride = 0, None, _SHARE
     for start, samples in _iterate(loader, form, seed):
         steps += 1
@@ -228,7 +229,7 @@ def _join(first: Samples, second: Samples) -> Samples:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch's random numbers begin at a seed, and go on where they were afterwards."""
+    """Set torch's random seed, and restore the random state afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -1,7 +1,8 @@
-"""From a user's model to a calibrated :class:`~infoq_fx.PreparedModel`: capture, rewrites, sites, calibration.
+"""Turns a model into a calibrated :class:`~infoq_fx.PreparedModel`: capture, graph passes, sites, calibration.
 
 In: an ``nn.Module``, a traced graph or an exported program. Out: its functional ATen graph with a quantizer at every
-site and an observer at every named place. The user's model is never changed. One rewrite is one file in ``passes``.
+site and an observer at every named tensor. The user's model is never changed. Each graph pass is one file in
+``passes``.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Qparams of every quantizer at every bit-width, from the float model's values."""
+"""Calibration: chooses the qparams of every quantizer at every bit-width from the float model's values."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ __all__ = ["calibrate", "weight_digits"]
 
 
 def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
-    """Set the qparams of every quantizer for all its candidate bit-widths and for the baseline.
+    """Set the qparams of every quantizer for all its candidate bit-widths and for the 8-bit baseline.
 
-    Weights: the clip of least squared error, per output channel. Activations: one pass of the float model over
-    the data fills a histogram a site, from which the clip of least squared error follows for every bit-width.
+    Weights: the scales of least squared error, per output channel. Activations: one pass of the float model over
+    the data fills a histogram per site, from which the qparams of least squared error follow for every bit-width.
 
-    The scales of activations are powers of two wherever a factor can move into the weights around them
-    (:func:`infoq_fx.graph.passes.scale_equalization.find_scale_groups`), which are multiplied by it: their best scale becomes a
-    power of two, and costs nothing. Integer kernels that multiply a sum by ``scale_x scale_w / scale_y`` are then
-    exact, as float32 is, and round every value to the same step.
+    The scales of activations are powers of two wherever a factor can be moved into the surrounding weights
+    (:func:`infoq_fx.graph.passes.scale_equalization.find_scale_groups`): the factor makes the best scale a power of
+    two, at no loss. Integer kernels that multiply a sum by ``scale_x scale_w / scale_y`` are then exact, as float32
+    is, and round every value to the same step.
+
+    Args:
+        prepared: changed in place.
+        data: by the model's input names, on the model's device.
+        batch_size: samples per run of the float model.
 
     Raises:
         CalibrationDataError: an activation is NaN or infinite; the message names the site.
@@ -68,11 +73,11 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
 
 
 def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:
-    """Significant bits that the scales of a weight may have, by the scales of the inputs that it meets.
+    """Return how many significant bits the scales of a weight may have, given the scales of its layers' inputs.
 
     Args:
         quantizers: of a prepared model, by their nodes; those of activations have their qparams.
-        node: the weight's quantize node.
+        node: the weight's quantizer node.
         bits: its bit-width.
     """
     sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
@@ -91,11 +96,11 @@ def _widths(quantizer: Quantizer) -> list[int]:
 def _choose_factors(
     prepared: PreparedModel, activations: Sequence[tuple[fx.Node, Quantizer]], histograms: Mapping[str, Histogram]
 ) -> dict[fx.Node, float]:
-    """By node, from 2^-0.5 to 2^0.5: a tensor's best scale times its factor is a power of two.
+    """Factors by node, from 2^-0.5 to 2^0.5: a tensor's best scale times its factor is a power of two.
 
-    Tensors that share a factor take the mean of what each asks for, on the circle of the fractions of an octave. Where
-    one of them is what a clamp gives, it alone decides: the clamp is then no tighter than the range of the integers,
-    and fuses into integer kernels.
+    Tensors that share a factor take the circular mean of their own log2 factors, modulo 1. If some of them are outputs
+    of a clamp, only those count: the clamp is then no tighter than the range of the integers, and fuses into integer
+    kernels.
     """
     groups = find_scale_groups(prepared.graph_module)
     asked: dict[tuple[fx.Node, bool], list[float]] = {}
@@ -109,12 +114,12 @@ def _choose_factors(
         first: cmath.phase(sum(cmath.exp(2j * math.pi * octave) for octave in found)) / (2 * math.pi)
         for first, found in decisive.items()
     }
-    # A hair above, for what rounding takes away.
+    # Slightly above, to allow for rounding.
     return {node: (1 + 2**-18) * 2.0 ** -octaves[first] for node, first in groups.items() if first in octaves}
 
 
 def _is_clamped(node: fx.Node) -> bool:
-    """Whether a quantizer reads what a clamp gives, perhaps through an observer."""
+    """Whether a quantizer reads the output of a clamp, perhaps through an observer."""
     while node.op == "call_module":
         (node,) = node.all_input_nodes
     return node.target in CLAMPS

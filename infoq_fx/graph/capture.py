@@ -1,4 +1,4 @@
-"""Any accepted model becomes one normal form: the functional ATen graph of ``torch.export``, batch first."""
+"""Captures a model in normal form: the functional ATen graph of ``torch.export``, batch first."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 __all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
-# A view holds only for the memory layout at capture; quantized values and channels-last images have others.
+# A view is valid only for the memory layout at capture; quantized values and channels-last images have others.
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
 class CapturedModel:
-    """A model in normal form.
+    """A model in normal form, the result of :func:`capture`.
 
     ``graph_module`` takes the model's tensor inputs by position or by name, holds copies of its parameters under
-    their own paths, and has fake tensors with shapes in ``node.meta["val"]``. ``batch_size`` is None when the
-    first dimension of every input is free, else the size that the graph is fixed to.
+    their own paths, and has fake tensors with shapes in ``node.meta["val"]``. ``batch_size`` is None if the
+    first dimension of every input is dynamic, else the size that the graph is fixed to.
     """
 
     graph_module: fx.GraphModule
@@ -42,7 +42,10 @@ class CapturedModel:
 
 
 class BufferTracer(fx.Tracer):
-    """Traces reads of buffers as nodes: unpickling traces again, and would evaluate integer weights for good."""
+    """Tracer that records reads of buffers as nodes.
+
+    Unpickling a graph module traces it again, which would otherwise constant-fold its integer weights.
+    """
 
     proxy_buffer_attributes = True
 
@@ -53,18 +56,18 @@ def capture(
     *,
     device: torch.device | str = "cpu",
 ) -> CapturedModel:
-    """Capture a model for inference; the model itself is left as it was.
+    """Capture a model for inference; the model itself is not changed.
 
     Args:
         model: an ``nn.Module`` (an ``fx.GraphModule`` too), in any mode, or an ``ExportedProgram``.
         example_inputs: one batch of at least two samples, positional or by name, each ``[samples, ...]``.
-        device: where the captured copy lives.
+        device: of the captured copy.
 
     Returns:
-        The functional graph without dropout; views are reshapes, and batch norms are still separate nodes.
+        The functional graph without dropout; views become reshapes, and batch norms are still separate nodes.
 
     Raises:
-        UnsupportedModelError: torch cannot export the model; the message names the place and torch's reason.
+        UnsupportedModelError: torch cannot export the model; the message names the module and torch's reason.
         CalibrationDataError: the model itself rejects the example inputs.
     """
     program = model if isinstance(model, ExportedProgram) else _export_module(model, example_inputs)
@@ -80,10 +83,10 @@ def capture(
 
 
 def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
-    """``torch.export`` with a free first dimension on every input that has one.
+    """Call ``torch.export`` with a dynamic first dimension on every input that has one.
 
     Args:
-        module: anything ``torch.export`` takes.
+        module: any module that ``torch.export`` takes.
         example_inputs: at least two samples, by position or by name.
     """
     free = torch.export.Dim.AUTO
@@ -95,7 +98,7 @@ def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping
         args, kwargs = tuple(example_inputs), {}
         shapes = tuple({0: free} if x.ndim else None for x in args)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its linear layers
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused encoder layer would hide the linear layers
     try:
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     finally:
@@ -105,14 +108,17 @@ def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping
 def flatten_program(
     program: ExportedProgram, device: torch.device
 ) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
-    """A program as a graph module that holds its tensors under their own paths, and the names of inputs and outputs.
+    """Turn a program into a graph module that holds its tensors under their own paths.
 
     Args:
         program: functional; its tensors are copied.
-        device: where the copies live.
+        device: of the copies.
+
+    Returns:
+        The graph module, the names of its inputs and the names of its outputs.
 
     Raises:
-        UnsupportedModelError: an input that is no tensor, or state that changes while the program runs.
+        UnsupportedModelError: an input is not a tensor, or the program changes state while it runs.
     """
     if any(_device_of(tensor) != device for tensor in program.state_dict.values()):
         from torch.export.passes import move_to_device_pass
@@ -174,7 +180,7 @@ def _check_inputs(
     input_names: Sequence[str],
     example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
 ) -> None:
-    # Fake tensors let dtypes pass that real kernels refuse.
+    # Fake tensors accept dtypes that real kernels reject.
     if isinstance(example_inputs, Mapping):
         if set(example_inputs) != set(input_names):
             return
@@ -241,7 +247,7 @@ def _refuse_training_graph(program: ExportedProgram) -> None:
 
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     try:
-        # An empty table makes the graph functional and keeps conv2d, linear and attention whole.
+        # An empty table makes the graph functional without decomposing conv2d, linear and attention.
         functional: ExportedProgram = program.run_decompositions({})
         return functional
     except Exception as error:
@@ -262,7 +268,7 @@ def _copy_graph(
             copies[node] = graph.get_attr(lifted[node.name])
             copies[node].meta = dict(node.meta)
         elif node.op == "placeholder" and node.name not in input_names:
-            continue  # a constant argument: torch.export has specialised on its value
+            continue  # a constant argument: torch.export specialised on its value
         elif node.op == "output":
             flat = [copies[x] if isinstance(x, fx.Node) else x for x in node.args[0]]
             value, output_names = _restore_outputs(program, flat)
@@ -322,7 +328,7 @@ def _move(
 
 def _fixed_batch_size(graph_module: fx.GraphModule) -> int | None:
     for node in graph_module.graph.nodes:
-        # A size that the graph itself fixed is still a SymInt.
+        # A size that the graph specialised is still a SymInt.
         if node.op == "placeholder" and node.meta["val"].ndim and is_concrete_int(node.meta["val"].shape[0]):
             return int(node.meta["val"].shape[0])
     return None

@@ -1,4 +1,4 @@
-"""Operations that limit a tensor to a range, and the bounds of that range."""
+"""Clamp operations, which limit a tensor to a range, and their bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLAMPS: dict[Any, tuple[float | None, float | None]] = {
     _ATEN.clamp.default: (None, None),
     _ATEN.relu6.default: (0.0, 6.0),
 }
-"""Operations with two bounds, each with its default bounds; None is no bound."""
+"""Clamps with two bounds, each with its default bounds; None is no bound."""
 
 _ONE_SIDED: dict[Any, tuple[float | None, float | None]] = {
     _ATEN.relu.default: (0.0, None),
@@ -25,7 +25,7 @@ _ONE_SIDED: dict[Any, tuple[float | None, float | None]] = {
 
 
 def read_bounds(node: fx.Node) -> tuple[Any, Any]:
-    """Lower and upper bound of a clamp, None where there is none; a bound may be a node."""
+    """Return the lower and the upper bound of a clamp, None where there is none; a bound may be a node."""
     low, high = {**CLAMPS, **_ONE_SIDED}[node.target]
     found: list[Any] = [*node.args[1:3], *(None,) * (3 - len(node.args))]
     names = ("min_val", "max_val") if node.target is _ATEN.hardtanh.default else ("min", "max")
@@ -34,7 +34,7 @@ def read_bounds(node: fx.Node) -> tuple[Any, Any]:
 
 
 def constant_bounds(node: fx.Node) -> tuple[float, float] | None:
-    """The bounds of a clamp or ReLU as numbers, infinite where there is none; None for every other node."""
+    """Return the bounds of a clamp or ReLU as numbers, infinite where there is none; None for every other node."""
     if node.target not in CLAMPS and node.target not in _ONE_SIDED:
         return None
     low, high = read_bounds(node)
@@ -44,6 +44,6 @@ def constant_bounds(node: fx.Node) -> tuple[float, float] | None:
 
 
 def set_bounds(node: fx.Node, low: float | None, high: float | None) -> None:
-    """Give a clamp of ``CLAMPS`` other bounds."""
+    """Set the bounds of a clamp in ``CLAMPS``."""
     node.target = _ATEN.clamp.default if node.target is _ATEN.clamp.default else _ATEN.hardtanh.default
     node.args, node.kwargs = (node.args[0], low, high), {}

@@ -1,4 +1,4 @@
-"""Runs of the float model behind a prepared graph, and the weights of its sites."""
+"""Runs the float model behind a prepared graph, and reads the weights of its sites."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class FloatInterpreter(fx.Interpreter):
         super().__init__(prepared.graph_module)
 
     def see(self, quantizer: Quantizer, x: Tensor) -> None:
-        """Called with every quantizer and what it would quantize."""
+        """Hook that is called with every quantizer and its input."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A quantizer's input itself; any other module's output."""
+        """Return a quantizer's input unchanged, and any other module's output."""
         module = self.fetch_attr(target)
         if not isinstance(module, Quantizer):
             return super().call_module(target, args, kwargs)
@@ -35,17 +35,17 @@ class FloatInterpreter(fx.Interpreter):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images ``[samples, channels, height, width]`` with channels last, which CPUs convolve up to 3 times faster."""
+    """Return 4-D tensors in the channels-last memory format, which CPUs convolve up to 3 times faster."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def read_weight(prepared: PreparedModel, node: fx.Node) -> Tensor:
-    """The float weight behind a weight's quantize node."""
+    """Return the float weight behind a weight's quantizer node."""
     return read_tensor(prepared.graph_module, node.all_input_nodes[0])
 
 
 def read_weights(prepared: PreparedModel, sites: Iterable[QuantSite]) -> Iterator[tuple[QuantSite, Quantizer, Tensor]]:
-    """Those of the sites that are weights, in graph order, each with its quantizer and its float weight."""
+    """Yield those of the sites that are weights, in graph order, each with its quantizer and its float weight."""
     wanted = {site.name: site for site in sites if site.kind == "weight"}
     for node, quantizer in prepared.quantizer_nodes():
         if quantizer.site.name in wanted:

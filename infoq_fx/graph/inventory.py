@@ -1,4 +1,4 @@
-"""What a model stores and multiplies, as far as costs are concerned."""
+"""Counts what a graph stores and multiplies, from which costs are computed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ def take_inventory(
     layers: Sequence[MultiplyingLayer],
     shapes: Callable[[fx.Node], tuple[int, ...]],
 ) -> Inventory:
-    """Sites, multiply-accumulates and float bytes of a graph, from what multiplies in it and where sites are."""
+    """Collect the sites, multiply-accumulates and float bytes of a graph.
+
+    Args:
+        graph_module: in normal form.
+        placements: of the sites.
+        layers: all multiplying layers, those left in float included.
+        shapes: gives a node's shape for one sample.
+    """
     sites = tuple(placement.site for placement in placements)
     present = {site.name for site in sites}
-    # A tensor that several layers read has one site, under the name of the first of them.
+    # A tensor that several layers read has one site, named after the first of them.
     read_by = {(user, placement.node): placement.site.name for placement in placements for user in placement.users}
     operations = []
     weights: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the passes know of ATen layers: which operand is the weight, where its output channels are."""
+"""Tables of ATen layers: which operand is the weight, and where its output channels are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _ATEN = torch.ops.aten
 class LayerOp:
     """Positions of the operands of a layer; ``channel_axis`` is the axis of output channels in its weight.
 
-    A lookup takes rows of its weight by integer indices and multiplies nothing: its source is never quantized.
+    A lookup (embedding) gathers rows of its weight by integer indices; it multiplies nothing, so its source is never
+    quantized.
     """
 
     source: int
@@ -29,11 +30,11 @@ class LayerOp:
     is_lookup: bool = False
 
     def bias_of(self, node: fx.Node) -> Any:
-        """The bias operand, None where there is none."""
+        """Return the bias operand, None if there is none."""
         return node.args[self.bias] if self.bias is not None and len(node.args) > self.bias else None
 
     def set_bias(self, node: fx.Node, bias: fx.Node) -> None:
-        """Give the layer another bias; the layer must be of a kind that takes one."""
+        """Set the bias operand of a layer of a kind that takes one."""
         if self.bias is None:
             raise ValueError(f"{node.target} takes no bias")
         args = list(node.args) + [None] * (self.bias + 1 - len(node.args))
@@ -44,8 +45,8 @@ class LayerOp:
 _CONV = LayerOp(source=0, weight=1, bias=2, channel_axis=0, is_convolution=True)
 _TRANSPOSED = LayerOp(source=0, weight=1, bias=2, channel_axis=1, is_transposed=True, is_convolution=True)
 _RIGHT = LayerOp(source=0, weight=1, bias=None, channel_axis=1)
-# One scale a feature: features of unusual size are the same in all rows, and DequantizeLinear applies such scales
-# to the few rows that were gathered.
+# One scale per feature: features of unusual size are the same in all rows, and DequantizeLinear applies such scales
+# only to the rows that were gathered.
 _EMBEDDING = LayerOp(source=1, weight=0, bias=None, channel_axis=1, is_lookup=True)
 
 LAYER_OPS: dict[Any, LayerOp] = {
@@ -64,30 +65,30 @@ LAYER_OPS: dict[Any, LayerOp] = {
     _ATEN.matmul.default: _RIGHT,
     _ATEN.embedding.default: _EMBEDDING,
 }
-"""Layers with a weight; products of two tensors are layers only where the right operand is a 2-D parameter."""
+"""Layers with a weight by ATen op; matrix products are layers only if their right operand is a 2-D parameter."""
 
 MATMUL_OPS = {_ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default}
 ATTENTION = _ATEN.scaled_dot_product_attention.default
 
 
 def module_path(node: fx.Node) -> str:
-    """The user's module path that a node came from; empty for the model itself or when it is not known."""
+    """Return the module path that a node comes from; empty for the model itself or if it is not known."""
     stack = node.meta.get("nn_module_stack") or {}
-    # Non-strict export writes paths as the user has them; a traced GraphModule may prefix "L['self']".
+    # Non-strict export writes the user's paths; a traced GraphModule may prefix them with "L['self']".
     paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
     path = str(paths[-1]) if paths else ""
     return path.removeprefix("L['self'].").removeprefix("L['self']")
 
 
 def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
-    """The parameter or buffer behind a ``get_attr`` node or at a dotted path, without gradient."""
+    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, detached."""
     owner, _, name = (source if isinstance(source, str) else str(source.target)).rpartition(".")
     value: Tensor = getattr(graph_module.get_submodule(owner), name)
     return value.detach()
 
 
 def write_tensor(graph_module: fx.GraphModule, target: str, value: Tensor) -> None:
-    """Put a tensor at a dotted path as a buffer, in place of a parameter or buffer of that name."""
+    """Register a tensor as a buffer at a dotted path, replacing a parameter or buffer of that name."""
     owner_path, _, name = target.rpartition(".")
     owner: nn.Module = graph_module
     for part in filter(None, owner_path.split(".")):
@@ -100,12 +101,12 @@ def write_tensor(graph_module: fx.GraphModule, target: str, value: Tensor) -> No
 
 
 def is_call(node: Any, target: Any) -> bool:
-    """Whether an operand is a node that calls this function."""
+    """Return whether an operand is a node that calls ``target``."""
     return isinstance(node, fx.Node) and node.target is target
 
 
 def called_modules(graph_module: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
-    """Every node that calls a module, with the module, in graph order."""
+    """Return every node that calls a module, with the module, in graph order."""
     return [
         (node, graph_module.get_submodule(str(node.target)))
         for node in graph_module.graph.nodes

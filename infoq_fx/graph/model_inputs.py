@@ -1,4 +1,4 @@
-"""Samples in the form that a captured model takes: by input name, of its shapes, on its device."""
+"""Puts samples into the form that a captured model takes: by input name, of its shapes, on its device."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 def choose_example_inputs(
     model: nn.Module | ExportedProgram, data: CalibrationData | None, example_inputs: Inputs | None
 ) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Return example inputs from the data, else from ``example_inputs``, else from the exported program.
+
+    Raises:
+        OptionError: none of these is given.
+    """
     if data is not None:
         return data.example_inputs
     if example_inputs is not None:
@@ -40,6 +45,11 @@ def choose_example_inputs(
 def name_examples(
     captured: CapturedModel, inputs: tuple[Tensor, ...] | dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
+    """Return example inputs by the model's input names, in batches of the size that the graph takes.
+
+    Raises:
+        CalibrationDataError: the model does not take these inputs.
+    """
     held = read_data(inputs if isinstance(inputs, dict) else [(inputs, None)]).named(captured.input_names)
     check_against_graph(captured.graph_module, held)
     rows = torch.arange(captured.batch_size or max(2, held.samples)) % held.samples
@@ -47,10 +57,10 @@ def name_examples(
 
 
 def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
-    """Data by the model's input names, on its device, in whole batches where the graph is fixed to a size.
+    """Return data by the model's input names, on its device, in whole batches if the graph's batch size is fixed.
 
     Raises:
-        CalibrationDataError: names, shapes or dtypes that the model does not take, or less than one batch.
+        CalibrationDataError: the model does not take these names, shapes or dtypes, or there is less than one batch.
     """
     named = data.named(prepared.input_names)
     check_against_graph(prepared.graph_module, named)
@@ -67,6 +77,11 @@ def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
 
 
 def check_against_graph(graph_module: fx.GraphModule, data: CalibrationData) -> None:
+    """Check that the graph takes inputs of these shapes and dtypes.
+
+    Raises:
+        CalibrationDataError: it does not.
+    """
     for node in graph_module.graph.nodes:
         if node.op != "placeholder":
             continue

@@ -1,4 +1,4 @@
-"""The layers that multiply, the tensors that they multiply, and the shapes of these."""
+"""Finds the layers that multiply, their operands, and the operands' shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Placement:
-    """A site, the node whose value it quantizes and the nodes that read the quantized value."""
+    """A site in the graph: the node whose value it quantizes, and the nodes that read the quantized value."""
 
     site: QuantSite
     node: fx.Node
@@ -43,7 +43,7 @@ class MultiplyingLayer:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs the graph once and keeps only each tensor's shape."""
+    """Runs the graph once and records each tensor's shape."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -59,6 +59,7 @@ class _ShapeRecorder(fx.Interpreter):
 def record_sample_shapes(
     graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]
 ) -> Callable[[fx.Node], tuple[int, ...]]:
+    """Run the graph once and return a function from a node to its shape for one sample."""
     recorder = _ShapeRecorder(graph_module)
     with torch.no_grad():
         recorder.run(*example_inputs.values())
@@ -75,6 +76,7 @@ def record_sample_shapes(
 
 
 def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLayer]:
+    """List the layers, matrix products and attentions of a graph, in graph order, under unique names."""
     layers = []
     names: set[str] = set()
     for node in graph_module.graph.nodes:
@@ -100,14 +102,17 @@ def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLay
 
 
 def is_lookup(layer: MultiplyingLayer) -> bool:
+    """Return whether a layer is an embedding."""
     return layer.node.target in LAYER_OPS and LAYER_OPS[layer.node.target].is_lookup
 
 
 def is_parameter(operand: Any) -> bool:
+    """Return whether an operand is a parameter or buffer of the graph module."""
     return isinstance(operand, fx.Node) and operand.op == "get_attr"
 
 
 def make_unique(name: str, taken: set[str]) -> str:
+    """Return the name with a number appended if it is taken, and add it to ``taken``."""
     found, count = name, 1
     while found in taken:
         found, count = f"{name}_{count}", count + 1

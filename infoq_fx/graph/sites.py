@@ -1,4 +1,4 @@
-"""Find what can be quantized: weights, the activations that meet them, and what lets integer kernels fuse."""
+"""Finds what can be quantized: weights, the activations they multiply, and tensors that let integer kernels fuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FUSED_ACTIVATIONS = {_ATEN.relu.default, _ATEN.hardtanh.default, _ATEN.clamp.de
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Where quantizers go, what the model costs, and the weight site of the layer that makes the logits."""
+    """The sites of a graph: their placements, the inventory, and the weight site of the layer that makes the logits."""
 
     placements: tuple[Placement, ...]
     inventory: Inventory
@@ -48,23 +48,24 @@ def find_sites(
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
 ) -> SitePlan:
-    """List the sites of a graph in normal form.
+    """Find the sites of a graph in normal form.
 
-    Weight sites are the weights of convolutions (1-3d, transposed), linear layers and embeddings; activation sites
-    are the tensors that feed the former two and the operands of matrix products and attention. Convolution outputs
-    and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels need them.
+    Weight sites are the weights of convolutions (1-3d, transposed), linear layers and embeddings. Activation sites
+    are the inputs of convolutions and linear layers and the operands of matrix products and attention. Convolution
+    outputs and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels
+    need them.
 
     Args:
         graph_module: in normal form; not changed.
-        example_inputs: a batch, from which shapes are read.
+        example_inputs: one batch, from which shapes are read.
         bits: candidate bit-widths of weights.
         activation_bits: candidate bit-widths of activations; None leaves all activations in float.
-        ignore: glob patterns on module paths, layers to leave in float.
-        pin: glob pattern on module paths (their weights) or site names, to the bit-width it must have.
+        ignore: glob patterns on the module paths of layers to leave in float.
+        pin: fixed bit-widths by glob pattern on module paths (their weights) or site names.
 
     Raises:
-        UnsupportedModelError: nothing to quantize, or a weight that is not finite.
-        OptionError: a pattern that matches nothing.
+        UnsupportedModelError: there is nothing to quantize, or a weight is not finite.
+        OptionError: a pattern matches nothing.
     """
     shapes = record_sample_shapes(graph_module, example_inputs)
     all_layers = find_multiplying_layers(graph_module)
@@ -117,9 +118,9 @@ def _place_layers(
     bits: tuple[int, ...],
     activation_bits: tuple[int, ...] | None,
 ) -> list[Placement]:
-    """One placement a tensor: layers that share a weight or an input share its site.
+    """One placement per tensor: layers that share a weight or an input share its site.
 
-    The scales of a shared weight are those that its multiplying layers take; embeddings take any.
+    The scales of a shared weight run along the channel axis of its multiplying layers; embeddings take any axis.
     """
     found: dict[tuple[str, Any], Placement] = {}
     for layer in sorted(layers, key=is_lookup):
@@ -134,7 +135,7 @@ def _place_layers(
             elif is_weight:
                 tensor = read_tensor(graph_module, node)
                 if not bool(torch.isfinite(tensor).all()):
-                    raise UnsupportedModelError(f"weight {name!r} holds NaN or infinity: mend the checkpoint first")
+                    raise UnsupportedModelError(f"weight {name!r} holds NaN or infinity: fix the checkpoint first")
                 site = QuantSite(name, "weight", tuple(tensor.shape), bits, axis)
                 found[key] = Placement(site, node, (layer.node,))
             elif activation_bits is not None:

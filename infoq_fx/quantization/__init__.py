@@ -1,8 +1,8 @@
-"""From float tensors to integers and back, and the modules and ops that do it inside of a graph.
+"""Quantization of tensors, and the modules and custom ops that do it inside a graph.
 
 In: tensors, and how they are quantized (:class:`infoq_fx.types.QuantSpec`). Out: scales, zero points, integers, and
-the :class:`PreparedModel` that holds a quantizer for every site. The verbs are ``choose``, ``quantize``, ``dequantize``
-and ``fake_quantize``: functions of their arguments, without state.
+the :class:`PreparedModel` that holds a quantizer for every site. The core is four kinds of pure functions: choose
+qparams, quantize, dequantize and fake quantize.
 """
 
 import lazy_loader

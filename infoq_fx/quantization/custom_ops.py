@@ -1,4 +1,4 @@
-"""The custom ops ``infoq_fx.quantize_dequantize`` and ``infoq_fx.dequantize`` that a quantized graph is made of."""
+"""The custom ops of a quantized graph: ``infoq_fx.quantize_dequantize`` and ``infoq_fx.dequantize``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infoq_fx.types import QParams, QuantSpec
 __all__ = ["decompose_in_inductor", "dequantize_op", "quantize_dequantize_op"]
 
 
-# Site and bit-width travel as arguments: a graph keeps them through pickle, deepcopy and torch.export.
+# Site and bit-width are arguments because a graph keeps those through pickle, deepcopy and torch.export.
 _LIBRARY = torch.library.Library("infoq_fx", "DEF")
 _LIBRARY.define(
     "quantize_dequantize(Tensor x, float scale, int zero_point, int bits, str site) -> Tensor",
@@ -31,7 +31,7 @@ def _quantize_dequantize(x: Tensor, scale: float, zero_point: int, bits: int, si
     spec = QuantSpec(bits=bits, symmetric=False)
     as_tensors = x.new_tensor(scale), x.new_tensor(zero_point, dtype=torch.int32)
     y = numerics.fake_quantize(x, QParams(spec, *as_tensors))
-    # Traced graphs hold views that fit the strides promised below, and attention chooses its kernel by them.
+    # Traced graphs contain views that rely on the strides of the fake kernel, and attention chooses its kernel by them.
     promised = torch.empty_like(x, device="meta").stride()
     return y if y.stride() == promised else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
@@ -63,15 +63,15 @@ dequantize_op = torch.ops.infoq_fx.dequantize.default
 
 @functools.cache
 def decompose_in_inductor() -> None:
-    """Let Inductor fuse the ops into the loops around them; it takes them for opaque calls otherwise.
+    """Let Inductor fuse the ops into the surrounding loops instead of treating them as opaque calls.
 
-    Importing Inductor takes seconds: this is done when something is compiled, the first time that an op is traced.
+    Importing Inductor takes seconds, so this is done only when something is compiled, at an op's first trace.
     """
     from torch._inductor import decomposition
 
     decomposition.register_decomposition([quantize_dequantize_op])(_decompose_quantize_dequantize)
     decomposition.register_decomposition([dequantize_op])(_dequantize)
-    decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made by the first compilation
+    decomposition.fast_random_decomps.cache_clear()  # it caches a copy of the table at the first compilation
 
 
 def _decompose_once_in_use() -> None:

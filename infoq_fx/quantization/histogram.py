@@ -1,4 +1,4 @@
-"""What an activation's values look like, and the affine qparams that fit them best."""
+"""Histograms of activations, and the affine qparams of least squared error under them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 MAX_BINS = 8192
 MAX_VALUES_PER_SAMPLE = 16384
 
-_MANY_TERMS = 576  # what the bits of a weight's scale are meant for
+_MANY_TERMS = 576  # terms of a sum for which scale_significant_bits gives a weight's scale no extra bits
 _MOST_DIGITS = 5
 
 # Bin widths from 2**-126 up, and their inverses, are normal float32 numbers.
@@ -31,7 +31,7 @@ _SMALLEST_EXPONENT = -126
 
 
 class Histogram:
-    """One-pass accumulator of an activation's values, good for every bit-width.
+    """One-pass histogram of an activation's values, from which qparams at any bit-width follow.
 
     Bin ``i`` counts the values in ``[first_bin + i, first_bin + i + 1) * bin_width``. The width is the
     smallest power of two for which ``MAX_BINS`` bins cover everything from ``minimum`` to ``maximum``, 0
@@ -39,7 +39,7 @@ class Histogram:
     chunking of the batches changes the result.
 
     Attributes:
-        minimum: smallest value seen (inf before the first one); NaN or infinite if one was.
+        minimum: smallest value seen (inf before the first one); NaN or infinite if a value was.
         maximum: largest value seen, likewise.
         counts: int64 ``[bins]`` on the CPU; at most ``MAX_VALUES_PER_SAMPLE`` values of each sample.
         first_bin: index of the first bin, never positive.
@@ -65,11 +65,11 @@ class Histogram:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every value seen was finite; once one was not, nothing more is counted."""
+        """Whether every value seen was finite; after one that was not, nothing more is counted."""
         return self.is_empty or (math.isfinite(self.minimum) and math.isfinite(self.maximum))
 
     def update(self, x: torch.Tensor) -> None:
-        """Add a batch.
+        """Add a batch of values.
 
         Args:
             x: ``[samples, ...]``, any device and dtype; counted as float32.
@@ -84,13 +84,13 @@ class Histogram:
             return
         self._cover_range()
         counted = samples[:, :: _coprime_stride(samples.shape[1])]
-        # In float64, where the smallest negative value over the widest bin does not vanish: its bin is -1.
+        # In float64, where the smallest negative value divided by the widest bin does not become 0: its bin is -1.
         scaled = counted.to(torch.float64).mul_(math.ldexp(1.0, -self.exponent))
         bins = scaled.floor_().to(torch.int64).sub_(self.first_bin)
         self.counts += torch.bincount(bins.flatten(), minlength=len(self.counts)).cpu()
 
     def _cover_range(self) -> None:
-        """Move the counts into the bins that the range seen so far asks for."""
+        """Move the counts into the bins that the range seen so far requires."""
         low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
         exponent = self.exponent
         if low < high:  # with nothing but zeros so far, the bins stay as narrow as they get
@@ -106,17 +106,18 @@ class Histogram:
 
 
 def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None, of_input: int | None = None) -> int:
-    """Significant bits of a scale: so few that float32 sums over quantized values are exact.
+    """Return how many significant bits a scale may have so that float32 sums over quantized values are exact.
 
-    A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant bits, and
-    sums of such products, of both signs and seldom of full size, nearly always fit the 24 of float32: they come out
-    the same in every order. Two runtimes agree to the last bit where they would else round single values to
-    different steps, which grow from layer to layer. The price is a scale that is off its best value by at most 3 to
-    12 % (weights at 8 bits: 25 %), where the squared error is flat.
+    A product of an activation ``(q - zero_point) * scale`` with a weight then has at most 21 significant bits. Sums
+    of such products, of both signs and seldom of full size, nearly always fit the 24 bits of float32 and are the
+    same in every order. Two runtimes then agree to the last bit; otherwise they would round single values to
+    different steps, and the differences would grow from layer to layer. The cost is a scale that differs from its
+    best value by at most 3 to 12 % (weights at 8 bits: 25 %), where the squared error is flat.
 
-    A sum of few ``terms``, as of a depthwise convolution, grows less: by half a bit for each doubling. What it leaves
-    is given to the scales of its weights, where the number of terms is known; so is what the scale of the layer's
-    input leaves, where its significant bits are (``of_input``), as with a power of two (1).
+    A sum of n terms grows by half a bit for each doubling of n. If the number of ``terms`` is known and small, as in
+    a depthwise convolution, the bits saved go to the scales of the layer's weights. So do the bits that the scale of
+    the layer's input does not use, if its number of significant bits (``of_input``) is known, such as 1 for a power
+    of two.
     """
     if not is_weight:
         return min(_MOST_DIGITS, 12 - bits)
@@ -126,15 +127,15 @@ def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None,
 
 
 def significant_bits_of(scale: float) -> int:
-    """Bits between the first and the last 1 of a float32, both counted: 1 for a power of two."""
+    """Return the significant bits of a float32, from its first to its last 1: 1 for a power of two."""
     mantissa = int(math.frexp(scale)[0] * (1 << 24))
     return mantissa.bit_length() - ((mantissa & -mantissa).bit_length() - 1)
 
 
 def find_activation_scale(histogram: Histogram, spec: QuantSpec) -> float:
-    """The scale of least expected squared error, at most that of the full range, of any number of significant bits.
+    """Return the scale of least expected squared error, at most that of the full range, not rounded to few bits.
 
-    Arguments and errors are those of :func:`choose_activation_qparams`; 1 for a tensor of zeros.
+    Arguments and errors are those of :func:`choose_activation_qparams`; the scale is 1 for a tensor of zeros.
     """
     _check_affine(histogram, spec)
     if histogram.minimum == histogram.maximum == 0:
@@ -144,20 +145,20 @@ def find_activation_scale(histogram: Histogram, spec: QuantSpec) -> float:
 
 
 def choose_activation_qparams(histogram: Histogram, spec: QuantSpec, *, factor: float | None = None) -> QParams:
-    """Affine scale and zero point that minimise the expected squared error under a histogram.
+    """Choose the affine scale and zero point that minimise the expected squared error under a histogram.
 
-    The values of a bin count as spread evenly over it. A grid over scale and zero point, the full range
+    The values of a bin are taken as spread evenly over it. A grid search over scale and zero point, the full range
     included, is followed by a pattern search with shrinking steps, all in float64 on the CPU.
 
     Args:
-        histogram: what was seen of the activation.
-        spec: affine, for the whole tensor.
-        factor: the qparams are those of the activation multiplied by this, and its scale is a power of two. Its zero
-            point is even if there are values of both signs: integer additions of onnxruntime round halves to even
-            after they have added it.
+        histogram: of the activation.
+        spec: affine, per tensor.
+        factor: choose the qparams of the activation multiplied by this factor, with a power of two as the scale. The
+            zero point is even if there are values of both signs: integer additions of onnxruntime round halves to
+            even after they have added it.
 
     Returns:
-        Scale and zero point on the CPU, 0 always being a level; scale 1 for a tensor of zeros.
+        Scale and zero point on the CPU; 0 is always exactly representable. The scale is 1 for a tensor of zeros.
 
     Raises:
         OptionError: ``spec`` is symmetric or per channel.
@@ -182,7 +183,7 @@ def _check_affine(histogram: Histogram, spec: QuantSpec) -> None:
 
 
 def _coprime_stride(numel: int) -> int:
-    """Smallest stride that leaves few enough values; coprime to the size, out of step with every axis."""
+    """Smallest stride that leaves few enough values; coprime to the size, so that it aligns with no axis."""
     stride = -(-numel // MAX_VALUES_PER_SAMPLE)
     while math.gcd(stride, numel) > 1:
         stride += 1
@@ -233,7 +234,7 @@ def _round_affine(histogram: Histogram, spec: QuantSpec, best: torch.Tensor, fac
 
 
 def _short_grid(best: torch.Tensor, significant_bits: int, quant_max: int) -> torch.Tensor:
-    """Scales of few significant bits around the best, with zero points that keep either end or between."""
+    """Scales of few significant bits around the best, with zero points that keep the low or high end, or between."""
     scale, zero = float(best[0]), float(best[1])
     exponent, count = math.frexp(scale)[1] - significant_bits, 1 << (significant_bits - 1)
     grid = []
@@ -245,7 +246,7 @@ def _short_grid(best: torch.Tensor, significant_bits: int, quant_max: int) -> to
 
 
 def _cumulative_table(histogram: Histogram) -> tuple[torch.Tensor, float]:
-    """By bin: mass and moment below it, mass, left end, width and half its inverse; then the mean square."""
+    """By bin: mass and moment below it, its mass, left end, width and half the inverse width; also the mean square."""
     mass = histogram.counts.double() / histogram.counts.sum()
     edges = (torch.arange(len(mass), dtype=torch.float64) + histogram.first_bin) * histogram.bin_width
     # The outermost values are known exactly: a constant tensor is a point, not a bin.
@@ -255,7 +256,7 @@ def _cumulative_table(histogram: Histogram) -> tuple[torch.Tensor, float]:
     moment = mass * (left + 0.5 * width)
     columns = [mass.cumsum(0) - mass, moment.cumsum(0) - moment, mass, left, width, half_inverse]
     mean_square = float((mass * (left * left + left * width + width * width / 3)).sum())
-    table = functional.pad(torch.stack(columns, 1), (0, 0, 1, 1))  # rows for what lies left and right of it all
+    table = functional.pad(torch.stack(columns, 1), (0, 0, 1, 1))  # rows for values below and above the range
     table[-1, 0], table[-1, 1] = 1.0, moment.sum()
     return table, mean_square
 
@@ -270,7 +271,7 @@ def _expected_errors(
 ) -> torch.Tensor:
     """Expected squared errors ``[candidates]`` of affine qparams.
 
-    Summed by parts over the levels, they are E[(x - top)^2] - 2 scale sum P(b), where b are the boundaries
+    Summed by parts over the levels, each is E[(x - top)^2] - 2 scale sum P(b), where b are the boundaries
     between levels and P(b) = E[max(b - x, 0)].
     """
     boundary = (torch.arange(quant_max, dtype=torch.float64) + 0.5 - zero_point[:, None]) * scale[:, None]

@@ -1,6 +1,7 @@
-"""From float tensors to integers and back: choose qparams, quantize, dequantize, fake quantize.
+"""Quantization of tensors: choose qparams, quantize, dequantize, fake quantize.
 
-Pure functions over tensors on any device. How activations get their qparams is in :mod:`infoq_fx.quantization.histogram`.
+Pure functions over tensors on any device. The qparams of activations are chosen in
+:mod:`infoq_fx.quantization.histogram`.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ __all__ = [
 
 # A smaller scale would be subnormal, which accelerators flush to zero.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_CHUNK_ELEMENTS = 1 << 15  # below what torch splits over threads, and within a core's cache
+_CHUNK_ELEMENTS = 1 << 15  # small enough that torch uses one thread and the values stay in a core's cache
 _SUM_BLOCK = 1024
-_KERNEL_THREADS = 4  # with more of them torch's own operations, several passes but in parallel, are faster
+_KERNEL_THREADS = 4  # with more threads, torch's own operations (several passes, but parallel) are faster
 
 
 def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bits: int | None = None) -> QParams:
-    """Symmetric scales that minimise the squared error of a weight, one a channel or one for all.
+    """Choose the symmetric scales that minimise the squared error of a weight, per channel or per tensor.
 
-    Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from a clip far inside
-    the distribution to none at all.
+    Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong
+    clipping to none.
 
     Args:
         weight: float, any shape.
         spec: symmetric, with the bit-width and the channel axis.
-        significant_bits: of the scales; as many as go with any input and any number of terms if None.
+        significant_bits: of the scales; None for a number that suits any input and any number of terms.
 
     Returns:
         Scales on the weight's device (1 for a channel of zeros); zero points are 0.
@@ -62,9 +63,9 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     if not bool(torch.isfinite(largest).all()):
         raise UnsupportedModelError(
             f"cannot quantize a weight of shape {tuple(weight.shape)}: {int((~rows.isfinite()).sum())} of "
-            f"its {weight.numel()} values are NaN or infinite; load a sound checkpoint, or ignore this layer"
+            f"its {weight.numel()} values are NaN or infinite; load a valid checkpoint, or ignore this layer"
         )
-    # Powers of two scale exactly and keep squares far from overflow and underflow.
+    # Scaling by powers of two is exact and keeps squares far from overflow and underflow.
     exponent = torch.frexp(largest).exponent.clamp_(-125, 126)
     is_zero = largest == 0
     normal = torch.ldexp(rows, -exponent).masked_fill_(is_zero, 1.0)
@@ -76,14 +77,14 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
 
 
 def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
-    """Integers of a tensor by the rule of ONNX QuantizeLinear.
+    """Quantize a tensor to integers as ONNX QuantizeLinear does.
 
     ``saturate(round_half_even(x / scale) + zero_point)`` to ``quant_min .. quant_max``, with a true division.
     Infinities saturate; NaN becomes the zero point.
 
     Args:
         x: float, any shape and device.
-        qparams: how; moved to the device of ``x``.
+        qparams: scale and zero point; moved to the device of ``x``.
 
     Returns:
         int8 (symmetric) or uint8 (affine), of the shape of ``x``.
@@ -96,11 +97,11 @@ def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
 
 
 def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
-    """Values of integers by the rule of ONNX DequantizeLinear, ``(q - zero_point) * scale``.
+    """Dequantize integers as ONNX DequantizeLinear does: ``(q - zero_point) * scale``.
 
     Args:
         q: integers as :func:`quantize` returns them.
-        qparams: how; moved to the device of ``q``.
+        qparams: scale and zero point; moved to the device of ``q``.
 
     Returns:
         float32, of the shape of ``q``.
@@ -116,15 +117,15 @@ def fake_quantize(
     addend: torch.Tensor | None = None,
     clip: tuple[float, float] = (-math.inf, math.inf),
 ) -> torch.Tensor:
-    """``dequantize(quantize(x))`` bit for bit, without the integers; only NaN stays NaN.
+    """Fake quantize: equal to ``dequantize(quantize(x))`` bit for bit, except that NaN stays NaN.
 
-    What often comes before it is merged into the same pass over memory.
+    An addition and a clip before it can be done in the same pass over memory.
 
     Args:
         x: float, any shape and device. No gradient flows: see :func:`fake_quantize_ste`.
-        qparams: how; moved to the device of ``x``.
+        qparams: scale and zero point; moved to the device of ``x``.
         addend: added to ``x`` first.
-        clip: what ``x`` (with the addend) is limited to first, as by ReLU.
+        clip: range that ``x`` (with the addend) is limited to first, as by ReLU.
 
     Returns:
         float32, of the shape of ``x``.
@@ -138,7 +139,7 @@ def fake_quantize(
     x = x.clamp(*clip) if clip != (-math.inf, math.inf) else x
     scale, zero_point = _broadcast(qparams, x)
     y = torch.round_(x / scale)
-    # Reading a number would wait for the device. Adding the zero point makes -0.0 plain.
+    # Comparing scalars would synchronize with the device. Adding the zero point turns -0.0 into 0.0.
     return y.add_(zero_point).clamp_(spec.quant_min, spec.quant_max).sub_(zero_point).mul_(scale)
 
 
@@ -150,12 +151,12 @@ def fake_quantize_ste(
     quant_max: int,
     channel_axis: int | None = None,
 ) -> torch.Tensor:
-    """:func:`fake_quantize` with gradients for the tensor and for its scale.
+    """:func:`fake_quantize` with gradients for the tensor (straight-through) and for its scale (LSQ).
 
     The tensor's gradient passes straight through strictly inside the range and is 0 elsewhere; the scale's
     is ``round(x / scale) - x / scale`` inside, ``quant_min - zero_point`` below and
-    ``quant_max - zero_point`` above. The factor of Section 2.2, which balances learning a step size with
-    learning weights, is left to the caller.
+    ``quant_max - zero_point`` above. The gradient scale of Section 2.2, which balances the learning of step sizes and
+    weights, is left to the caller.
 
     Args:
         x: float32.
@@ -178,7 +179,7 @@ def fake_quantize_ste(
 
 
 class _LearnedStepSize(torch.autograd.Function):
-    """Fake quantize; ``scale`` and ``zero_point`` broadcast to ``x``."""
+    """Autograd function of :func:`fake_quantize_ste`; ``scale`` and ``zero_point`` broadcast to ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
@@ -198,14 +199,14 @@ class _LearnedStepSize(torch.autograd.Function):
 
 
 def shorten_scale(scale: torch.Tensor, significant_bits: int) -> torch.Tensor:
-    """The nearest scales of so many significant bits; see :func:`infoq_fx.quantization.histogram.scale_significant_bits`."""
+    """Round scales to ``significant_bits``; see :func:`infoq_fx.quantization.histogram.scale_significant_bits`."""
     mantissa, exponent = torch.frexp(scale)
     short = torch.round(mantissa * (1 << significant_bits)) / (1 << significant_bits)
     return torch.ldexp(short, exponent).clamp_min(_SMALLEST_SCALE)
 
 
 def flat_view(x: torch.Tensor) -> Any:
-    """The memory of a tensor without gaps on the CPU, in its own order, as a numpy array of one dimension."""
+    """Return the memory of a dense CPU tensor, in its own order, as a one-dimensional numpy array."""
     return x.detach().as_strided((x.numel(),), (1,)).numpy()
 
 
@@ -216,7 +217,7 @@ def quantize_in_one_pass(
     addend: torch.Tensor | None = None,
     clip: tuple[float, float] = (-math.inf, math.inf),
 ) -> torch.Tensor:
-    """The integers behind :func:`fake_quantize` of the same arguments: uint8, on the CPU.
+    """Return the integers of :func:`fake_quantize` with the same arguments, uint8, in one pass on the CPU.
 
     Args:
         x: float32 on the CPU, without NaN.
@@ -249,7 +250,7 @@ def _fake_quantize_in_one_pass(
 
 
 def _rounded_limits(qparams: QParams, clip: tuple[float, float]) -> tuple[np.float32, np.float32, np.float32]:
-    """Scale, and the limits of ``round(x / scale)``: rounding is monotone, so it takes the clip over."""
+    """Scale, and the limits of ``round(x / scale)``, clip included: rounding is monotone."""
     spec, shift = qparams.spec, int(qparams.zero_point)
     scale = np.float32(float(qparams.scale.detach()))
     limits = (np.rint(np.float32(bound) / scale) for bound in clip)
@@ -258,7 +259,7 @@ def _rounded_limits(qparams: QParams, clip: tuple[float, float]) -> tuple[np.flo
 
 
 def _dense_alike(x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Both without gaps in memory and in the same order, copied only where they are not."""
+    """Both tensors dense and in the same memory order, copied only where they are not."""
     if y is not None and y.shape != x.shape:
         x, y = x + y, None
     layout = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
@@ -279,7 +280,7 @@ def _broadcast_shape(x: torch.Tensor, channel_axis: int | None) -> list[int]:
 def _broadcast(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point, shaped for ``x`` and on its device.
 
-    CUDA kernels divide by a number on the CPU by multiplying with its inverse: off by single steps.
+    CUDA kernels divide by a CPU scalar by multiplying with its inverse, which can be off by one step.
     """
     shape = _broadcast_shape(x, qparams.spec.channel_axis)
     return qparams.scale.detach().to(x.device).reshape(shape), qparams.zero_point.to(x.device).reshape(shape)
@@ -291,7 +292,7 @@ def _qparams(spec: QuantSpec, scale: torch.Tensor, zero_point: int = 0) -> QPara
 
 
 def _rows(weight: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
-    """Float32 ``[channels, values]``; long rows are padded to whole blocks by zeros, which cost no error."""
+    """Float32 ``[channels, values]``; long rows are padded to whole blocks by zeros, which add no error."""
     by_channel = weight.unsqueeze(0) if channel_axis is None else weight.movedim(channel_axis, 0)
     rows = by_channel.to(torch.float32).reshape(len(by_channel), -1).contiguous()
     padding = -rows.shape[1] % _SUM_BLOCK if rows.shape[1] > 16 * _SUM_BLOCK else 0
@@ -299,17 +300,17 @@ def _rows(weight: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """Float64 sums ``[rows, 1]``. One thread sums a block, so the number of threads changes no bit."""
+    """Float64 sums ``[rows, 1]``. One thread sums a block, so the result does not depend on the number of threads."""
     block = _SUM_BLOCK if values.shape[1] > 16 * _SUM_BLOCK else values.shape[1]
     return values.view(len(values), -1, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:
-    """Of all scales in reach ``[rows, 1]`` those of least squared error; no row is all zeros."""
+    """The scales ``[rows, 1]`` of least squared error among all candidates; no row is all zeros."""
     levels = 1 << (bits - 1)
     largest = rows.abs().amax(1, keepdim=True)
-    # Up to the scale that uses half of the levels (beyond, half the scale serves as well: this finds weights
-    # that lie on a grid already); down to a clip at half the rms, where a quarter of the energy is lost.
+    # Up to the scale that uses half of the levels (beyond it, half the scale is as good): this finds weights that are
+    # on a grid already. Down to a clip at half the rms, where a quarter of the energy is lost.
     rms = (_row_sums(rows.square()) / rows.shape[1]).sqrt().float()
     candidates = _short_scales(0.5 * rms / levels, 2 * largest / levels, significant_bits)
     best, least = candidates[:, :1], torch.full_like(largest, math.inf, dtype=torch.float64)
@@ -322,7 +323,7 @@ def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.
 
 
 def _short_scales(smallest: torch.Tensor, largest: torch.Tensor, significant_bits: int) -> torch.Tensor:
-    """Numbers of so many significant bits from ``smallest`` to above ``largest``, ``[rows, n]``."""
+    """All numbers of ``significant_bits`` from ``smallest`` to above ``largest``, ``[rows, n]``."""
     count = 1 << (significant_bits - 1)
     mantissa = torch.arange(count, 2 * count, device=smallest.device) / (2 * count)
     low = torch.frexp(smallest).exponent

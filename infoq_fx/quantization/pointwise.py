@@ -1,7 +1,7 @@
-"""Compiled loops of the forward runs: fake quantization merged with what comes before it, and projection.
+"""Compiled loops of the forward runs: fake quantization fused with a preceding addition and clip, and projection.
 
-One pass over memory in place of one an operation. Every value depends on its own row alone: the same bits
-whatever the size of the batch and the number of threads.
+Each is one pass over memory in place of one per operation. Every value depends only on its own row, so that results
+do not depend on the batch size or the number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Number: TypeAlias = float | np.floating[Any]
 
 @jit
 def fake_quantize_flat(x: Floats, scale: Number, low: Number, high: Number, out: Floats) -> None:
-    """``clip(round_half_even(x / scale), low, high) * scale`` into ``out``; NaN stays NaN, -0.0 becomes 0.0."""
+    """Write ``clip(round_half_even(x / scale), low, high) * scale`` into ``out``; NaN stays NaN, -0.0 becomes 0.0."""
     for i in range(len(x)):
         q = np.rint(x[i] / scale)
         q = low if q < low else q
@@ -50,7 +50,7 @@ def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Nu
 
 @jit
 def _mix(value: Any) -> Any:
-    """A bijection of 32 bits that leaves no trace of their order."""
+    """A bijective hash of 32 bits."""
     value = np.uint32(np.uint32(value ^ (value >> np.uint32(16))) * np.uint32(0x7FEB352D))
     value = np.uint32(np.uint32(value ^ (value >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(value ^ (value >> np.uint32(16)))
@@ -58,7 +58,7 @@ def _mix(value: Any) -> Any:
 
 @jit
 def _draw(index: int, first: Any, second: Any) -> Any:
-    """32 random bits for a place, by the halves of a seed."""
+    """32 random bits for an index, from the halves of a seed."""
     return _mix(np.uint32(_mix(np.uint32(np.uint32(index) + first)) ^ second))
 
 
@@ -66,7 +66,7 @@ def _draw(index: int, first: Any, second: Any) -> Any:
 def fake_quantize_but_share(
     x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
 ) -> None:
-    """:func:`fake_quantize_flat`, but a share of the values stays as it is: those of :func:`draw_share`."""
+    """:func:`fake_quantize_flat` that leaves a share of the values unchanged: those of :func:`draw_share`."""
     limit = np.uint64(share * 2**32)
     first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for i in range(len(x)):
@@ -78,7 +78,7 @@ def fake_quantize_but_share(
 
 @jit
 def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
-    """Which of consecutive values belong to a share of them, by a seed of up to 64 bits: the same on any machine."""
+    """Draw a random share of consecutive values from a seed of up to 64 bits, the same on every machine."""
     limit = np.uint64(share * 2**32)
     first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for i in range(len(out)):
@@ -87,7 +87,7 @@ def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
 
 @jit
 def quantize_flat(x: Floats, scale: Number, low: Number, high: Number, zero_point: Number, out: Bytes) -> None:
-    """The integers behind :func:`fake_quantize_flat`, ``zero_point`` added, into uint8 ``out``; x is not NaN."""
+    """Write the integers of :func:`fake_quantize_flat` plus ``zero_point`` into uint8 ``out``; no x may be NaN."""
     for i in range(len(x)):
         q = np.rint(x[i] / scale)
         q = low if q < low else q
@@ -109,9 +109,9 @@ def quantize_sum(
 
 @jit
 def project_rows(rows: Floats, directions: Floats, out: Floats) -> None:
-    """``rows [samples, features] @ directions [features, slices]`` into ``out [slices, samples]``.
+    """Write ``rows [samples, features] @ directions [features, slices]`` into ``out [slices, samples]``.
 
-    The matrix products of libraries sum in another order when there are other rows beside a row. Sixteen rows at
+    Library matrix products may sum a row in another order when the other rows change; this does not. Sixteen rows at
     a time are written out: a cache line of every slice.
     """
     slices = directions.shape[1]

@@ -1,4 +1,4 @@
-"""The prepared model: a graph with configurable quantize and observe nodes, and what is known of it."""
+"""The prepared model: a graph with configurable quantizer and observer nodes, and its metadata."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["PreparedModel"]
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A captured model with quantizers at every site and observers at every place that has a name.
+    """A captured model with a quantizer at every site and an observer at every named tensor.
 
-    ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that makes
-    the logits, None where there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
-    float model behind a model that was changed to be quantized better, by the steps ``recovered_by``. ``rounded`` are
-    weights by site and bit-width that measurements take in place of those rounded to nearest; conversion does not.
+    ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that computes
+    the logits, None if there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
+    prepared model before recovery changed its parameters, by the steps ``recovered_by``. ``rounded`` are
+    weights by site and bit-width that measurements use in place of those rounded to nearest; conversion does not.
     """
 
     graph_module: fx.GraphModule
@@ -37,11 +37,11 @@ class PreparedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device that the model runs on."""
         return next(iter(self.example_inputs.values())).device
 
     def quantizer_nodes(self) -> Iterator[tuple[fx.Node, Quantizer]]:
-        """Every quantize node with its module, in graph order."""
+        """Yield every quantizer node with its module, in graph order."""
         for node in self.graph_module.graph.nodes:
             if node.op == "call_module":
                 module = self.graph_module.get_submodule(str(node.target))
@@ -49,7 +49,7 @@ class PreparedModel:
                     yield node, module
 
     def observer_nodes(self) -> dict[str, fx.Node]:
-        """The observe node behind every name that an observer may have."""
+        """Return the observer node of every name that an :class:`~infoq_fx.types.Observer` may have."""
         named = {}
         for node in self.graph_module.graph.nodes:
             if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""The leaf modules put into a prepared graph, and the custom ops they become in the quantized one."""
+"""The leaf modules of a prepared graph: quantizers and observers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Observe", "Quantizer", "spec_of"]
 class Quantizer(nn.Module):
     """Fake quantization of one site at a bit-width that can be changed between runs.
 
-    Before ``set_qparams`` it passes its input through. ``bits`` is the bit-width that ``forward`` uses.
+    Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses.
     """
 
     def __init__(self, site: QuantSite) -> None:
@@ -27,14 +27,14 @@ class Quantizer(nn.Module):
         self.calibrated_bits: tuple[int, ...] = ()
 
     def set_qparams(self, qparams: Mapping[int, QParams], device: torch.device) -> None:
-        """Keep scale and zero point of every bit-width, as buffers that follow ``.to(device)``."""
+        """Store scale and zero point of every bit-width as buffers."""
         for bits, chosen in qparams.items():
             self.register_buffer(f"scale_{bits}", chosen.scale.to(device))
             self.register_buffer(f"zero_point_{bits}", chosen.zero_point.to(device))
         self.calibrated_bits = tuple(sorted(qparams))
 
     def qparams_at(self, bits: int) -> QParams:
-        """The calibrated qparams of one bit-width."""
+        """Return the calibrated qparams of one bit-width."""
         return QParams(
             spec_of(self.site, bits), self.get_buffer(f"scale_{bits}"), self.get_buffer(f"zero_point_{bits}")
         )
@@ -47,7 +47,7 @@ class Quantizer(nn.Module):
         addend: Tensor | None = None,
         clip: tuple[float, float] = (-math.inf, math.inf),
     ) -> Tensor:
-        """Fake quantize ``x`` at ``bits``, whatever the module's own setting; see :func:`numerics.fake_quantize`."""
+        """Fake quantize ``x`` at ``bits`` instead of ``self.bits``; see :func:`numerics.fake_quantize`."""
         return numerics.fake_quantize(x, self.qparams_at(bits), addend=addend, clip=clip)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,27 +55,27 @@ class Quantizer(nn.Module):
         return self.quantize_at(x, self.bits) if self.calibrated_bits else x
 
     def extra_repr(self) -> str:
-        """Site and bit-width, as they show in a printed module."""
+        """Return site and bit-width for the printed module."""
         return f"{self.site.name}, bits={self.bits}"
 
 
 class Observe(nn.Module):
-    """A place where activations can be read; it changes nothing. ``names`` are all the names it answers to."""
+    """Identity module at which activations can be read; ``names`` are all the names of the tensor."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
         self.names = names
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` itself."""
+        """Return ``x`` unchanged."""
         return x
 
     def extra_repr(self) -> str:
-        """The names, as they show in a printed module."""
+        """Return the names for the printed module."""
         return ", ".join(self.names)
 
 
 def spec_of(site: QuantSite, bits: int) -> QuantSpec:
-    """How a site is quantized at a bit-width: weights symmetric per channel, activations affine per tensor."""
+    """Return how a site is quantized at a bit-width: weights symmetric per channel, activations affine per tensor."""
     is_weight = site.kind == "weight"
     return QuantSpec(bits=bits, symmetric=is_weight, channel_axis=site.channel_axis if is_weight else None)

@@ -1,7 +1,7 @@
 """Recovers accuracy lost to rounding, without labels, at fixed bit-widths.
 
 In: a :class:`~infoq_fx.PreparedModel`, bit-widths by site, data. Out: a copy with better weights, biases and scales.
-One step is one file in ``steps``; ``ladder`` names them and takes them in order.
+Each step is one file in ``steps``; ``ladder`` names the steps and runs them in order.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Every weight at every candidate bit-width as recovery would leave it: what scores and comparisons are made with."""
+"""Rounds every weight at every candidate bit-width as recovery would, for scores and comparisons."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ _SWEEPS = 2
 
 
 class Candidates:
-    """Weights of a prepared model rounded to second order, each alone among others at 8 bits; made when asked for.
+    """Second-order rounded weights of a prepared model, each with all other sites at 8 bits; computed on demand.
 
-    Second-order rounding takes most of the damage from some layers and little from others (of MobileNetV2's last
-    bottleneck at 2 bits 15.75 nats become 0.03, of its first expansion 7.8 become 1.3), so that scores of weights
-    rounded to nearest send the bits to the wrong layers when recovery follows. Each weight W is rounded against the
-    second moments of what enters its layer in the 8-bit baseline, as :class:`infoq_fx.SecondOrderRounding` does it
+    Second-order rounding recovers most of the loss of some layers and little of others (MobileNetV2 at 2 bits: 15.75
+    nats become 0.03 in its last bottleneck, 7.8 become 1.3 in its first expansion). Scores of weights rounded to
+    nearest would therefore give the bits to the wrong layers when recovery follows. Each weight W is rounded against
+    the second moments of its layer's input in the 8-bit baseline, as :class:`infoq_fx.SecondOrderRounding` does it
     with a fixed ridge and without a new bias.
 
-    Rounded to nearest stay transposed convolutions, embeddings and layers of more than 8,192 columns.
+    Transposed convolutions, embeddings and layers of more than 8,192 columns are rounded to nearest.
 
     Args:
-        prepared: calibrated; it stays as it is.
-        data: by the model's input names, on the model's device; at most 512 samples are looked at.
+        prepared: calibrated; not changed.
+        data: by the model's input names, on the model's device; at most 512 samples are used.
 
-    ``cpu_seconds`` is what the rounding has taken so far.
+    Attributes:
+        cpu_seconds: CPU time that the rounding has taken so far.
     """
 
     def __init__(self, prepared: PreparedModel, data: CalibrationData) -> None:
@@ -58,17 +59,17 @@ class Candidates:
         self._rounded: dict[tuple[str, int], RoundedWeight] = {}
 
     def describe(self) -> dict[str, str]:
-        """What decides the rounded weights beside the model."""
+        """Return settings that determine the rounded weights, besides the model."""
         return {
             "weights": "rounded to second order",
             "rounded on": digest_run(self._prepared, self._data, {}, batch_size=self._batch_size)[:20],
         }
 
     def round(self, sites: Iterable[QuantSite], run_options: RunOptions) -> PreparedModel:
-        """The prepared model with these sites' weights rounded at all their candidates below 8 bits.
+        """Return the prepared model with these sites' weights rounded at all their candidates below 8 bits.
 
         Cost: a forward pass of the model in float and at 8 bits for every two layers, and for every weight and
-        bit-width the cube of its columns; nothing for what was asked for before.
+        bit-width the cube of its columns; weights that were rounded before cost nothing.
         """
         missing: dict[str, list[int]] = {}
         for site in sites:

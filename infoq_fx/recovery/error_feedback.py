@@ -1,6 +1,6 @@
-"""Compiled loops of second-order rounding: errors passed on to the columns that are still to come, and descent.
+"""Compiled loops of second-order rounding: error feedback to later columns, and coordinate descent.
 
-Every row is rounded by itself: the same bits whatever stands beside it. Rows and matrices are float32.
+Every row is rounded by itself, so that its result does not depend on other rows. Rows and matrices are float32.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ __all__ = ["descend", "pass_errors_on"]
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Number: TypeAlias = float | np.floating[Any]
 
-_LANES = 64  # rows rounded side by side: the compiler makes vector instructions of them; of 16 or 32 it did not
+_LANES = 64  # rows rounded together so that the compiler vectorizes the loop; with 16 or 32 it did not
 
 
 @jit
 def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, low: Number, high: Number, q: Floats) -> None:
-    """Round column after column; the error of each changes those to come.
+    """Round column after column; the error of each column is fed back to the later ones.
 
     Args:
-        rows: ``[groups, rows, columns]``; they stay as they are.
-        factor: upper triangular U of every group, U^T U the inverse of its second moments.
+        rows: ``[groups, rows, columns]``; not changed.
+        factor: upper triangular U of every group, with U^T U the inverse of its second moments.
         steps: scales, ``[groups, rows]``.
         low: smallest integer.
         high: largest integer.
-        q: the integers, written here; like ``rows``.
+        q: output: the integers, shaped like ``rows``.
     """
     groups, count, columns = rows.shape
     values = np.empty((columns, _LANES), rows.dtype)
@@ -62,16 +62,16 @@ def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, low: Number, hig
 
 @jit
 def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, low: Number, high: Number, sweeps: int) -> None:
-    """Set every column to its best integer given all others, in place, until nothing changes or so many times.
+    """Coordinate descent: set every column to its best integer given all others, in place, until nothing changes.
 
     Args:
         q: integers, ``[groups, rows, columns]``.
-        gradient: ``(q step - target) second``, like ``q``; used up.
+        gradient: ``(q step - target) second``, shaped like ``q``; overwritten.
         second: second moments, ``[groups, columns, columns]``, symmetric.
         steps: scales, ``[groups, rows]``.
         low: smallest integer.
         high: largest integer.
-        sweeps: over the columns, at most.
+        sweeps: largest number of passes over the columns.
     """
     groups, count, columns = q.shape
     for g in range(groups):

@@ -1,4 +1,4 @@
-"""First and second moments of a layer's input, in the reference and in the quantized model."""
+"""Measures first and second moments of a layer's input, in the reference and in the quantized model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["InputMoments", "average_moments", "measure_moments"]
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Of ``count`` of a layer's input rows, float64, x in the reference of the walk and x^ in the quantized model.
+    """Moments of ``count`` rows of a layer's input, float64: x in the reference and x^ in the quantized model.
 
-    ``mean`` E x and ``mean_quantized`` E x^ are ``[groups, columns]``; ``second`` E x^ x^T and ``cross`` E x x^T
-    are ``[groups, columns, columns]``, less the products of the means where they are centred.
+    ``mean`` E x and ``mean_quantized`` E x^ are ``[groups, columns]``. ``second`` E x^ x^^T and ``cross`` E x x^^T
+    are ``[groups, columns, columns]``, minus the products of the means if they are centred.
     """
 
     count: int
@@ -30,7 +30,7 @@ class InputMoments:
     cross: Tensor
 
     def centre(self) -> InputMoments:
-        """Covariances in place of second moments: what is left to the weights when the bias takes the mean error."""
+        """Return covariances in place of second moments, for layers whose bias corrects the mean error."""
         outer = self.mean_quantized[:, None, :]
         return InputMoments(
             self.count,
@@ -44,9 +44,9 @@ class InputMoments:
 def measure_moments(
     runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int
 ) -> tuple[InputMoments, InputMoments]:
-    """Moments over either half of the samples, from about ``rows`` rows; the walk stands in front of the segment.
+    """Measure the moments over each half of the samples, from about ``rows`` rows in all.
 
-    Every other batch is of the same half; of a single batch both halves are the whole.
+    The runner must be at the segment's start. Batches go to the two halves in turn; a single batch is used for both.
     """
     most = max(1, math.ceil(rows / runner.samples))
 
@@ -60,7 +60,7 @@ def measure_moments(
 
 
 def average_moments(parts: Sequence[InputMoments]) -> InputMoments:
-    """Moments of all rows together; added in order, so that threads change no bit."""
+    """Return the moments of all rows together, added in order so that threads do not change the result."""
     count = sum(part.count for part in parts)
 
     def average(values: Iterable[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recovery: the accuracy that rounding took, won back at fixed bit-widths. One step a file."""
+"""Recovers accuracy lost to rounding, at fixed bit-widths: names the recovery steps and runs them in order."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RECOVERY_STEPS: Mapping[str, type[RecoveryStep]] = {
     "block_reconstruction": BlockReconstruction,
     "output_tuning": OutputTuning,
 }
-"""The steps by name, each with its default options."""
+"""Recovery steps by name, each with its default options."""
 
 LADDER: Mapping[str, tuple[str | RecoveryStep, ...]] = {
     "none": (),
@@ -60,19 +60,19 @@ LADDER: Mapping[str, tuple[str | RecoveryStep, ...]] = {
         "output_tuning",
     ),
 }
-"""What to spend: steps, in order."""
+"""Levels of recovery by name, from no cost to the highest: the steps of each, in order."""
 
 AnyRecovery = str | RecoveryStep | Sequence[str | RecoveryStep]
 
-_HELD_SHARE = 5  # one sample in so many is held back
+_HELD_SHARE = 5  # one in this many samples is held out
 _MOST_HELD = 256
 
 
 def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
-    """The steps behind a rung of the ladder, a name, a step, or several of these.
+    """Return the steps of a level of recovery, a step's name, a step, or a sequence of these.
 
     Raises:
-        OptionError: an unknown name, or something that is no step.
+        OptionError: a name is unknown, or an object is not a step.
     """
     if isinstance(recovery, str) and recovery in LADDER:
         return find_steps(LADDER[recovery])
@@ -86,12 +86,13 @@ def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
         return [recovery]
     known = ", ".join(map(repr, [*LADDER, *RECOVERY_STEPS]))
     raise OptionError(
-        f"recovery={recovery!r} is no step; give one of {known}, an object with name and recover(), or a list of these"
+        f"recovery={recovery!r} is not a step; give one of {known}, an object with name and recover(), or a list of "
+        "these"
     )
 
 
 def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
-    """Weights to score with when these steps follow; None for rounding to nearest."""
+    """Return rounded weights to score with if these steps follow; None for rounding to nearest."""
     return Candidates(prepared, data) if any(step.name == SecondOrderRounding().name for step in steps) else None
 
 
@@ -104,21 +105,21 @@ def recover_accuracy(
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> PreparedModel:
-    """Take the steps one after the other; one that lowers the agreement with the float model is undone.
+    """Run the steps in order, and undo each step that does not bring the outputs closer to the float model's.
 
-    Agreement is the mean KL divergence of the outputs from the float model's, in nats a sample, over every fifth sample
-    (at most 256), which no step sees. Fewer than ten samples serve for both.
+    The distance is the mean KL divergence of the outputs from the float model's, in nats per sample, over every fifth
+    sample (at most 256), which no step sees. Fewer than ten samples are used for both.
 
     Args:
-        prepared: calibrated; it stays as it is.
+        prepared: calibrated; not changed.
         bits: bit-width by site.
         data: by the model's input names, on the model's device.
         steps: in order.
-        cache_dir: where long steps keep what is finished.
-        progress: show a bar on standard error.
+        cache_dir: where long steps keep finished parts.
+        progress: show a progress bar on standard error.
 
     Returns:
-        A copy with better numbers, or ``prepared`` itself if nothing helped; ``recovered_by`` are the steps kept.
+        A copy with better parameters, or ``prepared`` itself if no step helped; ``recovered_by`` names the steps kept.
     """
     if not steps:
         return prepared
@@ -152,7 +153,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 class _Check:
-    """Nats from the float model over samples that no step sees."""
+    """Divergence from the float model in nats, over samples that no step sees."""
 
     def __init__(
         self,

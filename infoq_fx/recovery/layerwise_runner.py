@@ -1,4 +1,4 @@
-"""The quantized model beside its reference, from segment to segment over all samples."""
+"""Runs the quantized model and its reference together, segment by segment, over all samples."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ __all__ = [
 ]
 
 LIGHT_BITS = 6
-"""From so many bits on, what activations cost is rather left as it is than answered layer by layer."""
+"""Activations of at least this many bits are also quantized in the reference ``"float_weights"``, so that layers do
+not compensate for their error."""
 
 Reference = Literal["float_weights", "float_model"]
-"""Whose outputs a step seeks: of float weights behind quantized activations, or of the float model."""
+"""The outputs that a step approximates: those of float weights with quantized activations, or of the float model."""
 
 _Result = TypeVar("_Result")
 Values = dict[fx.Node, Any]
-"""What some nodes gave for one batch."""
+"""Values of nodes for one batch."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Pair:
 
 
 class LayerwiseRunner:
-    """Both models over all samples, as far as the walk has come.
+    """Runs the quantized model and its reference over all samples, one segment at a time.
 
-    ``prepared`` is a fork whose parameters and qparams may be changed on the way: what was passed is not run again.
-    At every place only the values are held that are read behind it. Of the reference ``"float_weights"`` activations
-    of ``LIGHT_BITS`` and more are quantized as they will be.
+    ``prepared`` is a fork whose parameters and qparams may be changed on the way: segments that were passed are not
+    run again. Only the values that later segments read are kept. In the reference ``"float_weights"``, activations of
+    ``LIGHT_BITS`` and more are quantized at their bit-widths.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class LayerwiseRunner:
         self._quantized = [dict(values) for values in self._reference]
 
     def visit(self) -> Iterator[tuple[Segment, Layer]]:
-        """Every layer with its segment, in graph order; the walk stands in front of the segment meanwhile."""
+        """Yield every layer with its segment, in graph order, while the runner is at the segment's start."""
         for segment in self.segments:
             for layer in segment.layers:
                 yield segment, layer
@@ -88,20 +89,20 @@ class LayerwiseRunner:
             self.advance(segment)
 
     def entering(self, segment: Segment) -> list[Values]:
-        """What enters the segment that the walk stands in front of in the quantized model, by batch."""
+        """Return the quantized model's inputs of the segment that the runner is at, by batch."""
         return [{node: values[node] for node in segment.entering} for values in self._quantized]
 
     def run_reference(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
-        """Values of some nodes in the reference, for every batch; the walk stands in front of the segment."""
+        """Return values of some nodes in the reference, for every batch; the runner must be at the segment's start."""
         return self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes])
 
     def squared_gradients(
         self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
     ) -> dict[fx.Node, list[Tensor]]:
-        """What ``read`` makes of squared gradients of the float model's log-likelihood at some nodes, by batch.
+        """Apply ``read`` to squared gradients of the float model's log-likelihood at some nodes, by batch.
 
-        The class is drawn from the model's own outputs, so that their mean is the Fisher information of each value.
-        The walk stands at the beginning.
+        The class is drawn from the model's own outputs, so that the mean of the squares is the Fisher information of
+        each value. The runner must be at the first segment.
         """
         seeds = torch.randint(1 << 62, (len(self._reference),), generator=torch.Generator().manual_seed(seed)).tolist()
         found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
@@ -118,12 +119,12 @@ class LayerwiseRunner:
         return found
 
     def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> list[_Result]:
-        """What ``read`` makes of a batch's index and a node's value; the walk stands in front of the segment."""
+        """Apply ``read`` to each batch's index and a node's value; the runner must be at the segment's start."""
         nodes = _up_to(segment, node)
         return self._map(segment, nodes, lambda i, sought, found: read(i, Pair(sought[node], found[node])))
 
     def advance(self, segment: Segment) -> None:
-        """Walk through a segment."""
+        """Run a segment and move to the next one."""
         kept = segment.leaving
 
         def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
@@ -151,27 +152,27 @@ class LayerwiseRunner:
 
 
 def check_reference(reference: str) -> None:
-    """Refuse another name.
+    """Check the name of a reference.
 
     Raises:
-        OptionError: it is none of ``Reference``.
+        OptionError: it is not one of ``Reference``.
     """
     if reference not in get_args(Reference):
         raise OptionError(f"reference={reference!r}; give one of {', '.join(map(repr, get_args(Reference)))}")
 
 
 def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:
-    """At most so many samples spread over the data; whole batches where the graph is fixed to a size."""
+    """Return at most ``most`` samples spread over the data, in whole batches if the graph's batch size is fixed."""
     fixed = prepared.batch_size or 1
     chosen = data.spread(max(most, fixed))
     return chosen.take(chosen.samples - chosen.samples % fixed)
 
 
 class SegmentRunner(fx.Interpreter):
-    """Runs some nodes of a graph, quantized at given bit-widths or in float where there are none.
+    """Runs some nodes of a graph, quantized at given bit-widths, or in float if ``bits`` is None.
 
-    In float, or ``has_float_weights``, it has the parameters of the float model that ``prepared`` came from, and that
-    model's quantizers of activations, of which those of fewer than ``LIGHT_BITS`` let their input through.
+    In float, or with ``has_float_weights``, it uses the parameters and activation quantizers of the float model that
+    ``prepared`` came from. With ``has_float_weights``, activations of fewer than ``LIGHT_BITS`` are not quantized.
     """
 
     def __init__(
@@ -183,28 +184,28 @@ class SegmentRunner(fx.Interpreter):
         self._parameters = ((prepared.origin or prepared) if is_origin else prepared).graph_module
 
     def fork(self) -> Self:
-        """Another one that may run at the same time."""
+        """Return a copy that may run in another thread."""
         return copy.copy(self)
 
     def compute(self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> Values:
-        """Values of these nodes, in order, and those known before."""
+        """Run these nodes in order, and return their values and the known ones."""
         self.env = dict(known)
         for node in nodes:
             self.env[node] = self.run_node(node)
         return self.env
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Weights of convolutions with channels last, like the images."""
+        """Return a parameter, 4-D weights in channels-last format like the images."""
         value = read_tensor(self._parameters, str(target))
         return channels_last(value)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A quantizer at its bit-width, or its input itself in float."""
+        """Run a quantizer at its bit-width, or return its input in float."""
         module = self._parameters.get_submodule(str(target))
         return self.quantize(module, args[0]) if isinstance(module, Quantizer) else args[0]
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
-        """What a quantizer makes of a value."""
+        """Return a quantizer's output for ``x``, which is ``x`` itself for sites in float."""
         bits = self._bits_of(quantizer)
         is_left = self._has_float_weights and (quantizer.site.kind == "weight" or bits < LIGHT_BITS)
         return x if self._bits is None or is_left else quantizer.quantize_at(x, bits)

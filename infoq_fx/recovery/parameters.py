@@ -1,4 +1,4 @@
-"""Read and replace weights, biases and qparams of a prepared model."""
+"""Reads and replaces weights, biases and qparams of a prepared model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["fork", "read_qparams", "set_bias", "set_parameter", "set_qparams", "
 
 
 def fork(prepared: PreparedModel) -> PreparedModel:
-    """A copy to be changed, which remembers the float model that it came from."""
+    """Return a copy that may be changed and keeps a reference to the float model as ``origin``."""
     with torch.inference_mode(False), torch.no_grad():
         copied = copy.deepcopy(prepared.graph_module)
     return replace(prepared, graph_module=copied, origin=prepared.origin or prepared, rounded={})
@@ -33,10 +33,10 @@ def set_parameter(prepared: PreparedModel, target: str, value: Tensor) -> None:
 
 
 def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[str, int]) -> None:
-    """Replace a layer's bias by what conversion makes of it: a multiple of the accumulator's unit.
+    """Replace a layer's bias by the value that conversion rounds it to: a multiple of the accumulator's unit.
 
-    With few bits that unit, input scale times weight scale, is a visible part of an output step; whoever comes next is
-    to see what really arrives.
+    With few bits that unit, input scale times weight scale, is a considerable part of an output step, so that later
+    layers must see the rounded bias.
     """
     assert layer.bias is not None
     source = layer.source
@@ -51,19 +51,19 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
 
 
 def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
-    """The qparams of a layer's weight at a bit-width."""
+    """Return the qparams of a layer's weight at a bit-width."""
     return weight_quantizer(prepared, layer).qparams_at(bits)
 
 
 def set_qparams(prepared: PreparedModel, layer: Layer, qparams: QParams) -> None:
-    """Replace the qparams of a layer's weight at the bit-width that they are for."""
+    """Replace the qparams of a layer's weight at the bit-width of ``qparams``."""
     quantizer = weight_quantizer(prepared, layer)
     known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
     quantizer.set_qparams({**known, qparams.spec.bits: qparams}, qparams.scale.device)
 
 
 def weight_quantizer(prepared: PreparedModel, layer: Layer) -> Quantizer:
-    """The module that quantizes a layer's weight."""
+    """Return the module that quantizes a layer's weight."""
     quantizer = prepared.graph_module.get_submodule(str(layer.quantizer.target))
     assert isinstance(quantizer, Quantizer)
     return quantizer

@@ -1,4 +1,4 @@
-"""Second-order rounding: every weight rounded so that the next ones of its row make up for its error."""
+"""The linear algebra of second-order rounding: later weights of a row compensate for the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ideal_rows", "quadratic_error", "round_rows"]
 
 
 def ideal_rows(rows: Tensor, moments: InputMoments, ridge: Tensor) -> Tensor:
-    """The real-valued rows that come closest to the reference's output, given what really arrives.
+    """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
 
     They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the reference's input and x^ the quantized one.
     """
@@ -25,11 +25,11 @@ def ideal_rows(rows: Tensor, moments: InputMoments, ridge: Tensor) -> Tensor:
 def round_rows(
     ideal: Tensor, second: Tensor, scales: Tensor, quant_min: int, quant_max: int, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """Integers ``q`` for rows, at the best of several scales a row, that make ``E |(V - q scale) x^|^2`` small.
+    """Round rows to integers ``q`` so that ``E |(V - q scale) x^|^2`` is small, at the best of several scales per row.
 
-    Columns are rounded one after the other, those of large inputs first; the error of each is passed on to those not
-    yet rounded as their second moments tell (GPTQ's form of Optimal Brain Surgeon). Then ``sweeps`` times every column
-    is set to its best integer given all others.
+    Columns are rounded one after the other, those of large inputs first; the error of each is fed back to the columns
+    not yet rounded by the second moments (GPTQ's form of Optimal Brain Surgeon). Then, up to ``sweeps`` times, every
+    column is set to its best integer given all others.
 
     Args:
         ideal: V, float64 ``[groups, rows, columns]``.
@@ -40,7 +40,7 @@ def round_rows(
         sweeps: rounds of coordinate descent.
 
     Returns:
-        Integers as float32 like ``ideal``, and the scales chosen ``[groups, rows]``.
+        Integers as float32, shaped like ``ideal``, and the scales chosen, ``[groups, rows]``.
     """
     groups, count, columns = ideal.shape
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
@@ -63,7 +63,7 @@ def round_rows(
 
 
 def quadratic_error(difference: Tensor, second: Tensor) -> Tensor:
-    """``d H d`` of every row ``[groups, rows]``."""
+    """Return the quadratic form ``d H d`` of every row, ``[groups, rows]``."""
     return ((difference @ second) * difference).sum(2)
 
 
@@ -88,6 +88,6 @@ def _descend(q: Tensor, gradient: Tensor, second: Tensor, steps: Tensor, low: in
 
 
 def _array(x: Tensor) -> NDArray[np.float32]:
-    """On the CPU, where the loops are compiled for."""
+    """As a numpy array on the CPU, for which the loops are compiled."""
     found: NDArray[np.float32] = x.cpu().contiguous().numpy()
     return found

@@ -1,4 +1,4 @@
-"""A graph as a chain of segments: places where little is alive, with whole blocks of layers between them."""
+"""Cuts a graph into a chain of segments at places where few values are alive, so that blocks stay whole."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Layer", "Segment", "find_segments"]
 
 _MOST_LAYERS = 8
 _NEAR = 3  # cuts on each side that a cut is compared with
-_WORTH = 2.0  # one that keeps more than so many times what those do is not taken
+_WORTH = 2.0  # a cut with more than this many times as much alive as those is not taken
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer with a quantized weight; ``quantizer`` is the node that quantizes the weight."""
+    """A convolution or linear layer with a quantized weight; ``quantizer`` is the weight's quantizer node."""
 
     node: fx.Node
     op: LayerOp
@@ -45,7 +45,7 @@ class Layer:
 
     @property
     def bias(self) -> str | None:
-        """Path of the bias; None where there is none that is the layer's own."""
+        """Path of the bias; None if there is none or if other layers read it too."""
         bias = self.op.bias_of(self.node)
         is_own = isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1
         return str(bias.target) if is_own else None
@@ -53,10 +53,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive nodes; ``entering`` are the values from before that they read, ``leaving`` those read behind.
+    """Consecutive nodes of a graph, with the values that enter and leave them.
 
-    ``outputs`` are the floating-point tensors of the segment that leave it. ``constants`` are the nodes in front of
-    them that depend on no input: weights, and what becomes of them.
+    ``entering`` are the earlier values that the nodes read, ``leaving`` the values that later nodes read. ``outputs``
+    are the floating-point tensors that the segment computes and that leave it. ``constants`` are the nodes that
+    depend on no input and that the nodes need: weights, and values computed from them.
     """
 
     constants: tuple[fx.Node, ...]
@@ -68,12 +69,12 @@ class Segment:
 
 
 def find_segments(prepared: PreparedModel) -> list[Segment]:
-    """Cut a graph where little is alive: behind residual blocks, bottlenecks, attention and feed-forward blocks.
+    """Cut a graph where few values are alive: after residual blocks, bottlenecks, attention and feed-forward blocks.
 
-    Every segment but the last holds at least one layer, and at most eight; the last goes on to the outputs. Within a
-    segment whose inner values are all as small as its ends, as in a chain of convolutions of one width, it is cut
-    between any two layers. A weight that several layers read belongs to the first of them; one that only embeddings
-    read belongs to none, since rounding it to nearest is all that can be done for it.
+    Every segment but the last has one to eight layers; the last extends to the outputs. Where all values are equally
+    small, as in a chain of convolutions of one width, the graph is cut between any two layers. A weight that several
+    layers read belongs to the first of them. A weight that only embeddings read belongs to no segment, since it can
+    only be rounded to nearest.
     """
     constants, nodes = _split_constants(prepared.graph_module.graph)
     layers = _find_layers(prepared)
@@ -121,7 +122,7 @@ def _find_layers(prepared: PreparedModel) -> list[Layer]:
 
 
 def _live_keys(sizes: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> list[int]:
-    """By position in ``nodes``: elements alive in front of it, times the number of tensors that hold them."""
+    """By position in ``nodes``: elements alive before it, times the number of tensors that hold them."""
     last: dict[fx.Node, int] = {}
     index_of = {node: index for index, node in enumerate(nodes)}
     for node in nodes:
@@ -134,7 +135,7 @@ def _live_keys(sizes: Mapping[fx.Node, int], nodes: Sequence[fx.Node]) -> list[i
 
 
 class _Recorder(FloatInterpreter):
-    """Runs the float model once; keeps the elements of every value and which are floating-point tensors."""
+    """Runs the float model once; records the size of every value and which are floating-point tensors."""
 
     def __init__(self, prepared: PreparedModel) -> None:
         super().__init__(prepared)
@@ -156,7 +157,7 @@ def _smallest(keys: Sequence[int], start: int, end: int) -> int:
 
 
 def _keep_worthy(cuts: Sequence[int], keys: Sequence[int]) -> list[int]:
-    """Without those that keep much more alive than some near them on both sides: these lie inside a block."""
+    """Drop cuts with much more alive than nearby ones on both sides: these are inside a block."""
 
     def least(near: Sequence[int]) -> float:
         return min((keys[cut] for cut in near), default=math.inf)
@@ -169,7 +170,7 @@ def _keep_worthy(cuts: Sequence[int], keys: Sequence[int]) -> list[int]:
 
 
 def _limit_layers(cuts: Sequence[int], kept: Sequence[int], positions: Sequence[int], keys: Sequence[int]) -> list[int]:
-    """Cut segments of too many layers again, where the least is alive."""
+    """Cut segments of too many layers again, where the fewest values are alive."""
     found = set(kept)
     while True:
         bounds = [-1, *sorted(found), len(keys)]

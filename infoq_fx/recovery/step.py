@@ -1,4 +1,4 @@
-"""What a step of recovery is."""
+"""The protocol of a recovery step, and the context that it runs in."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["RecoveryStep", "StepContext"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step works with besides model and data; none of it but the batch size may change a result.
+    """What a step needs besides model and data; only the batch size may change its result.
 
-    ``batch_size`` samples are run together. ``run_options`` holds threads and the progress bar: a step tells it shares that
-    sum to 1. ``cache_dir`` is where a long step keeps what is finished, so that it can go on; None keeps nothing.
+    ``batch_size`` samples are run together. ``run_options`` holds threads and the progress bar: a step advances it by
+    shares that sum to 1. ``cache_dir`` is where a long step keeps finished parts, so that it can resume; None keeps
+    nothing.
     """
 
     batch_size: int
@@ -28,24 +29,24 @@ class StepContext:
 
 
 class RecoveryStep(Protocol):
-    """Gives a prepared model better numbers for one allocation: weights, biases, qparams; its graph stays.
+    """A step that improves a prepared model's weights, biases and qparams for one allocation; the graph is kept.
 
-    A step is a frozen value: its fields are its options. It reads the float model from ``prepared.origin`` (or from
-    ``prepared`` itself, where no step came before), so that steps follow each other without adding up their errors.
+    A step is a frozen dataclass whose fields are its options. It reads the float model from ``prepared.origin`` (or
+    from ``prepared`` itself if no step came before), so that the errors of successive steps do not add up.
     """
 
     @property
     def name(self) -> str:
-        """Under which the step is asked for, and logged."""
+        """The name by which the step is selected and logged."""
 
     def recover(
         self, prepared: PreparedModel, bits: Mapping[str, int], data: CalibrationData, context: StepContext
     ) -> PreparedModel:
-        """A changed copy of ``prepared``.
+        """Return an improved copy of ``prepared``.
 
         Args:
-            prepared: calibrated; it stays as it is.
+            prepared: calibrated; not changed.
             bits: bit-width by site; sites that are not named are at 8 bits.
             data: by the model's input names, on the model's device; labels are not read.
-            context: how.
+            context: batch size, threads, progress bar and cache folder.
         """

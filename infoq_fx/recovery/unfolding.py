@@ -1,4 +1,4 @@
-"""Weights and inputs of layers as matrices: rows of a weight against rows of what each output value sums over."""
+"""Unfolds layers into matrix products: rows of the weight times rows of the input that each output sums over."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def can_unfold(layer: Layer) -> bool:
-    """Whether the layer's outputs are products of rows: all layers but transposed convolutions."""
+    """Return whether a layer can be unfolded, as all layers but transposed convolutions can."""
     return not layer.op.is_transposed
 
 
 def columns_of(layer: Layer) -> int:
-    """Values that every output of the layer sums over."""
+    """Return the number of values that every output of the layer sums over."""
     return math.prod(layer.site.shape) // layer.site.shape[layer.op.channel_axis]
 
 
 def weight_to_rows(layer: Layer, weight: Tensor) -> Tensor:
-    """A weight as ``[groups, rows, columns]``: a row for every output channel, a column for every value it weighs."""
+    """Reshape a weight to ``[groups, rows, columns]``: a row per output channel, a column per input value."""
     rows = weight if layer.op.channel_axis == 0 else weight.transpose(0, 1)
     return rows.reshape(_groups(layer.node), -1, math.prod(rows.shape[1:]))
 
 
 def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
-    """The inverse of :func:`weight_to_rows`."""
+    """Reshape rows to a weight, the inverse of :func:`weight_to_rows`."""
     shape = layer.site.shape
     if layer.op.channel_axis == 0:
         return rows.reshape(shape)
@@ -42,12 +42,12 @@ def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
 
 
 def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
-    """What the layer's outputs sum over, ``[groups, rows, columns]``, columns as in :func:`weight_to_rows`.
+    """Unfold a layer's input to ``[groups, rows, columns]``, with columns as in :func:`weight_to_rows`.
 
     Args:
         layer: not a transposed convolution.
         x: its input, ``[samples, ...]``.
-        most: rows to take of a sample; if it has more, so many spread over it, the same of every sample.
+        most: largest number of rows per sample; if it has more, ``most`` spread over it, the same for every sample.
     """
     if not layer.op.is_convolution:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -69,7 +69,7 @@ def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
 
 
 def _places(layer: Layer, sizes: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
-    """Where the rows of a convolution lie in a map of these sizes, ``[rows, kernel]``, and what is not padding."""
+    """Positions of a convolution's rows in a map of these sizes, ``[rows, kernel]``, and which are not padding."""
     node, kernel = layer.node, layer.site.shape[2:]
     stride, dilation = (_numbers(node, i, len(kernel), 1) for i in (3, 5))
     padding = _padding(node, kernel, dilation)
@@ -89,7 +89,7 @@ def _places(layer: Layer, sizes: Sequence[int], most: int) -> tuple[Tensor, Tens
 
 
 def _spread(count: int, most: int) -> Tensor:
-    """Indices of at most ``most`` of ``count`` places, without a pattern that a grid could share."""
+    """Indices of at most ``most`` of ``count`` places, in no regular pattern that could align with a grid."""
     if count <= most:
         return torch.arange(count)
     stride = max(1, round(count * _GOLDEN))
@@ -111,7 +111,7 @@ def _numbers(node: fx.Node, index: int, spatial: int, default: int) -> list[int]
 
 
 def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros before and behind every axis."""
+    """Padding before and after every axis."""
     given: Any = node.args[4] if len(node.args) > 4 else 0
     pairs = []
     for axis, size in enumerate(kernel):

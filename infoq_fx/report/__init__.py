@@ -1,7 +1,6 @@
-"""What was found, to look at: one HTML page with a budget slider, and figures.
+"""Reports of results: an HTML page with a budget slider, and figures.
 
-In: a :class:`~infoq_fx.SensitivityTable` or a quantized module. Out: a page that needs nothing else, or matplotlib
-figures.
+In: a :class:`~infoq_fx.SensitivityTable` or a quantized module. Out: a self-contained page, or matplotlib figures.
 """
 
 import lazy_loader

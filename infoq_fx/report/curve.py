@@ -1,4 +1,4 @@
-"""The best allocations over a range of budgets, the uniform ones beside them, and what each costs as a file."""
+"""Computes the best allocations over a range of budgets, the uniform ones, and their sizes in each container."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _DECADES = 6
 
 @dataclass(frozen=True)
 class Curve:
-    """Allocations of least score along one limit.
+    """Allocations of least score over a range of one limit.
 
-    ``limits`` are ascending whole numbers in the unit of ``name``, a field of :class:`~infoq_fx.types.Budget`;
-    ``allocations`` are what :func:`infoq_fx.allocate` finds for each.
+    ``limits`` are ascending integers in the unit of ``name``, a field of :class:`~infoq_fx.types.Budget`;
+    ``allocations`` are those of :func:`infoq_fx.allocate` for each limit.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Curve:
 
 
 def choose_unit(curve: Curve) -> tuple[float, str]:
-    """The unit that suits a curve, and what its axis says."""
+    """Return the unit that suits a curve, and the label of its axis."""
     if curve.name == "size_bytes":
         unit, text = (1e6, "MB") if curve.limits[-1] >= 1e6 else (1e3, "kB")
         return unit, f"size of all parameters [{text}]"
@@ -67,7 +67,7 @@ def trace_curve(
     Args:
         table: scores of every site with more than one candidate.
         name: the limit, ``"size_bytes"`` or ``"bitops"``.
-        budgets: how many limits; fewer where the range holds fewer whole numbers.
+        budgets: number of limits; fewer if the range has fewer integers.
         alpha: see :func:`infoq_fx.allocate`.
         pin: see :func:`infoq_fx.allocate`.
 
@@ -75,7 +75,7 @@ def trace_curve(
         OptionError: an argument cannot be used, or a candidate has no score.
     """
     if isinstance(budgets, bool) or not isinstance(budgets, int) or budgets < 2:
-        raise OptionError(f"budgets={budgets!r} is no number of positions; give a whole number, 2 or more")
+        raise OptionError(f"budgets={budgets!r} is not a number of positions; give an integer, 2 or more")
     if name not in ("size_bytes", "bitops"):
         raise OptionError(f"there is no curve over {name!r}; give 'size_bytes' or 'bitops'")
 
@@ -87,7 +87,7 @@ def trace_curve(
     fewest = {site.name: fixed.get(site.name, site.bits[0]) for site in table.inventory.sites}
     least = getattr(measure_cost(table.inventory, fewest), name)
     most = getattr(cost_of(find(_UNLIMITED), table.inventory), name)
-    # A model without multiply-accumulates has no BitOps, and a limit of 0 is none.
+    # A model without multiply-accumulates has 0 BitOps, which is not a valid limit.
     limits = tuple(sorted({round(float(x)) for x in np.linspace(max(least, 1), max(most, 1), budgets)}))
     return Curve(name, limits, tuple(find(limit) for limit in limits))
 
@@ -95,9 +95,10 @@ def trace_curve(
 def find_uniforms(
     table: SensitivityTable, *, alpha: float = 1.0, pin: Mapping[str, int] | None = None
 ) -> dict[int, Allocation]:
-    """The allocation of every bit-width that all searched weights share, activations at their largest candidates.
+    """Return the uniform allocation of every bit-width that all searched weights share.
 
-    Pinned sites keep their bits. The scores are the table's, as in :func:`infoq_fx.allocate`.
+    Activations are at their largest candidates, and pinned sites keep their bits. The scores are the table's, as in
+    :func:`infoq_fx.allocate`.
     """
     fixed = pin or {}
     free = [s for s in table.inventory.sites if s.kind == "weight" and len(s.bits) > 1 and s.name not in fixed]
@@ -111,10 +112,10 @@ def find_uniforms(
 
 
 def describe_allocation(table: SensitivityTable, allocation: Allocation, alpha: float = 1.0) -> Allocation:
-    """The allocation with the scores, total and cost that the table gives it.
+    """Return the allocation with its scores, total and cost from the table.
 
     Raises:
-        OptionError: it lacks a site of the table, or has bits that the table did not score.
+        OptionError: the allocation lacks a site of the table, or has bits that the table did not score.
     """
     scores, weights = {}, {}
     for site in table.inventory.sites:
@@ -137,15 +138,15 @@ def describe_allocation(table: SensitivityTable, allocation: Allocation, alpha: 
 
 
 def cost_of(allocation: Allocation, inventory: Inventory) -> Cost:
-    """The allocation's cost, measured where it does not carry one."""
+    """Return the allocation's cost, computed if it has none."""
     return allocation.cost or measure_cost(inventory, allocation.bits)
 
 
 def container_bytes(inventory: Inventory, bits: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of all parameters in each container, by its name; a file's graph comes on top.
+    """Return the bytes of all parameters by container, without the file's graph.
 
-    ``"packed at the bits"`` is what a budget counts by itself; the others are those of :data:`infoq_fx.CONTAINERS`.
-    Scales (4 bytes a channel) and everything in float are in all of them.
+    ``"packed at the bits"`` is the size that a budget counts by default; the others are containers of
+    :data:`infoq_fx.CONTAINERS`. All include scales (4 bytes per channel) and everything in float.
     """
     stored = (None, *TARGETS[DEFAULT_TARGET].containers)
     sizes = (measure_cost(inventory, bits, container).size_bytes for container in stored)
@@ -153,10 +154,10 @@ def container_bytes(inventory: Inventory, bits: Mapping[str, int]) -> dict[str, 
 
 
 def damage_scale(values: Iterable[float]) -> tuple[float, list[float]]:
-    """How to draw scores that span decades and may be 0: a symmetric logarithm's linear part, and its ticks.
+    """Choose a symmetric logarithmic axis for scores that span decades and may be 0.
 
     Returns:
-        Below the first number the axis is linear; the ticks are 0 and powers of ten on both sides of it.
+        The value below which the axis is linear, and the ticks: 0 and powers of ten on both sides of it.
     """
     found = list(values)
     sizes = [abs(value) for value in found if value]

@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: the JSON inside of it."""
+"""Builds the data of the page as values that JSON can store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_document(
     alpha: float,
     pin: Mapping[str, int] | None,
 ) -> dict[str, Any]:
-    """Sites, curves, single allocations, accuracies and correlations; arguments are those of the page."""
+    """Build the page's sites, curves, allocations, accuracies and correlations; arguments are as for the page."""
     inventory = table.inventory
     sites = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
     curves = [trace_curve(table, name, budgets=budgets, alpha=alpha, pin=pin) for name in ("size_bytes", "bitops")]
@@ -65,7 +65,7 @@ def build_document(
         "correlations": [] if audit is None else _list_correlations(audit),
         "float_bytes": FLOAT_BITS // 8 * sum(s.numel for s in inventory.sites if s.kind == "weight")
         + inventory.float_bytes,
-        "note": "Squares are uniform bit-widths, with activations at their most bits.",
+        "note": "Squares are uniform bit-widths, with activations at their largest bit-widths.",
         "options": "".join(
             f", {name}={value!r}" for name, value in (("alpha", alpha), ("pin", pin)) if value not in (1.0, None)
         ),
@@ -124,7 +124,7 @@ def _describe_other(
 
 
 def _find_start(curve: Curve, shown: Mapping[str, Allocation], inventory: Inventory) -> float:
-    """Where the slider stands at first, from 0 to 1: the first allocation's size, else in the middle."""
+    """Initial position of the slider, from 0 to 1: at the first allocation's size, else in the middle."""
     last = len(curve.limits) - 1
     if not shown or not last:
         return 0.5
@@ -170,7 +170,7 @@ def _check_percent(label: str, accuracy: float) -> float:
 
 def _describe_evaluation(audit: Audit | None) -> str:
     if audit is None:
-        return "Top-1 as it was given."
+        return "Top-1 as given by the user."
     return (
         f"Top-1 on {audit.evaluation_samples} samples that no criterion saw, with standard errors; "
         f"the float model has {audit.float_top1:.1f} %."

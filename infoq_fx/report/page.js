@@ -1,5 +1,5 @@
 "use strict";
-// The page's behaviour. Every allocation was found beforehand: the slider looks them up, nothing is optimised here.
+// The page's behaviour. All allocations were computed beforehand: the slider only selects among them.
 (() => {
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const byId = (id) => document.getElementById(id);
@@ -9,7 +9,7 @@
   const SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"];
   const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 4], [1, 3], [12, 3, 2, 3, 2, 3]];
 
-  // Numbers as people read them.
+  // Formatting of numbers.
   const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
   const whole = (x) => grouped.format(x);
   const short = (x) => {
@@ -36,13 +36,13 @@
     return made;
   }
 
-  // The point that is shown: on the slider, or one of the other allocations.
+  // The allocation that is shown: the slider's, or one of the others.
   function point() {
     const other = data.others.find((found) => found.label === state.shown);
     return other ?? state.axis.points[+byId("budget").value];
   }
 
-  // Charts. Colours are CSS variables, so that dark mode and print need no second drawing.
+  // Charts. Colours are CSS variables, so that dark mode and print need no redraw.
   const CONFIG = {
     background: "transparent", font: "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", view: { stroke: "var(--line)" },
     axis: { labelColor: "var(--ink)", titleColor: "var(--ink)", domainColor: "var(--quiet)", tickColor: "var(--quiet)", gridColor: "var(--line)", labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
@@ -177,7 +177,7 @@
       { site, bits: `${bits} bits`, score, drop, left: score - scoreError, right: score + scoreError, low: drop - dropError, high: drop + dropError }));
     const { color, shape } = bySeries("bits", [...new Set(rows.map((row) => row.bits))].sort());
     const x = { field: "score", type: "quantitative", title: `score of ${audited.criterion}` }, y = { field: "drop", type: "quantitative", title: "accuracy drop [points]" };
-    byId("correlation-caption").textContent = `One point a layer and bit-width, 4 bits and fewer, bars are standard errors. ${audited.r === null ? "" : `Pearson's r = ${audited.r.toFixed(2)} ± ${audited.r_error.toFixed(2)}, Spearman's ${audited.rank.toFixed(2)}.`}`;
+    byId("correlation-caption").textContent = `One point per layer and bit-width, 4 bits and fewer; bars are standard errors. ${audited.r === null ? "" : `Pearson's r = ${audited.r.toFixed(2)} ± ${audited.r_error.toFixed(2)}, Spearman's ${audited.rank.toFixed(2)}.`}`;
     return draw("correlation", {
       data: { values: rows },
       layer: [
@@ -188,7 +188,7 @@
     }, `Scatter of scores of ${audited.criterion} against the measured accuracy drop. ${byId("correlation-caption").textContent}`);
   }
 
-  // The table of layers: a row a site, sorted by any column.
+  // The table of layers: one row per site, sortable by any column.
   const COLUMNS = [
     { name: "layer", value: (site) => site.index, text: (site) => site.name },
     { name: "kind", value: (site) => site.kind, text: (site) => site.kind, isText: true },
@@ -236,7 +236,7 @@
       });
       return element("th", { scope: "col", className: !i || column.isText ? "text" : "" }, button);
     });
-    byId("layers").append(element("caption", { textContent: "Every layer with the bits shown now. The buttons in the head sort." }),
+    byId("layers").append(element("caption", { textContent: "All layers with the bits shown now. Click a column heading to sort." }),
       element("thead", {}, element("tr", {}, ...heads)), element("tbody"));
   }
 
@@ -259,7 +259,7 @@
     }));
     const counts = {};
     data.sites.forEach((site, i) => { if (site.kind === "weight") counts[found.bits[i]] = (counts[found.bits[i]] ?? 0) + 1; });
-    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits a weight, weights ${found.compression.toFixed(2)} times smaller, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
+    byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits per weight, weights ${found.compression.toFixed(2)} times smaller, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
     byId("bits-caption").textContent = `${onSlider ? `Best within ${inUnit(axis, limit)}` : state.shown}, layers in the order of the graph.`;
     fillLayers(found);
     const [packed, int8, int4] = found.containers, float = data.float_bytes;
@@ -277,10 +277,10 @@
   function fillTables() {
     const { axis } = state, cells = (found) => [withError(found.score, found.error), whole(found.size_bytes), operations(found.bitops), found.weight_bits.toFixed(2), `${found.compression.toFixed(2)} ×`];
     const head = ["predicted damage", "bytes", "BitOps", "mean bits", "compression"];
-    byId("curve-table").replaceChildren(table(`The best allocation within every budget of the slider`, [`at most (${axis.label})`, ...head, "best uniform"],
+    byId("curve-table").replaceChildren(table(`The best allocation within each budget of the slider`, [`at most (${axis.label})`, ...head, "best uniform"],
       axis.points.map((found) => [inUnit(axis, found.limit), ...cells(found), found.uniform_bits === null ? "none fits" : `${found.uniform_bits} bits: ${short(found.uniform_score)}`])));
     byId("uniform-table").replaceChildren(table("Allocations that are not on the curve", ["allocation", ...head], data.others.map((found) => [found.label, ...cells(found)])));
-    byId("curve-caption").textContent = `Each point is the allocation of least total score within a budget, proved by an integer program; the band is its standard error. ${data.note}`;
+    byId("curve-caption").textContent = `Each point is the allocation of least total score within a budget, proven optimal by an integer program; the band is its standard error. ${data.note}`;
     byId("axis-name").textContent = axis.label;
   }
 

@@ -1,4 +1,4 @@
-"""The page: allocations over a range of budgets as one HTML file that needs nothing else."""
+"""Writes the report: allocations over a range of budgets as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def write_report(
     pin: Mapping[str, int] | None = None,
     title: str = "Bit-widths under a budget",
 ) -> Path:
-    """Write a page on which a slider moves through the budgets: one HTML file, opened by double click, no network.
+    """Write a report with a slider over budgets: one HTML file that opens in a browser without network access.
 
-    It shows the bits of every layer, the predicted damage against size and BitOps beside the uniform allocations, the
-    sensitivity of every layer and bit-width with standard errors, what the file costs in each container, the settings,
-    and, where they are given, measured accuracies and their correlation with the scores. All allocations are found
-    here, by :func:`infoq_fx.allocate`; the page looks them up. The same arguments write the same file.
+    It shows the bits of every layer, the predicted damage against size and BitOps with the uniform allocations, the
+    sensitivity of every layer and bit-width with standard errors, the file size in each container, the settings, and,
+    if given, measured accuracies and their correlation with the scores. All allocations are computed here by
+    :func:`infoq_fx.allocate`; the page only looks them up. The same arguments write the same file.
 
-    The charts are drawn by Vega-Lite, whose JavaScript comes out of ``vl-convert-python`` (``infoq-fx[report]``).
+    The charts are drawn by Vega-Lite, whose JavaScript is part of ``vl-convert-python`` (``infoq-fx[report]``).
 
     Args:
-        source: a sensitivity table, or a module that :func:`infoq_fx.quantize` returned, which remembers its table.
+        source: a sensitivity table, or a module that :func:`infoq_fx.quantize` returned, which includes its table.
         path: file to write, replaced if it exists.
-        allocation: one to show beside the curve; a module's own is shown in any case.
+        allocation: an allocation to show with the curve; a module's own is always shown.
         audit: what :func:`infoq_fx.audit` returned for the same model: its accuracies and correlations are shown.
-        accuracies: top-1 in percent that you measured, with the allocation it was measured for, by the name to show.
-        budgets: positions of the slider, for size and for BitOps each.
-        alpha: weight of activation scores against weight scores, see :func:`infoq_fx.allocate`.
-        pin: bit-widths fixed beforehand, see :func:`infoq_fx.allocate`.
+        accuracies: measured top-1 in percent, each with its allocation, by the name to show.
+        budgets: number of slider positions, for size and for BitOps each.
+        alpha: factor on activation scores relative to weight scores, see :func:`infoq_fx.allocate`.
+        pin: fixed bit-widths, see :func:`infoq_fx.allocate`.
         title: heading of the page.
 
     Returns:
         The path.
 
     Raises:
-        OptionError: an argument cannot be used, the module remembers no table, or an allocation is of another model.
+        OptionError: an argument cannot be used, the module has no table, or an allocation is of another model.
         MissingExtraError: ``infoq-fx[report]`` is not installed.
         ExportError: the file cannot be written.
     """
@@ -92,11 +92,11 @@ def _find_table(source: SensitivityTable | QuantizedModule) -> tuple[Sensitivity
     provenance = provenance_of(source)
     if provenance is None:
         raise OptionError(
-            f"{type(source).__name__} is no source of a page; give a sensitivity table or what quantize() returned"
+            f"write_report() got a {type(source).__name__}; give a sensitivity table or what quantize() returned"
         )
     if provenance.table is None:
         raise OptionError(
-            "the module was made by convert() from an allocation alone and remembers no sensitivity table: give the "
+            "the module was made by convert() from an allocation alone and has no sensitivity table: give the "
             "table, write_report(table, path, allocation=infoq_fx.allocation_of(quantized))"
         )
     return provenance.table, provenance.allocation
@@ -104,16 +104,16 @@ def _find_table(source: SensitivityTable | QuantizedModule) -> tuple[Sensitivity
 
 @functools.cache
 def _load_library() -> str:
-    """Vega-Embed, Vega-Lite and Vega as one script that needs no network; several seconds the first time."""
+    """Vega-Embed, Vega-Lite and Vega as one script without network access; takes several seconds the first time."""
     try:
         import vl_convert
     except ImportError as error:
         raise MissingExtraError(
-            'the page needs vl-convert-python, which carries its charts: pip install "infoq-fx[report]"'
+            'the page needs vl-convert-python for its charts: pip install "infoq-fx[report]"'
         ) from error
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     versions = f"Vega {vl_convert.get_vega_version()}, Vega-Lite {vl_convert.get_vegalite_versions()[-1]}"
-    # The bundle's top-level names stay its own; an end tag inside of a script would end it.
+    # The wrapper keeps the bundle's top-level names local; an end tag inside the script would end it.
     wrapped = f"(() => {{\n{bundle}\n}})();".replace("</script", "<\\/script")
     return f"/* {versions}, https://vega.github.io, BSD-3-Clause, University of Washington. */\n{wrapped}"
 
@@ -128,12 +128,12 @@ def _fill(table: SensitivityTable, document: Mapping[str, object], library: str,
         "title": html.escape(title),
         "version": __version__,
         "lead": html.escape(
-            f"{len(weights)} layers with {sum(weights):,} weights{searched}, scored by {table.criterion!r}. Move the "
-            "slider: every position is the best allocation within that budget."
+            f"{len(weights)} layers with {sum(weights):,} weights{searched}, scored by {table.criterion!r}. Every "
+            "position of the slider shows the best allocation within that budget."
         ),
         "settings": html_table(f"How the scores were measured (infoq_fx {__version__})", rows, left=2),
         "footer": html.escape(
-            f"Made by infoq_fx {__version__}. Charts: Vega-Lite (BSD-3-Clause). This file loads nothing from anywhere."
+            f"Made by infoq_fx {__version__}. Charts: Vega-Lite (BSD-3-Clause). This file does not use the network."
         ),
         "css": files.joinpath("page.css").read_text(encoding="utf-8"),
         "script": files.joinpath("page.js").read_text(encoding="utf-8"),
@@ -146,5 +146,5 @@ def _fill(table: SensitivityTable, document: Mapping[str, object], library: str,
 
 
 def _embed(text: str) -> str:
-    """JSON inside of a script element, where the text of an end tag must not stand."""
+    """Escape JSON for a script element, which must not contain an end tag."""
     return text.replace("<", "\\u003c")

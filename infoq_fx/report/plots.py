@@ -1,4 +1,4 @@
-"""Pictures of a table, an allocation and an audit as matplotlib figures; the only matplotlib import."""
+"""Matplotlib figures of a table, an allocation and an audit; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_allocation", "plot_correlation", "plot_pareto", "plot_sensitivity"]
 
-# Okabe and Ito's colours, with a marker of its own for each: to be told apart with any colour vision and in grey.
+# Okabe and Ito's colours, each with its own marker: distinguishable with any colour vision and in grey.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
 _MARKERS = "os^Dv>P*"
 _LOW_BITS = 4
 
 
 def plot_sensitivity(table: SensitivityTable) -> Figure:
-    """The score of every layer at every bit-width with standard errors, layers in graph order.
+    """Plot the score of every layer at every bit-width with standard errors, layers in graph order.
 
     Returns:
-        A figure that pyplot does not know: ``figure.savefig(path)``, or the last line of a notebook's cell.
+        A figure outside of pyplot: save it by ``figure.savefig(path)``, or make it the last line of a notebook cell.
 
     Raises:
         MissingExtraError: ``infoq-fx[plots]`` is not installed.
@@ -61,13 +61,13 @@ def plot_pareto(
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
 ) -> Figure:
-    """Predicted damage against size or BitOps: the best allocations, the uniform ones, and one of your own.
+    """Plot predicted damage against size or BitOps: the best allocations, the uniform ones, and a given one.
 
     Args:
         table: scores of every site with more than one candidate.
-        allocation: one to mark.
+        allocation: an allocation to mark.
         limit: ``"size_bytes"`` or ``"bitops"``.
-        budgets: points of the curve.
+        budgets: number of points of the curve.
         alpha: see :func:`infoq_fx.allocate`.
         pin: see :func:`infoq_fx.allocate`.
 
@@ -103,11 +103,11 @@ def plot_pareto(
 
 
 def plot_allocation(allocation: Allocation, inventory: Inventory) -> Figure:
-    """The bits of every weight and every searched activation as bars, in graph order.
+    """Plot the bits of every weight and every searched activation as bars, in graph order.
 
     Args:
         allocation: bits for every site of the inventory.
-        inventory: what the prepared model holds, ``table.inventory``.
+        inventory: of the prepared model: ``table.inventory``.
 
     Raises:
         OptionError: the allocation lacks a site.
@@ -132,14 +132,14 @@ def plot_allocation(allocation: Allocation, inventory: Inventory) -> Figure:
 
 
 def plot_correlation(audit: Audit, criterion: str | None = None) -> Figure:
-    """Scores against the measured accuracy drop of every layer at 4 bits and fewer, with standard errors.
+    """Plot scores against the measured accuracy drop of every layer at 4 bits and fewer, with standard errors.
 
     Args:
         audit: made with ``correlate=True``.
-        criterion: whose scores; None for the first of the audit.
+        criterion: the criterion whose scores are plotted; None for the first of the audit.
 
     Raises:
-        OptionError: no such criterion, or an audit that measured no drops.
+        OptionError: there is no such criterion, or the audit measured no accuracy drops.
         MissingExtraError: ``infoq-fx[plots]`` is not installed.
 
     Reference:
@@ -174,7 +174,7 @@ def _start_figure(width: float, height: float) -> tuple[Figure, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError('pictures need matplotlib: pip install "infoq-fx[plots]"') from error
+        raise MissingExtraError('plots need matplotlib: pip install "infoq-fx[plots]"') from error
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -1,7 +1,7 @@
-"""Baseline and perturbed runs of a prepared model, and what tells two outputs apart.
+"""Baseline and perturbed runs of a prepared model, and the divergence of their outputs.
 
 In: a :class:`~infoq_fx.PreparedModel`, data, bit-widths by site. Out: values of observed nodes, outputs, their
-divergence in nats. A run changes nothing of the model.
+divergence in nats. A run does not change the model.
 """
 
 import lazy_loader

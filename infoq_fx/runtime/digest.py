@@ -1,4 +1,4 @@
-"""A key of everything that decides the result of a run."""
+"""A hash of everything that determines the result of a run, used as a cache key."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def digest_run(
     batch_size: int,
     bits: Mapping[str, int] | None = None,
 ) -> str:
-    """A key for everything that decides measurements beside the site and its bit-width.
+    """Return a hash of everything that determines measurements, except the site and its bit-width.
 
-    The package's and torch's version, the graph, all its weights, the 8-bit qparams of all sites, the data and the
-    settings of the criterion. The batch size decides the last bits of some sums. With ``bits``, by site, the qparams at
-    these bit-widths count too.
+    It covers the versions of the package and of torch, the graph, all its weights, the 8-bit qparams of all sites, the
+    data and the settings of the criterion, and the batch size, which affects the last bits of some sums. With ``bits``,
+    by site, the qparams at these bit-widths are included too.
     """
     device = prepared.device.type
     parts: list[str | Tensor] = [__version__, torch.__version__, device, str(batch_size)]
@@ -53,7 +53,7 @@ def digest_run(
 
 
 def _digest(parts: Iterable[str | Tensor]) -> str:
-    """Every part with its length or its shape in front, so that none runs into the next."""
+    """Hash every part after its length or shape, so that parts cannot run together."""
     found = hashlib.blake2b(digest_size=20)
     for part in parts:
         if isinstance(part, str):

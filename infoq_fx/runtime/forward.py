@@ -1,4 +1,4 @@
-"""Forward runs over all samples: the model at any bit-widths, and sites perturbed one at a time."""
+"""Forward runs over all samples: the model at given bit-widths, and sites perturbed one at a time."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _BATCH_BYTES = 256 << 20
 _MAX_BATCH = 64
 
 MakeReader = Callable[[tuple[str, int], int], ReadValue]
-"""What is to read the values of a run: asked with its (site, bit-width) and the index of the batch's first sample."""
+"""Makes the callback that reads the values of a run, from its (site, bit-width) and the batch's first sample index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a measurement is carried out; nothing here changes its result.
+    """Options of a measurement that do not change its result.
 
-    ``threads`` that may be used; ``advance`` is told of progress in units of (site, bit-width), in as small shares
-    as there are; ``stop`` is set when nobody waits for the result any more.
+    ``threads`` is the number of threads to use. ``advance`` is called with progress in units of one (site, bit-width),
+    in fractions. ``stop`` is set when the result is no longer needed.
     """
 
     threads: int = 1
@@ -59,13 +59,13 @@ def compute_logits(
     batch_size: int | None = None,
     run_options: RunOptions | None = None,
 ) -> Tensor:
-    """What the model says at given bit-widths: float32 ``[samples, classes]``, see :func:`class_logits`.
+    """Compute the model's logits at given bit-widths: float32 ``[samples, classes]``, see :func:`class_logits`.
 
     Args:
         prepared: calibrated.
         data: by the model's input names.
-        bits: bit-width by site; sites that are not named, and all for None, are at 8 bits.
-        batch_size: samples a run; None for what suits the model.
+        bits: bit-width by site; sites that are not named, or all if None, are at 8 bits.
+        batch_size: samples per run; None for that of :func:`choose_batch_size`.
         run_options: threads.
     """
     output, size = first_output(prepared), batch_size or choose_batch_size(prepared)
@@ -81,7 +81,7 @@ def compute_logits(
 def compute_float_logits(
     prepared: PreparedModel, data: CalibrationData, *, batch_size: int, run_options: RunOptions | None = None
 ) -> Tensor:
-    """What the float model says: float32 ``[samples, classes]``, as :func:`compute_logits`."""
+    """Compute the float model's logits: float32 ``[samples, classes]``, as :func:`compute_logits`."""
     given = run_options or RunOptions()
 
     def run(batch: Mapping[str, Tensor]) -> Tensor:
@@ -104,8 +104,8 @@ def run_whole(
 ) -> None:
     """Run all samples at given bit-widths.
 
-    ``read`` gets the index of a batch's first sample and the observed values. The first batch is read before any other
-    is begun; the others come in any order, from several threads.
+    ``read`` is called with the index of a batch's first sample and the observed values. The first batch is read before
+    any other starts; the others are read in any order, from several threads.
     """
     integers, given = find_integer_nodes(prepared), bits or {}
     interpreter = SiteInterpreter(prepared, integers)
@@ -135,10 +135,10 @@ def run_perturbed(
     spread: ThreadMap,
     share: float,
 ) -> None:
-    """Run every site at each of its candidate bit-widths but 8, all others at 8 bits, as far as something observed.
+    """Run every site at each of its candidate bit-widths except 8, all others at 8 bits, up to the observed nodes.
 
-    Batches outside, sites inside, so that each batch of the baseline runs once. ``share`` is the part of a (site,
-    bit-width) that the bar advances by for its run.
+    The outer loop is over batches and the inner one over sites, so that each batch of the baseline runs once.
+    ``share`` is the part of a (site, bit-width) by which the progress bar advances for its run.
     """
     wanted, integers = set(observed), find_integer_nodes(prepared)
     plans = {site.name: plan_perturbed_run(prepared, site.name, wanted, integers) for site in sites}
@@ -163,9 +163,9 @@ def run_perturbed(
 
 
 def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
-    """Samples a batch so that the values a run keeps stay near 256 MiB, or a quarter of the limit if that is less.
+    """Return the batch size at which a run keeps about 256 MiB of values, or a quarter of the limit if that is less.
 
-    With any limit from 1 GiB on it is the same on every machine.
+    With a limit of 1 GiB or more it is the same on every machine.
     """
     if prepared.batch_size is not None:
         return prepared.batch_size
@@ -175,7 +175,7 @@ def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) 
 
 
 def bytes_per_sample(prepared: PreparedModel) -> int:
-    """Memory that the values of a run take for one sample, about."""
+    """Estimate the memory in bytes that the values of a run take for one sample."""
     per_sample = 4 * sum(site.numel for site in prepared.inventory.sites if site.kind == "activation")
     if per_sample == 0:
         per_sample = 8 * max(operation.macs for operation in prepared.inventory.operations) // 100
@@ -183,7 +183,7 @@ def bytes_per_sample(prepared: PreparedModel) -> int:
 
 
 class _ForkPerThread:
-    """The interpreter of the calling thread, a fork of one."""
+    """Gives each thread its own fork of an interpreter."""
 
     def __init__(self, interpreter: SiteInterpreter) -> None:
         self._interpreter, self._local = interpreter, threading.local()

@@ -1,8 +1,8 @@
-"""Convolutions over the integers themselves, where the processor multiplies 8-bit values faster than floats.
+"""Convolutions over integers with oneDNN, where the processor multiplies 8-bit values faster than floats.
 
-oneDNN does the work. Its sums are exact; those over fake quantized floats are too, thanks to scales of few significant
-bits, so that both give the same values. Processors whose 8-bit products saturate (x86 without VNNI) would not: a trial
-decides.
+oneDNN's integer sums are exact. So are sums over fake quantized floats, whose scales have few significant bits, and
+both give the same values. This fails on processors whose 8-bit products saturate (x86 without VNNI): a trial
+convolution decides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """An activation as integers: uint8 ``q``, real values ``(q - zero_point) * scale``."""
+    """An activation as integers: ``q`` is uint8, the real values are ``(q - zero_point) * scale``."""
 
     q: Tensor
     scale: float
@@ -42,7 +42,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight as int8 with a scale a channel; ``packed`` is oneDNN's form of it, by what it depends on."""
+    """A weight as int8 with a scale per channel; ``packed`` caches oneDNN's layouts of it by convolution options."""
 
     q: Tensor
     scale: Tensor
@@ -50,10 +50,10 @@ class IntegerWeight:
 
 
 def find_integer_nodes(prepared: PreparedModel) -> frozenset[fx.Node]:
-    """The convolutions that can run over integers, and the quantizers that feed nothing else.
+    """Find the convolutions that can run over integers, and the quantizers that feed only these.
 
-    Both operands must come from quantizers, the input's affine and the weight's per output channel. Empty where the
-    processor is not up to it.
+    Both operands must come from quantizers, the input's affine and the weight's per output channel. The result is empty
+    where :func:`can_convolve_integers` is False.
     """
     device = prepared.device.type
     if device != "cpu" or not can_convolve_integers():
@@ -73,18 +73,18 @@ def find_integer_nodes(prepared: PreparedModel) -> frozenset[fx.Node]:
 def quantize_activation(
     x: Tensor, qparams: QParams, *, addend: Tensor | None = None, clip: tuple[float, float] = (-math.inf, math.inf)
 ) -> QuantizedTensor:
-    """The integers of an activation, for the same arguments as :func:`numerics.fake_quantize`."""
+    """Quantize an activation to integers, with the arguments of :func:`numerics.fake_quantize`."""
     q = numerics.quantize_in_one_pass(x, qparams, addend=addend, clip=clip)
     return QuantizedTensor(q, float(qparams.scale.detach()), int(qparams.zero_point))
 
 
 def quantize_weight(weight: Tensor, qparams: QParams) -> IntegerWeight:
-    """The integers of a weight; exact, as :func:`numerics.quantize`."""
+    """Quantize a weight to integers as :func:`numerics.quantize` does."""
     return IntegerWeight(numerics.quantize(weight, qparams), qparams.scale.detach())
 
 
 def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
-    """What the convolution node gives for these operands: float32, channels last."""
+    """Compute a convolution node for integer operands: float32, channels last."""
     stride, padding, dilation, groups = _options(node)
     key = x.scale, x.zero_point, stride, padding, dilation, groups, x.q.shape[1:]
     if key not in weight.packed:
@@ -102,7 +102,7 @@ def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Ten
 
 @functools.lru_cache(maxsize=1)
 def can_convolve_integers() -> bool:
-    """Whether oneDNN convolves 8-bit integers exactly here: tried on values whose products saturate elsewhere."""
+    """Return whether oneDNN convolves 8-bit integers exactly here, tried on values that saturate elsewhere."""
     q = torch.full((1, 32, 6, 6), 255, dtype=torch.uint8)
     weight = torch.tensor([127, -128], dtype=torch.int8).repeat(16)[:, None, None, None].expand(32, 32, 3, 3)
     try:

@@ -1,4 +1,4 @@
-"""Runs of the prepared graph: float for calibration, 8-bit baseline, and one site perturbed."""
+"""Interpreter of the prepared graph: the 8-bit baseline, given bit-widths, and one site perturbed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ReadValue = Callable[[fx.Node, Any], None]
 
 
 class SiteInterpreter(fx.Interpreter):
-    """Runs plans over a prepared graph; every site is at 8 bits but those that a run sets otherwise.
+    """Runs plans over a prepared graph; every site is at 8 bits unless a run sets another bit-width.
 
-    Quantized weights are kept for as long as the interpreter and its forks live: each (site, bit-width) is made
-    once. An interpreter serves one thread; others take a :meth:`fork` of it.
+    Quantized weights are kept as long as the interpreter and its forks exist: each (site, bit-width) is quantized
+    once. An interpreter is for one thread; other threads use a :meth:`fork` of it.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class SiteInterpreter(fx.Interpreter):
         self._weights = {} if weights is None else weights
 
     def fork(self) -> SiteInterpreter:
-        """Another interpreter of the same model that shares the quantized weights."""
+        """Return another interpreter of the same model that shares the quantized weights."""
         return SiteInterpreter(self._prepared, self._integers, self._weights)
 
     def quantize_weights(self, sites: Iterable[QuantSite] = (), bits: Mapping[str, int] | None = None) -> None:
-        """Quantize every weight at 8 bits or as ``bits`` has it, and those of ``sites`` at all their candidates."""
+        """Quantize all weights at 8 bits or as ``bits`` says, and those of ``sites`` at all their candidates."""
         wanted = {site.name: site.bits for site in sites if site.kind == "weight"}
         given = bits or {}
         with torch.inference_mode():
@@ -74,7 +74,7 @@ class SiteInterpreter(fx.Interpreter):
             inputs: the batch by input name, for a whole run.
             bits: bit-widths by site; sites that are not named are at 8 bits.
             read: called with every node and its value as it is computed, before anything is freed.
-            is_stopped: asked before every node; the run ends early where it says so.
+            is_stopped: called before every node; the run ends early if it returns True.
 
         Returns:
             The values that were not freed, by node.
@@ -131,5 +131,5 @@ class SiteInterpreter(fx.Interpreter):
         return self._bits.get(module.site.name, BASELINE_BITS)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The batch's tensor of that name; images with channels last, which CPUs convolve 3 times faster."""
+        """Return the batch's tensor of that name, images with channels last, which CPUs convolve 3 times faster."""
         return channels_last(self._inputs[target])

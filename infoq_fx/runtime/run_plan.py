@@ -1,4 +1,4 @@
-"""What a run of the prepared graph has to compute, in which order, and when it may forget it."""
+"""Plans a run of the prepared graph: which nodes to compute, in which order, and when to free their values."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BASELINE: Mapping[str, int] = {}
 
 @dataclass(frozen=True)
 class MergedQuantizer:
-    """A quantizer that does the work of the pointwise operations before it: it reads the sum of ``sources``.
+    """A quantizer fused with the pointwise operations before it: it reads the sum of ``sources``.
 
-    ``clip`` is what the sum is limited to first, as by ReLU.
+    ``clip`` is the range that the sum is limited to first, as by ReLU.
     """
 
     sources: tuple[fx.Node, ...]
@@ -35,11 +35,11 @@ class MergedQuantizer:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Which nodes a run computes, in order, and which values it frees behind each of them.
+    """The nodes that a run computes, in order, and the values that it frees after each of them.
 
-    ``boundary`` are the nodes whose values must be there already: of the baseline, for a perturbed run.
-    ``merged`` are all activation quantizers of the run. ``repeats`` are quantizers that give what an earlier one
-    gave: they have the same input and the same qparams.
+    ``boundary`` are the nodes whose values must be known already: those of the baseline, for a perturbed run.
+    ``merged`` are all activation quantizers of the run. ``repeats`` maps quantizers to an earlier one with the same
+    input and the same qparams, whose value they reuse.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -55,10 +55,10 @@ def plan_whole_run(
     integers: frozenset[fx.Node] = frozenset(),
     bits: Mapping[str, int] = _BASELINE,
 ) -> RunPlan:
-    """A whole run as far as the nodes to ``keep`` need it; their values stay, all others are freed.
+    """Plan a run from the inputs to the nodes to ``keep``, whose values stay; all other values are freed.
 
-    ``integers`` are the nodes that the interpreter runs over integers, as in every plan of the same runs. ``bits`` are
-    the bit-widths of the run, by site; sites that are not named are at 8 bits.
+    ``integers`` are the nodes that the interpreter runs over integers, the same in every plan of an interpreter.
+    ``bits`` are the bit-widths of the run, by site; sites that are not named are at 8 bits.
     """
     kept = set(keep)
     return _plan(prepared, kept, kept, None, integers, bits)
@@ -67,10 +67,10 @@ def plan_whole_run(
 def plan_perturbed_run(
     prepared: PreparedModel, site: str, observed: Iterable[fx.Node], integers: frozenset[fx.Node] = frozenset()
 ) -> RunPlan:
-    """What must run again for the ``observed`` nodes when one site's bit-width changes: no more.
+    """Plan only what must run again for the ``observed`` nodes when one site's bit-width changes.
 
     Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
-    where no observed node lies downstream. The run ends with the last observed node.
+    if no observed node is downstream. The run ends with the last observed node.
     """
     start = next(node for node, module in prepared.quantizer_nodes() if module.site.name == site)
     return _plan(prepared, set(observed), set(), start, integers, _BASELINE)
@@ -88,7 +88,7 @@ def _plan(
     merged = _merge_quantizers(prepared)
     repeats = _find_repeats(prepared, merged, start, integers, bits)
     needed = _find_needed(nodes, wanted, merged, repeats)
-    # Where the sum itself is needed too, the quantizer reads it instead of adding once more.
+    # If the sum itself is needed too, the quantizer reads it instead of adding again.
     for node, quantizer in merged.items():
         total = _summed(quantizer, node)
         if total in needed:
@@ -142,7 +142,7 @@ def _inputs_of(
 
 
 def _merge_quantizers(prepared: PreparedModel) -> dict[fx.Node, MergedQuantizer]:
-    """Every activation quantizer with the clips and the addition before it, unread observers left out."""
+    """Every activation quantizer fused with the clips and the addition before it; observers between are skipped."""
     merged = {}
     for node, quantizer in prepared.quantizer_nodes():
         if quantizer.site.kind != "activation":
@@ -167,7 +167,7 @@ def _pass_through(prepared: PreparedModel, node: fx.Node) -> tuple[float, float]
 
 
 def _summed(quantizer: MergedQuantizer, node: fx.Node) -> fx.Node | None:
-    """The addition that a merged quantizer has taken over."""
+    """The addition that a merged quantizer is fused with."""
     if len(quantizer.sources) < 2:
         return None
     above = node.all_input_nodes[0]

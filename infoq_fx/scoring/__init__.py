@@ -1,7 +1,7 @@
-"""How much the model loses when one layer alone is quantized: a score for every (site, bit-width).
+"""Sensitivity scores: how much the model loses when one site alone is quantized to a bit-width.
 
-In: a calibrated :class:`~infoq_fx.PreparedModel` and data. Out: a :class:`~infoq_fx.SensitivityTable`. One criterion is
-one file in ``criteria``; the estimators of mutual information are in ``information``.
+In: a calibrated :class:`~infoq_fx.PreparedModel` and data. Out: a :class:`~infoq_fx.SensitivityTable`. Each criterion
+is one file in ``criteria``; the estimators of mutual information are in ``information``.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Finished measurements on disk, each in a file of its own, found again only for what they were made of."""
+"""A cache of finished measurements on disk, one file each, keyed by everything that determines them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class MeasurementCache:
-    """Measurements under one key, in ``folder/key``; a folder of None keeps nothing.
+    """Cached measurements of one key, in ``folder/key``; a folder of None keeps nothing.
 
-    ``key`` is what :func:`digest_run` made of everything that all measurements share. A (site, bit-width) adds its
-    own qparams, so that candidates can come and go without touching the rest.
+    ``key`` is the :func:`infoq_fx.runtime.digest.digest_run` of everything that all measurements share. The file of
+    each (site, bit-width) adds its own qparams, so that other candidates may be added or removed.
     """
 
     folder: Path | None
@@ -37,9 +37,9 @@ class MeasurementCache:
     quantizers: Mapping[str, Quantizer]
 
     def load(self, sites: Iterable[QuantSite]) -> Iterator[Measurement]:
-        """What is kept of these sites at their candidate bit-widths.
+        """Yield the cached measurements of these sites at their candidate bit-widths.
 
-        A file that is cut short, damaged or of another making is named in a warning and measured again.
+        A file that is cut short, damaged or of another run is named in a warning and measured again.
         """
         for site in sites if self.folder is not None else ():
             for bits in site.bits:
@@ -52,7 +52,7 @@ class MeasurementCache:
                     logging.getLogger(__name__).warning("cannot use %s: %s; measuring again", path, error)
 
     def store(self, measurement: Measurement) -> None:
-        """Keep one measurement: the whole file or nothing.
+        """Write one measurement atomically: the whole file or nothing.
 
         Raises:
             OptionError: the folder cannot be written.
@@ -77,7 +77,7 @@ class MeasurementCache:
             ) from error
 
     def describe(self, settings: Mapping[str, Plain]) -> None:
-        """Leave a note for people beside the measurements: what they were made with."""
+        """Write the settings of the measurements next to them, for people to read."""
         if self.folder is None:
             return
         about = {"made by": f"infoq_fx {__version__}", "torch": torch.__version__, **settings}
@@ -104,5 +104,5 @@ class MeasurementCache:
             raise OptionError(f"it was made for {found[1]!r} at {found[2]!r} bits of another run")
         values = document.get("values")
         if not isinstance(values, dict) or not all(isinstance(value, float) for value in values.values()):
-            raise OptionError("damaged: its values are no numbers")
+            raise OptionError("damaged: its values are not numbers")
         return Measurement(site, bits, values)

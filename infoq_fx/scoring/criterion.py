@@ -1,4 +1,4 @@
-"""What a sensitivity criterion is."""
+"""The protocols of a sensitivity criterion."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ Scores = Mapping[str, Mapping[int, Score]]
 
 
 class Measure(Protocol):
-    """Measures blocks of sites, here or in another process: it can be pickled and holds all that blocks share."""
+    """Measures blocks of sites, in this or another process; it is picklable and holds what all blocks share."""
 
     @property
     def run_bytes(self) -> int:
-        """Memory that one (site, bit-width) takes until its block is done, without its quantized weight."""
+        """Bytes that one (site, bit-width) takes until its block is done, without its quantized weight."""
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Measure every candidate bit-width of every site. The same numbers whatever the blocks and the run options."""
+        """Measure every candidate bit-width of every site; the result must not depend on blocks and run options."""
 
 
 class Criterion(Protocol):
-    """Scores how much harm one site does at one bit-width, all others at 8 bits.
+    """Scores how much quantizing one site to a bit-width harms the model, with all other sites at 8 bits.
 
-    ``begin`` does what is common to all sites, once, and returns what measures them; ``score`` turns what all
-    blocks measured into scores, smaller is better, and must be cheap. None may change the prepared model.
+    ``begin`` computes once what is common to all sites, and returns the object that measures them. ``score`` turns the
+    measurements of all blocks into scores, smaller is better, and must be cheap. Neither may change the prepared model.
 
-    A criterion may have an attribute ``samples``: the most samples that it is given, evenly spread over the data; and
-    ``runs_weights``: True where it runs the model with weights at candidate bit-widths, so that it can be given those
-    that recovery would leave.
+    Two attributes are optional. ``samples`` is the largest number of samples that the criterion is given, evenly spread
+    over the data. ``runs_weights`` is True if it runs the model with weights at candidate bit-widths, so that it can
+    use weights as recovery would round them.
     """
 
     @property
     def name(self) -> str:
-        """The name that a table is saved under."""
+        """The criterion's name, which is saved with the table."""
 
     @property
     def needs_data(self) -> bool:
-        """Whether ``begin`` must be given calibration data."""
+        """Whether ``begin`` needs calibration data."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of sites that it scores; others are not searched under it."""
+        """The kinds of sites that it scores; other sites are not searched."""
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """All that decides the measurements beside model, data and site, plain values under plain names; cheap.
+        """Return everything that determines the measurements besides model, data and site, as named values; cheap.
 
-        Measurements are found again in a cache only under the same description. ``"measure"`` names what is measured:
-        criteria that only read the same measurements differently give the same description, and share them.
+        Cached measurements are reused only under the same description. ``"measure"`` names what is measured: criteria
+        that score the same measurements in different ways return the same description, and share them.
         """
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
     ) -> Measure:
-        """What all sites share, computed once."""
+        """Compute what all sites share, and return the object that measures them."""
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Scores of every (site, bit-width) that was measured."""
+        """Return the score of every (site, bit-width) that was measured."""

@@ -1,4 +1,4 @@
-"""What criteria share that need gradients: labelled samples, the loss, batches in a random order, updates."""
+"""Helpers of criteria that need gradients: labelled samples, the loss, shuffled batches, updates."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Labelled:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Labelled:
-        """Copies of some samples."""
+        """Return copies of some samples."""
         rows = rows.to(self.labels.device)
         return Labelled({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
 
     def batches(self, batch_size: int) -> Iterator[Labelled]:
-        """Consecutive batches, copied."""
+        """Yield consecutive batches, copied."""
         for rows in torch.arange(self.samples).split(batch_size):
             yield self.take(rows)
 
@@ -65,10 +65,10 @@ def read_labelled(
     batch_size: int,
     run_options: RunOptions,
 ) -> Labelled:
-    """So many samples, evenly spread over the data, with its labels or else the 8-bit model's own predictions.
+    """Return ``samples`` samples, evenly spread over the data, with labels or the 8-bit model's own predictions.
 
     Raises:
-        CalibrationDataError: no data, or labels that are no classes of the model.
+        CalibrationDataError: there is no data, or a label is not a class of the model.
     """
     chosen = spread_samples(criterion, prepared, data, samples)
     seen = chosen if chosen.labels is None else chosen.take(prepared.batch_size or 2)
@@ -81,10 +81,10 @@ def read_labelled(
 def spread_samples(
     criterion: str, prepared: PreparedModel, data: CalibrationData | None, samples: int
 ) -> CalibrationData:
-    """Copies of so many samples (all, if there are fewer), evenly spread over the data; whole batches of a fixed graph.
+    """Return copies of ``samples`` samples, evenly spread, or all if there are fewer; whole batches of a fixed graph.
 
     Raises:
-        CalibrationDataError: no data.
+        CalibrationDataError: there is no data.
     """
     if data is None:
         raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
@@ -96,13 +96,13 @@ def spread_samples(
 
 
 def losses_of(module: nn.Module, batch: Labelled) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every sample in nats, float32 ``[samples]``, and the logits ``[samples, classes]``."""
+    """Return each sample's cross-entropy in nats, float32 ``[samples]``, and the logits ``[samples, classes]``."""
     logits = class_logits(first_tensor(module(*batch.inputs.values())))
     return functional.cross_entropy(logits, batch.labels, reduction="none"), logits
 
 
 def shuffled_batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of one batch after the other without end: whole batches of a new order every epoch."""
+    """Yield the row indices of batches endlessly: whole batches, in a new random order every epoch."""
     size = min(batch_size, samples)
     while True:
         order = torch.randperm(samples, generator=generator)
@@ -110,26 +110,26 @@ def shuffled_batches(samples: int, batch_size: int, generator: torch.Generator) 
 
 
 def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], learning_rate: float) -> torch.optim.SGD:
-    """Gradient descent with momentum 0.9; :func:`clipped_step` holds the gradient of each group to a norm of 1.
+    """Return SGD with momentum 0.9; :func:`clipped_step` clips the gradient of each group to a norm of 1.
 
-    With batch norms folded, nothing else bounds an update, and one layer at 2 bits has gradients that would destroy
-    the model.
+    With batch norms folded, nothing else bounds an update, and the gradients of a layer at 2 bits would destroy the
+    model.
     """
     return torch.optim.SGD([{"params": list(group)} for group in groups], lr=learning_rate, momentum=_MOMENTUM)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer) -> None:
-    """One update with the clipped gradients of :func:`make_optimizer`."""
+    """Clip the gradient of each group, and update the parameters."""
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], _LARGEST_NORM)
     optimizer.step()
 
 
 def check_trained(criterion: str, loss: float, learning_rate: float) -> None:
-    """Refuse a training that ended nowhere near a model.
+    """Check that a training did not diverge.
 
     Raises:
-        OptionError: the loss is no number, or beyond what any classifier has.
+        OptionError: the loss is NaN or above ``WORST_LOSS``.
     """
     if not loss <= WORST_LOSS:
         raise OptionError(f"criterion {criterion!r} diverged at learning_rate={learning_rate:g}; lower it")
@@ -137,6 +137,6 @@ def check_trained(criterion: str, loss: float, learning_rate: float) -> None:
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Gradients are recorded, whatever the caller has set."""
+    """Enable gradients, whatever mode the caller has set."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -1,4 +1,4 @@
-"""What quantizing one site does to the outputs: one kind of run behind several criteria."""
+"""Measures how quantizing one site changes the outputs; several criteria share these runs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ _KEYS = (INFORMATION_LOSS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
 
 @dataclass(frozen=True)
 class Outputs:
-    """What perturbed runs are compared with.
+    """The reference outputs that perturbed runs are compared with.
 
-    ``logits`` of the 8-bit baseline and ``float_logits`` of the float model, float32 ``[samples, classes]``; ``labels``
-    int64 ``[samples]``, the baseline's predictions where the data has none; ``spread`` as :func:`diverge` takes it.
+    ``logits`` of the 8-bit baseline and ``float_logits`` of the float model are float32 ``[samples, classes]``.
+    ``labels`` are int64 ``[samples]``, the baseline's predictions if the data has none. ``spread`` is that of
+    :func:`infoq_fx.runtime.outputs.diverge`.
     """
 
     logits: Tensor
@@ -56,7 +57,7 @@ class Outputs:
     spread: Tensor
 
     def compare(self, start: int, logits: Tensor) -> Tensor:
-        """Per sample, float64 ``[5, samples]``, in the order of ``_KEYS``.
+        """Return all changes per sample, float64 ``[5, samples]``, in the order of ``_KEYS``.
 
         Args:
             start: index of the first sample.
@@ -73,9 +74,9 @@ class Outputs:
         return torch.stack([information, kl, (base - found).square().sum(1), loss, 100 * lost])
 
     def summarize(self, compared: Tensor) -> dict[str, float]:
-        """Means over the samples of what :meth:`compare` found, each with its standard error.
+        """Return the means over the samples of the result of :meth:`compare`, each with its standard error.
 
-        Information and divergence in nats, noise as a ratio of powers, loss in nats, accuracy in points.
+        Information, divergence and loss are in nats, noise is a ratio of powers, accuracy is in points.
         """
         signal = float(self.logits.double().square().sum(1).mean())
         values = {}
@@ -87,7 +88,7 @@ class Outputs:
 
 
 class OutputRecord:
-    """Collects what one run does to the outputs, batch by batch; zero where nothing came."""
+    """Collects the changes of the outputs in one run, batch by batch; zero for samples that were not run."""
 
     SAMPLE_BYTES = 8 * len(_KEYS)
 
@@ -96,31 +97,31 @@ class OutputRecord:
         self._compared = torch.zeros(len(_KEYS), len(outputs.labels), dtype=torch.float64)
 
     def add(self, start: int, output: Tensor) -> None:
-        """Take the model's output for the samples from ``start`` on."""
+        """Compare the model's output for the samples from ``start`` on."""
         logits = class_logits(output).cpu()
         self._compared[:, start : start + len(logits)] = self._outputs.compare(start, logits)
 
     def summarize(self) -> dict[str, float]:
-        """See :meth:`Outputs.summarize`."""
+        """Return means and standard errors; see :meth:`Outputs.summarize`."""
         return self._outputs.summarize(self._compared)
 
 
 @dataclass(frozen=True)
 class OutputMeasure:
-    """Runs sites as far as the output and compares it with the baseline's, sample by sample."""
+    """Runs perturbed sites up to the output and compares it with the baseline's, sample by sample."""
 
     outputs: Outputs
     batch_size: int
 
     @property
     def run_bytes(self) -> int:
-        """A number a sample for everything compared."""
+        """Bytes of one float64 per sample for every value compared."""
         return OutputRecord.SAMPLE_BYTES * len(self.outputs.labels)
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """All that :meth:`Outputs.summarize` gives, of every (site, bit-width)."""
+        """Measure all values of :meth:`Outputs.summarize` for every (site, bit-width)."""
         if data is None:
             raise CalibrationDataError(
                 "comparing outputs needs calibration data, found none; give some, or take criterion='weight_mse'"
@@ -160,7 +161,7 @@ def measure_outputs(
     """Run the float model and the 8-bit baseline over all samples.
 
     Raises:
-        CalibrationDataError: no data, or labels that are no classes of the model; ``criterion`` is who asks.
+        CalibrationDataError: there is no data, or a label is not a class of the model; the message names ``criterion``.
     """
     if data is None:
         raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
@@ -173,17 +174,17 @@ def measure_outputs(
 def read_outputs(
     prepared: PreparedModel, data: CalibrationData, logits: Tensor, *, batch_size: int, run_options: RunOptions
 ) -> Outputs:
-    """The baseline's logits beside the float model's; without labels the baseline's predictions serve."""
+    """Return the baseline's and the float model's outputs; without labels, the baseline's predictions are used."""
     labels = read_labels(data, logits)
     in_float = compute_float_logits(prepared, data, batch_size=batch_size, run_options=run_options)
     return Outputs(logits, in_float, labels, measure_spread(in_float))
 
 
 def read_labels(data: CalibrationData, logits: Tensor) -> Tensor:
-    """The data's labels, int64 ``[samples]``, or the predictions behind ``logits`` where it has none.
+    """Return the data's labels, int64 ``[samples]``, or the predictions of ``logits`` if it has none.
 
     Raises:
-        CalibrationDataError: labels that are no classes of the model.
+        CalibrationDataError: a label is not a class of the model.
     """
     data.check_labels(logits.shape[1])
     return logits.argmax(1) if data.labels is None else data.labels.cpu()

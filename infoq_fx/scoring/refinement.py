@@ -1,4 +1,4 @@
-"""The last choice among a few allocations: by running them."""
+"""Chooses among a few allocations by running the model with each."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def choose_allocation(
     pin: Mapping[str, int] | None = None,
     candidates: Candidates | None = None,
 ) -> Allocation:
-    """The proposal that loses the least information at the output with all sites at their bits together.
+    """Return the proposed allocation that loses the least information at the output, with all sites at their bits.
 
-    The loss is E KL(p || q), p of the float model and q of the quantized one, in nats a sample, over at most 512
-    samples evenly spread over the data: what :class:`infoq_fx.InfoQ` measures of single sites. Proposals are those of
-    :func:`infoq_fx.allocation.solver.propose`, with the relative error of the weights as second scores where weights alone are
-    searched. The uniform allocation is among them, so that nothing worse by this measure is ever returned.
+    The loss is E KL(p || q), p of the float model and q of the quantized one, in nats per sample, over at most 512
+    samples evenly spread over the data; :class:`infoq_fx.InfoQ` measures the same for single sites. Proposals are those
+    of :func:`infoq_fx.allocation.solver.propose`, with the relative error of the weights as second scores if only
+    weights are searched. The uniform allocation is among them, so that the result is never worse by this measure.
 
-    Cost: one forward pass a proposal (at most six) and one of the float model; no labels.
+    Cost: one forward pass per proposal (at most six) and one of the float model; no labels.
 
     Args:
         prepared: calibrated.
         table: the sites' scores, of any criterion.
         budget: the limits; a number is the mean weight bit-width.
         data: by the model's input names, on the model's device.
-        alpha: weight of the activations' scores against those of the weights.
-        pin: bit-widths fixed beforehand, by site name.
-        candidates: weights to run with; None for rounding to nearest.
+        alpha: factor on the scores of activations relative to those of weights.
+        pin: fixed bit-widths by site name.
+        candidates: rounded weights to run with; None for rounding to nearest.
 
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
@@ -76,7 +76,7 @@ def choose_allocation(
 
 
 def _sites_at(prepared: PreparedModel, proposals: Sequence[Allocation]) -> list[QuantSite]:
-    """The sites with the bit-widths that the proposals give them."""
+    """The sites with the bit-widths that the proposals give them as candidates."""
     return [
         replace(site, bits=tuple(sorted({proposal.bits[site.name] for proposal in proposals})))
         for site in prepared.inventory.sites
@@ -84,7 +84,7 @@ def _sites_at(prepared: PreparedModel, proposals: Sequence[Allocation]) -> list[
 
 
 def _weight_errors(prepared: PreparedModel) -> dict[str, dict[int, float]] | None:
-    """Scores by :class:`WeightMSE`; None where activations are searched, which it does not score."""
+    """Scores by :class:`WeightMSE`; None if activations are searched, which it does not score."""
     sites = [site for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
     if any(site.kind == "activation" for site in sites):
         return None

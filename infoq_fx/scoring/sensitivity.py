@@ -1,4 +1,4 @@
-"""The loop over sites and bit-widths that fills a sensitivity table: cached, spread over workers, within memory."""
+"""Scores all sites at all bit-widths into a sensitivity table, with a cache, workers and a memory limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
 __all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 
-_BLOCK_RUNS = 32  # what an interrupted run may lose; each block runs a part of the baseline again
+_BLOCK_RUNS = 32  # runs that an interrupt may lose; each block runs a part of the baseline again
 _WORKER_BLOCK_RUNS = 16
 _MEMORY_SHARE = 0.5
 _SMALLEST_LIMIT_BYTES = 64 << 20
@@ -39,16 +39,16 @@ _SMALLEST_LIMIT_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What scoring may use and where it keeps what it found; none of it changes a score.
+    """Resources of scoring: workers, cache, memory and progress bar; none of them changes a score.
 
     Args:
-        executor: any ``concurrent.futures.Executor``: blocks of sites are scored by its workers. None scores here, in
-            as many threads as torch has. It stays open.
-        cache_dir: folder where every finished (site, bit-width) is kept at once; a later run takes from there what
-            was made of the same weights, graph, data and settings by the same version, and scores the rest.
-        memory_limit: bytes that one process may take for scoring, above model and data; None for half of what is
-            available (divided by the workers of a local executor).
-        progress: show a bar over (site, bit-width) on standard error.
+        executor: any ``concurrent.futures.Executor``: blocks of sites are scored by its workers. None scores in this
+            process, in as many threads as torch has. The executor is not shut down.
+        cache_dir: folder where every (site, bit-width) is stored as soon as it is measured; a later run reuses
+            measurements of the same weights, graph, data and settings by the same version, and measures the rest.
+        memory_limit: bytes that one process may take for scoring, above model and data; None for half of the
+            available memory (divided by the workers of a local executor).
+        progress: show a progress bar over (site, bit-width) on standard error.
     """
 
     executor: Executor | None = None
@@ -78,23 +78,23 @@ def measure_sensitivity(
 ) -> tuple[SensitivityTable, list[Measurement]]:
     """Score every searched site at every candidate bit-width.
 
-    An interrupt (Ctrl-C) or an error ends the scoring but loses nothing that is finished: it is in ``cache_dir``, or
-    is written to a new folder that the message names; the same call with that ``cache_dir`` goes on from there.
+    After an interrupt (Ctrl-C) or an error, finished measurements are kept in ``cache_dir``, or in a new folder that
+    the message names; the same call with that ``cache_dir`` resumes from there.
 
     Args:
         prepared: calibrated.
         data: by the model's input names, on the model's device; None for a criterion that needs none.
         criterion: a registered name, an object or a function.
         resources: workers, cache, memory and progress.
-        candidates: weights to measure with, where the criterion runs them; None for rounding to nearest.
+        candidates: rounded weights to measure with, if the criterion runs them; None for rounding to nearest.
 
     Returns:
-        The table, and the criterion's own measurements behind it.
+        The table, and the criterion's measurements behind it.
 
     Raises:
-        OptionError: an unknown criterion, or resources that cannot be used.
+        OptionError: the criterion is unknown, or the resources cannot be used.
         CalibrationDataError: the criterion needs data and there is none.
-        KeyboardInterrupt: interrupted; the message says how to go on.
+        KeyboardInterrupt: interrupted; the message says how to resume.
     """
     found, given = find_criterion(criterion), resources or Resources()
     if found.needs_data and data is None:
@@ -154,7 +154,7 @@ def describe_measurements(
     data: CalibrationData | None,
     candidates: Candidates | None = None,
 ) -> dict[str, Plain]:
-    """What decides a criterion's measurements; criteria that name what they measure share it under any name."""
+    """Return the settings that determine a criterion's measurements, without its name if it gives ``"measure"``."""
     with one_torch_thread():
         described = dict(criterion.describe(prepared, data))
     if candidates is not None and runs_weights(criterion):
@@ -163,7 +163,7 @@ def describe_measurements(
 
 
 def runs_weights(criterion: Criterion) -> bool:
-    """Whether a criterion runs the model with weights at candidate bit-widths: it matters how they are rounded."""
+    """Return whether a criterion runs the model with weights at candidate bit-widths."""
     return bool(getattr(criterion, "runs_weights", False))
 
 
@@ -239,7 +239,7 @@ def _measure_here(
 def _cut_blocks(sites: Sequence[QuantSite], measure: Measure, room: int, most: int) -> list[list[QuantSite]]:
     """Blocks of consecutive sites whose runs are stored together, within ``room`` bytes or a single run each.
 
-    So the memory grows neither with the number of sites nor with that of bit-widths.
+    Memory thus grows neither with the number of sites nor with the number of bit-widths.
     """
     blocks: list[list[QuantSite]] = []
     runs, taken = most, room
@@ -260,17 +260,17 @@ def _cut_blocks(sites: Sequence[QuantSite], measure: Measure, room: int, most: i
 
 
 class _Finished:
-    """Takes in what is measured: into the cache, the results and the bar."""
+    """Collects finished measurements in the cache, the results and the progress bar."""
 
     def __init__(self, measured: dict[tuple[str, int], Measurement], cache: MeasurementCache, bar: tqdm[None]) -> None:
         self._measured, self._cache, self._bar = measured, cache, bar
 
     def advance(self, share: float) -> None:
-        """Move the bar within a block, in units of (site, bit-width)."""
+        """Advance the bar within a block, in units of (site, bit-width)."""
         self._bar.update(min(share, self._bar.total - self._bar.n))
 
     def add(self, measurements: Sequence[Measurement]) -> None:
-        """Keep the measurements of a block."""
+        """Store the measurements of a block."""
         for measurement in measurements:
             self._cache.store(measurement)
             self._measured[measurement.site, measurement.bits] = measurement
@@ -278,7 +278,7 @@ class _Finished:
 
     @contextmanager
     def kept(self, total: int) -> Iterator[None]:
-        """Whatever ends the scoring early, what is finished is kept, and the message says how to go on."""
+        """Keep finished measurements if an error or an interrupt ends the scoring, and say how to resume."""
         try:
             yield
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Blocks of sites in other processes: what a worker needs is sent once, not once a block."""
+"""Measures blocks of sites in other processes; model and data are sent to each worker once, not with every block."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["Job", "count_workers", "map_blocks", "measure_block", "pack_job"]
 
 Block = Sequence[QuantSite]
 _Loaded = tuple[PreparedModel, CalibrationData | None, Measure]
-_here: dict[str, _Loaded] = {}  # jobs of this process itself, whose threads and forks need no copy
-_loaded: dict[str, _Loaded] = {}  # in a worker: the job it is at
+_here: dict[str, _Loaded] = {}  # jobs of this process, whose threads and forks need no copy
+_loaded: dict[str, _Loaded] = {}  # in a worker: its current job
 _gate, _running = threading.Condition(), 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where workers find the model, the data and the measure; ``content`` goes to those that cannot read the files.
+    """Where workers find the model, the data and the measure; ``content`` is for those that cannot read the files.
 
-    ``digest`` tells jobs apart.
+    ``digest`` identifies the job.
     """
 
     folder: str
@@ -47,10 +47,10 @@ class Job:
 
 @contextmanager
 def pack_job(prepared: PreparedModel, data: CalibrationData | None, measure: Measure) -> Iterator[Job]:
-    """Write a job where the workers of this machine can map it into memory; it is gone when the scoring is.
+    """Write a job to files that workers on this machine can map into memory; they are deleted after scoring.
 
     Raises:
-        OptionError: the model or the measure of the user's own criterion cannot be pickled.
+        OptionError: the model or the measure of a user-defined criterion cannot be pickled.
     """
     labels = None if data is None else data.labels
     try:
@@ -72,7 +72,7 @@ def pack_job(prepared: PreparedModel, data: CalibrationData | None, measure: Mea
 
 
 def measure_block(job: Job, sites: Block, threads: int) -> list[Measurement] | None:
-    """In a worker: the measurements of a block; None where the job's files cannot be read from here."""
+    """Measure a block in a worker; None if the worker cannot read the job's files."""
     with _entered(job) as loaded:
         if loaded is None:
             return None
@@ -83,7 +83,7 @@ def measure_block(job: Job, sites: Block, threads: int) -> list[Measurement] | N
 
 @contextmanager
 def _entered(job: Job) -> Iterator[_Loaded | None]:
-    """The loaded job. To load one is to trace its graph, which torch.fx does for the whole process: nothing may run."""
+    """The loaded job. Loading traces its graph, which patches torch for the whole process: nothing else may run."""
     global _running
     with _gate:
         loaded = _here.get(job.digest) or _loaded.get(job.digest)
@@ -103,7 +103,7 @@ def _entered(job: Job) -> Iterator[_Loaded | None]:
 
 
 def count_workers(executor: Executor) -> int | None:
-    """How many workers an executor has, where it tells."""
+    """Return the number of an executor's workers, None if it is not known."""
     count = getattr(executor, "_max_workers", None)
     return count if isinstance(count, int) and count > 0 else None
 
@@ -111,7 +111,7 @@ def count_workers(executor: Executor) -> int | None:
 def map_blocks(
     executor: Executor, job: Job, blocks: Sequence[Block], threads: int
 ) -> Iterator[tuple[Block, list[Measurement] | None]]:
-    """Blocks with their measurements, as they finish; None for those that a broken executor left behind."""
+    """Yield blocks with their measurements as they finish, None for blocks that a broken executor left unfinished."""
     waiting: dict[Future[Any], int] = {}
     to_submit, unfinished = list(range(len(blocks))), set(range(len(blocks)))
     try:
@@ -123,7 +123,7 @@ def map_blocks(
             for future in done:
                 index = waiting.pop(future)
                 found = future.result()
-                if found is None:  # another machine: from now on the job travels with its blocks
+                if found is None:  # a worker on another machine: send the content with all further blocks
                     job = job if job.content is not None else _with_content(job)
                     to_submit.append(index)
                 else:

@@ -1,1 +1,1 @@
-"""QDQ ONNX files: trace, lower, slim, finish, check, write."""
+"""Export of QDQ ONNX files in steps: trace, lower, finish, slim, write, check."""

@@ -1,4 +1,4 @@
-"""Write a quantized module as a QDQ ONNX file that runtimes load; the only room that writes ONNX."""
+"""Exports a quantized module as a QDQ ONNX file."""
 
 from __future__ import annotations
 
@@ -27,34 +27,33 @@ def export_onnx(
     target: str = DEFAULT_TARGET,
     external_data: bool = False,
 ) -> Path:
-    """Write a quantized module as ONNX with a dynamic batch, its weights as integers and its biases as int32.
+    """Write a quantized module as QDQ ONNX with a dynamic batch, integer weights and int32 biases.
 
     Containers, with opset and IR version:
 
     - ``"int8"`` (18, 8): int8 with values within the bit-width; 8 bits may be uint8 around zero point 128.
     - ``"packed"`` (21, 10): int4 for up to 4 bits, else as above.
-    - ``"int2"`` (25, 13): int2, int4, else as above; stock runtimes compute it wrongly: there is a warning.
+    - ``"int2"`` (25, 13): int2, int4, else as above; stock runtimes compute it wrongly, and a warning says so.
 
     An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. Initializers and
-    layers are named by module paths; the allocation stands as JSON in the metadata under ``METADATA_KEY``, beside
-    ``infoq.container`` and ``infoq.version``. The file is put in its place only after the ONNX checker and a run in
-    onnxruntime that agrees with the module.
+    layers are named by module paths. The metadata has the allocation as JSON under ``METADATA_KEY``, and
+    ``infoq.container`` and ``infoq.version``. The file is moved to its path only after it passes the ONNX checker and
+    a run in onnxruntime agrees with the module.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned.
         path: of the file; its folder must exist.
-        container: of :data:`infoq_fx.CONTAINERS`; None for that of the allocation's budget or else the target's first.
+        container: of :data:`infoq_fx.CONTAINERS`; None for that of the allocation's budget, else the target's first.
         target: the runtime of :data:`infoq_fx.TARGETS` that the file is for.
-        external_data: put tensors into ``<path>.data``; models above 2 GB do in any case.
+        external_data: store tensors in ``<path>.data``; models above 2 GB always do.
 
     Returns:
         The path.
 
     Raises:
-        OptionError: not a quantized module, an unknown container or target, or a container that the target does not
-            run (but for ``"int2"``).
-        ExportError: the path cannot be written, torch cannot export the graph, or a check failed; no file is left
-            and one that was there before stays as it was.
+        OptionError: the module is not a quantized module, or the container or target is unknown.
+        ExportError: the path cannot be written, torch cannot export the graph, or a check failed; no file is left,
+            and a previous file is not changed.
     """
     provenance = provenance_of(quantized)
     if provenance is None:

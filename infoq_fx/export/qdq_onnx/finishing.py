@@ -1,4 +1,4 @@
-"""The last touches: names that a user knows, metadata that says what the file is, nothing that only takes space."""
+"""Finishes a lowered ONNX model: names from module paths, metadata, and removal of what only takes space."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CONTAINER_KEY, _VERSION_KEY = "infoq.container", "infoq.version"
 
 
 def finish(model: ir.Model, allocation: Allocation, container: Container) -> None:
-    """Name, describe and slim down a lowered model, in place.
+    """Name the nodes, set the metadata and reduce the size of a lowered model, in place.
 
-    Layers take the module path of their weight; in containers that pack only they are named. The allocation, with its
-    budget and criterion, stands in the metadata as JSON.
+    Layers are named by the module path of their weight; packed containers name only these. The metadata has the
+    allocation, with its budget and criterion, as JSON.
     """
     _name_batch(model)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
@@ -46,7 +46,7 @@ def finish(model: ir.Model, allocation: Allocation, container: Container) -> Non
 
 
 def _describe(allocation: Allocation) -> str:
-    """As JSON, without scores and costs, which follow from the table and the bits; sites at 8 bits are the others."""
+    """The allocation as JSON, without scores and costs, which follow from table and bits; other sites have 8 bits."""
     described = dataclasses.asdict(dataclasses.replace(allocation, scores={}, cost=None))
     named = {site: bits for site, bits in allocation.bits.items() if bits != BASELINE_BITS}
     described |= {"bits": named, "others": BASELINE_BITS}
@@ -62,7 +62,7 @@ def _without_nothing(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_nodes(model: ir.Model, *, layers_only: bool) -> None:
-    """Layers by the path of their weight (``layer1.0.conv1``), the others by what they were, all different."""
+    """Name layers by the path of their weight (``layer1.0.conv1``) and others by their old name, all unique."""
     paths = {node: path for node in model.graph if (path := _layer_path(node)) is not None}
     used: set[str] = set()
     for node in model.graph:
@@ -88,7 +88,7 @@ def _is_stored(value: ir.Value | None) -> bool:
 
 
 def _name_batch(model: ir.Model) -> None:
-    """Call the free first dimension ``batch`` instead of by the exporter's symbol."""
+    """Name the dynamic first dimension ``batch`` instead of the exporter's symbol."""
     first = model.graph.inputs[0].shape
     symbol = str(first[0].value) if first and isinstance(first[0], ir.SymbolicDim) else None
     outputs = [value for node in model.graph for value in node.outputs]

@@ -1,4 +1,4 @@
-"""Placeholders become the operators of ONNX, with integers in the container chosen."""
+"""Lowers placeholder ops to ONNX operators, with integers in the chosen container."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _INTEGER_TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 def lower(model: ir.Model, container: Container, target: Target) -> None:
     """Replace all placeholders, in place.
 
-    Weights are stored transposed where the graph would do it at run time. A weight takes the narrowest integer type of
-    the container; an activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a
-    Clip in float in front would keep integer kernels from fusing.
+    Weights are stored transposed if the graph would transpose them at run time, in the narrowest integer type of the
+    container that fits. An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value,
+    DequantizeLinear: a float Clip before QuantizeLinear would prevent the fusion of integer kernels.
     """
     if not target.quantizes_before_parameters:
         _drop_outputs_before_parameters(model)
@@ -38,7 +38,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
 
 
 def _drop_outputs_before_parameters(model: ir.Model) -> None:
-    """QuantizeDequantize of a convolution -> views -> Concat with a parameter: the Concat reads floats."""
+    """Remove the QuantizeDequantize between a convolution, views and a Concat with a parameter."""
     for node in find_placeholders(model, "QuantizeDequantize"):
         source, reader = node.inputs[0], node
         assert source is not None
@@ -58,12 +58,12 @@ def _is_parameter(value: ir.Value | None) -> bool:
 
 
 def _store_transposed(model: ir.Model) -> None:
-    """Transpose weights in the file where the graph would do it at run time.
+    """Transpose weights in the file instead of at run time.
 
     1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
     2. Dequantize -> Gemm(transB=1): the same, with transB=0.
 
-    Left alone: a weight that an embedding reads too, which stands in the file once.
+    Left alone: a weight that an embedding also reads, so that it is stored only once.
     """
     for node in find_placeholders(model, "Dequantize"):
         weight = node.outputs[0]
@@ -117,12 +117,12 @@ def _lower_dequantize(model: ir.Model, container: Container, target: Target) -> 
 def _store_weight(
     model: ir.Model, source: ir.Value, scale: ir.Value, bits: int, container: Container, target: Target
 ) -> list[ir.Value | None]:
-    """A weight's operands of DequantizeLinear."""
+    """The operands of a weight's DequantizeLinear."""
     assert source.const_value is not None
     integers: np.ndarray[Any, Any] = source.const_value.numpy()
     dtype = _INTEGER_TYPES[container.stored_bits(bits)]
     if dtype != ir.DataType.INT8:
-        # Without a zero point, which is 0: no integer kernel would look for it, and it would have to be packed too.
+        # The zero point is 0 and left out: no integer kernel needs it here, and it would have to be packed too.
         return [_add_initializer(model, f"{source.name}_{dtype.name.lower()}", integers.astype(dtype.numpy())), scale]
     channels = math.prod(scale.shape or ())
     if bits == MAX_BITS and target.shifts_full_weights:
@@ -132,12 +132,12 @@ def _store_weight(
 
 
 def _gather_integers(model: ir.Model) -> None:
-    """DequantizeLinear -> Gather: rows of 8-bit integers are gathered, and only they are dequantized.
+    """Move DequantizeLinear after Gather, so that only the gathered rows of 8-bit integers are dequantized.
 
     1. scales of features (axis 1): Gather -> DequantizeLinear along the last axis.
-    2. scales of rows (axis 0, a weight that a linear layer shares): they are gathered too, and multiply. The linear
-       layer's DequantizeLinear -> Transpose becomes Transpose -> DequantizeLinear, so that runtimes transpose integers
-       as they load.
+    2. scales of rows (axis 0, a weight shared with a linear layer): the scales are gathered too and multiplied. The
+       linear layer's DequantizeLinear -> Transpose becomes Transpose -> DequantizeLinear, so that runtimes transpose
+       the integers at load time.
     """
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         readers = [reader for reader, index in node.outputs[0].uses() if index == 0]
@@ -146,7 +146,7 @@ def _gather_integers(model: ir.Model) -> None:
         axis, (integers, scale, *rest) = node.attributes.get_int("axis", 1), node.inputs
         assert integers is not None
         if integers.dtype in (ir.DataType.INT4, ir.DataType.INT2):
-            continue  # Gather does not take these: the runtime dequantizes the whole table as it loads
+            continue  # Gather does not support these: the runtime dequantizes the whole table at load time
         for reader in [*gathers, *transposes]:
             operands = [integers, *reader.inputs[1:]]
             moved = ir.Node("", reader.op_type, operands, reader.attributes.values(), num_outputs=1)
@@ -197,7 +197,7 @@ def _lower_quantize_dequantize(model: ir.Model, *, shares_scales: bool) -> None:
 
 
 def _derive_bias_scales(model: ir.Model) -> None:
-    """Scales of biases as products of the input's and the weight's, which runtimes fold as they load."""
+    """Compute scales of biases as products of the input's and the weight's scales, which runtimes fold at load time."""
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         integers, scale = node.inputs[:2]
         if not _is_constant(integers, ir.DataType.INT32) or not _is_constant(scale, ir.DataType.FLOAT):
@@ -216,7 +216,7 @@ def _derive_bias_scales(model: ir.Model) -> None:
 
 
 def _scales_of_product(reader: ir.Node) -> list[ir.Value] | None:
-    """Scales of the operands of a layer that a bias belongs to, by the node that reads the bias."""
+    """The operands' scales of the layer that a bias belongs to, from the node that reads the bias."""
     if reader.op_type == "Add":
         products = [value.producer() for value in reader.inputs if value is not None]
         reader = next((node for node in products if node is not None and node.op_type == "MatMul"), reader)
@@ -237,7 +237,7 @@ def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
 
 
 def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
-    """Put a chain in the place of a placeholder; its last output takes the placeholder's name and readers."""
+    """Replace a placeholder by a chain of nodes, whose last output gets the placeholder's name and readers."""
     old, new = node.outputs[0], chain[-1].outputs[0]
     for index, step in enumerate(chain):
         is_repeated = step.op_type in [earlier.op_type for earlier in chain[:index]]
@@ -256,7 +256,7 @@ def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
 
 
 def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
-    """A uint8 that all sites share which have the same."""
+    """A uint8 scalar, shared by all sites with the same value."""
     return _add_initializer(model, f"{name}_{value}", np.uint8(value))
 
 

@@ -1,4 +1,4 @@
-"""Fewer bytes for the same graph: what a small network pays for its nodes and names."""
+"""Reduces the bytes of nodes and names, which matter in the files of small networks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import onnx_ir as ir
 
 __all__ = ["drop_defaults", "shorten", "slim_values"]
 
-_ONES = {"dilations", "strides"}  # lists whose default, ones, is in the words of the specification only
+_ONES = {"dilations", "strides"}  # lists whose default of ones is only in the text of the specification
 _SUFFIXES = {"_int4": "", "_int2": "", "_transposed": "", ".weight_scale": ".scale"}
 
 
 def drop_defaults(node: ir.Node) -> None:
-    """Remove attributes that say what is so without them."""
+    """Remove attributes that are equal to their defaults."""
     if node.domain or not onnx.defs.has(node.op_type):
         return
     known = onnx.defs.get_schema(node.op_type).attributes
@@ -32,7 +32,7 @@ def drop_defaults(node: ir.Node) -> None:
 
 
 def slim_values(model: ir.Model) -> None:
-    """Short names for what flows inside, without the shapes and types that runtimes infer: a tenth of a small file."""
+    """Shorten the names of inner values and remove shapes and types that runtimes infer: a tenth of a small file."""
     outputs, taken = {id(value) for value in model.graph.outputs}, {value.name for value in model.graph.inputs}
     taken |= {*model.graph.initializers, *(value.name for value in model.graph.outputs)}
     names = (name for name in _count_in_letters() if name not in taken)
@@ -48,10 +48,10 @@ def slim_values(model: ir.Model) -> None:
 
 
 def shorten(model: ir.Model) -> None:
-    """Go on where size is what a container is for: nothing that a runtime finds out by itself.
+    """Also remove everything that a runtime can infer, for containers made for small files.
 
-    A ReLU in front of quantizers with zero point 0 goes, since these saturate at 0; kernel shapes go, which are those
-    of the weights; scalars are named by their value, and suffixes that tell nothing apart go.
+    It removes ReLUs before quantizers with zero point 0, since these saturate at 0, and kernel shapes, which are those
+    of the weights. Scalars are named by their value, and suffixes of names are removed if the names stay unique.
     """
     for node in list(model.graph):
         if node.op_type == "Relu" and _is_done_by_readers(node):
@@ -76,7 +76,7 @@ def _count_in_letters() -> Iterator[str]:
 
 
 def _is_done_by_readers(node: ir.Node) -> bool:
-    """Whether everything that reads the node cuts off below 0 anyway."""
+    """Whether all readers of the node saturate at 0 anyway."""
     output = node.outputs[0]
     return not output.is_graph_output() and all(
         reader.op_type == "QuantizeLinear" and index == 0 and _starts_at_zero(reader) for reader, index in output.uses()

@@ -1,4 +1,4 @@
-"""The quantized graph as ONNX IR, with placeholders of the project's own where quantization stands."""
+"""Traces the quantized graph to ONNX IR, with placeholder ops for quantization."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_
 __all__ = ["DOMAIN", "find_placeholders", "trace"]
 
 DOMAIN = "infoq_fx"
-_LAST_OPSET = 23  # later ones differ in no operator that the exporter writes
+_LAST_OPSET = 23  # later opsets do not change the operators that the exporter writes
 
 
 def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> ir.Model:
-    """The module as ONNX IR, with quantization and dequantization as placeholder ops of domain ``infoq_fx``.
+    """Translate the module to ONNX IR, with quantization and dequantization as placeholder ops of domain ``infoq_fx``.
 
     Raises:
         ExportError: torch cannot translate the graph.
@@ -53,17 +53,17 @@ def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> i
                 f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part"
             ) from error
     if exported is None:
-        raise ExportError("torch.onnx.export returned no model; install a release of torch from 2.13 on")
+        raise ExportError("torch.onnx.export returned no model; install torch 2.13 or later")
     return exported.model
 
 
 def find_placeholders(model: ir.Model, op_type: str) -> list[ir.Node]:
-    """The placeholders of a kind, in graph order."""
+    """Return the placeholder ops of a type, in graph order."""
     return [node for node in model.graph if node.domain == DOMAIN and node.op_type == op_type]
 
 
 def _placeholder(name: str, inputs: list[str], attributes: dict[str, Any]) -> values.Op:
-    """A schema for a placeholder op, so that the exporter can put nodes of it into a graph."""
+    """Register the schema of a placeholder op, so that the exporter can create nodes of it."""
     schema = onnx.defs.OpSchema
     floats, integers = ["tensor(float)"], ["tensor(float)", "tensor(int8)", "tensor(int32)"]
     definition = schema(

@@ -1,4 +1,4 @@
-"""Files that are checked before they stand at their place, with external data where one file would be too large."""
+"""Writes and checks ONNX files before they are moved to their path, with external data if they are too large."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from infoq_fx.errors import ExportError
 
 __all__ = ["check_file", "folder_beside", "write_model"]
 
-_MOST_BYTES = (1 << 31) - (1 << 20)  # protobuf ends at 2 GiB; the graph itself takes little
+_MOST_BYTES = (1 << 31) - (1 << 20)  # protobuf's limit of 2 GiB, less room for the graph itself
 _TOLERATED_ERROR = 0.25
 
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A folder for drafts of files; when the block ends well they are moved beside ``target``, it itself last.
+    """Yield a folder for drafts; if the block succeeds they are moved into the folder of ``target``, itself last.
 
     Raises:
-        ExportError: the place cannot be written; what was there before stays.
+        ExportError: the path cannot be written; a previous file is not changed.
     """
     if target.is_dir():
         raise ExportError(f"cannot write {target}: it is a folder; give the path of a file")
@@ -45,7 +45,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 def write_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
-    """Write a model, its tensors of 1 kB and more beside it as ``<name>.data`` where asked for, or where it must be."""
+    """Write a model, with tensors of 1 kB and more in ``<name>.data`` if asked for or if the file is too large."""
     large = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value)
     if external_data or large > _MOST_BYTES:
         ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
@@ -54,7 +54,7 @@ def write_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 
 
 def check_file(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
-    """The ONNX checker, strict shape inference, and a run beside the module on the example inputs.
+    """Check a file by the ONNX checker, strict shape inference, and a run on the module's example inputs.
 
     Raises:
         ExportError: a check failed.
@@ -67,7 +67,7 @@ def check_file(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
 
 
 def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
-    """Run the file, unoptimised, beside the module on the example inputs."""
+    """Compare a run of the file, unoptimised, with the module on the example inputs."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -77,7 +77,7 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         found = session.run(list(provenance.output_names), feeds)
     except Exception as error:
         raise ExportError(
-            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer one"
+            f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer release"
         ) from error
     with torch.no_grad():
         outputs = quantized(*provenance.example_inputs.values())
@@ -87,7 +87,7 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
             raise ExportError(
                 f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}; report it"
             )
-        # Sums in another order flip single steps, which grow on their way; a wrong graph is off by its whole size.
+        # Sums in another order change values by single steps, which grow downstream; a wrong graph is off by far more.
         distance = float(np.linalg.norm(ours - theirs))
         if not distance <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
             raise ExportError(

@@ -1,1 +1,1 @@
-"""Graph rewrites, one a file. A pass edits the graph in place and returns whether it changed anything."""
+"""Graph passes, one per file. A pass edits the graph in place and returns whether it changed anything."""

@@ -1,4 +1,4 @@
-"""Give attention over three dimensions the head dimension that ONNX translators ask for."""
+"""Adds the head dimension that ONNX export requires to attention over three dimensions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["add_head_dimension"]
 
 
 def add_head_dimension(graph_module: fx.GraphModule) -> bool:
-    """Write ``[samples, tokens, features]`` attention as attention of one head.
+    """Rewrite attention over ``[samples, tokens, features]`` as attention with one head.
 
-    1. query, key and value (and a mask) of three dimensions: each gets a second dimension of size 1, the result
-       loses it.
+    1. query, key and value (and a mask) of three dimensions: each gets a second dimension of size 1, which is
+       removed from the result.
 
     Left alone: attention over four dimensions.
     """

@@ -1,4 +1,4 @@
-"""Write the bit-widths that a quantized graph holds into ``node.meta``."""
+"""Writes the bit-widths of a quantized graph into ``node.meta``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _META_KEY = "infoq"
 
 
 def annotate_bits(graph_module: fx.GraphModule) -> bool:
-    """Set ``node.meta["infoq"]`` from the graph itself; pickle and export lose meta, this brings it back.
+    """Set ``node.meta["infoq"]`` from the graph itself, which restores it after pickle or export dropped it.
 
     1. a quantize or dequantize node: ``{"site": name, "bits": bits}``.
     2. a layer or matrix product: ``{"operand_bits": bits of its operands in the order of its arguments}``, 32 for
@@ -32,7 +32,7 @@ def annotate_bits(graph_module: fx.GraphModule) -> bool:
 
 
 def read_bits(graph: fx.Graph) -> dict[str, int]:
-    """Site names and bit-widths that the project's ops in a graph carry, biases left out."""
+    """Return the bit-width of every site from the custom ops of a graph, without biases."""
     bits = {}
     for node in graph.nodes:
         if node.target in (quantize_dequantize_op, dequantize_op) and node.args[3] != FLOAT_BITS:

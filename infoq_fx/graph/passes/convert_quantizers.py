@@ -1,4 +1,4 @@
-"""Turn a prepared graph into the quantized one: integer weights, fixed bit-widths, plain ATen and custom ops."""
+"""Converts the quantizers of a prepared graph: integer weights, fixed bit-widths, only ATen and custom ops."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["convert_quantizers"]
 
 
 def convert_quantizers(graph_module: fx.GraphModule, bits: Mapping[str, int]) -> bool:
-    """Replace quantizers by the project's ops at the bit-widths of an allocation.
+    """Replace quantizers by the package's custom ops at the bit-widths of an allocation.
 
-    1. an activation: ``infoq_fx.quantize_dequantize`` with scale and zero point as constants; two quantizers that
-       would do the same to the same tensor become one.
+    1. an activation: ``infoq_fx.quantize_dequantize`` with scale and zero point as constants; two quantizers with
+       equal qparams on the same tensor become one.
     2. a weight: int8 buffer under the weight's own path, float32 ``<path>_scale``, ``infoq_fx.dequantize``.
 
-    Left alone: a float weight that something else reads too stays beside its integers, under ``<path>_float``.
+    Left alone: a float weight that other nodes also read is kept as ``<path>_float``, in addition to its integers.
     """
     done: dict[tuple[Any, ...], fx.Node] = {}
     found = [(node, module) for node, module in called_modules(graph_module) if isinstance(module, Quantizer)]
-    # Activations first: a weight's scale depends on the scale of its layer's input where the bias is large.
+    # Activations first: a weight's scale may depend on the scale of its layer's input, see _fit_biases.
     for node, module in sorted(found, key=lambda pair: pair[1].site.kind):
         qparams = module.qparams_at(bits[module.site.name])
         if module.site.kind == "activation":
@@ -83,7 +83,7 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
 
 
 def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams) -> QParams:
-    """Raise the scale of channels so tiny that their bias would not fit 32 bits in the accumulator's unit."""
+    """Raise the scales of channels so small that their bias would overflow int32 in units of the accumulator."""
     scale = qparams.scale
     for layer in node.users:
         op = LAYER_OPS[layer.target]

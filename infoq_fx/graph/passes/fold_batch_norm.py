@@ -1,4 +1,4 @@
-"""Fold batch norms into the layer before them."""
+"""Folds batch norms into the layers before them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 def fold_batch_norm(graph_module: fx.GraphModule) -> bool:
     """Fold inference batch norms into convolutions, transposed convolutions and linear layers.
 
-    1. layer -> batch norm: the layer's weight and bias take the affine map, the batch norm goes.
-    2. anything else -> batch norm: stays, as one ``aten.batch_norm`` node.
+    1. layer -> batch norm: the affine map is folded into the layer's weight and bias, and the batch norm is removed.
+    2. anything else -> batch norm: becomes one ``aten.batch_norm`` node.
 
-    Left alone (case 2): a layer whose output or whose weight is used elsewhere too, one that takes no bias, and a
-    linear layer on more than two dimensions, whose features are the last while a batch norm's are the second.
+    Left alone (case 2): a layer whose output or weight is also used elsewhere, one that takes no bias, and a
+    linear layer on more than two dimensions, whose features are last while a batch norm's are the second dimension.
     """
     changed = False
     for node in list(graph_module.graph.nodes):
@@ -75,7 +75,7 @@ def _try_fold(graph_module: fx.GraphModule, norm: fx.Node, results: list[fx.Node
 
 
 def _groups(layer: fx.Node, op: LayerOp) -> int:
-    """Groups of a transposed convolution, whose weight cannot take one factor per output channel; else 1."""
+    """Groups of a transposed convolution, whose weight then cannot take one factor per output channel; else 1."""
     if not op.is_transposed:
         return 1
     return int(layer.args[6]) if len(layer.args) > 6 else 1  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Evaluate once what a layer computes from its parameters alone."""
+"""Folds weights and biases that are computed from parameters alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put an observe node at every place that has a name."""
+"""Inserts an observer at every tensor that has a name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ OUTPUT = "output"
 
 
 def insert_observers(graph_module: fx.GraphModule) -> bool:
-    """Insert an :class:`Observe` behind every node whose value an observer may want.
+    """Insert an :class:`Observe` after every node whose value may be observed.
 
     1. the last value of every module path: named by the path.
     2. the tensor that feeds a layer or a searched activation site: ``"<layer>.input"`` or the site's name,
-       observed in front of the quantizer.
+       observed before the quantizer.
     3. the first output of the model: ``"output"``.
 
-    Left alone: values that are no floating-point tensor, or the same for all samples (an embedding of positions). One
-    node has one observe node, whatever its names.
+    Left alone: values that are not floating-point tensors, or the same for all samples (position embeddings). Each
+    node gets at most one observer, which has all its names.
     """
     names: dict[fx.Node, list[str]] = {}
     output = graph_module.graph.output_node()
@@ -51,7 +51,7 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
 
 
 def _source(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
-    """The value that a layer multiplies, in front of its quantizer."""
+    """The value that a layer multiplies, before its quantizer."""
     source: fx.Node = layer.args[LAYER_OPS[layer.target].source]  # type: ignore[assignment]
     is_quantized = source.op == "call_module" and isinstance(graph_module.get_submodule(str(source.target)), Quantizer)
     return source.all_input_nodes[0] if is_quantized else source

@@ -1,4 +1,4 @@
-"""Put a configurable quantizer at every site of a plan."""
+"""Inserts a configurable quantizer at every site of a plan."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["insert_quantizers"]
 
 
 def insert_quantizers(graph_module: fx.GraphModule, plan: SitePlan) -> bool:
-    """Insert one :class:`Quantizer` a placement, behind its node, in front of the users that it names.
+    """Insert one :class:`Quantizer` per placement, between its node and the users that it names.
 
-    1. a weight: every ``get_attr`` of it that a quantized layer reads goes through one quantizer.
-    2. an activation: the users that meet it in a layer, or in a fused residual addition.
+    1. a weight: all quantized layers that read it read one quantizer.
+    2. an activation: the layers and fused residual additions that read it.
 
     Left alone: users that the plan does not name keep the float value.
     """

@@ -1,4 +1,4 @@
-"""Runs graph passes in order, and names the one that failed."""
+"""Runs graph passes in order, and names the pass that fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GraphPass = Callable[[fx.GraphModule], bool]
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[GraphPass]) -> fx.GraphModule:
-    """Run passes in order; lint and recompile after each that changed the graph.
+    """Run passes in order, with lint and recompile after each that changed the graph.
 
     Args:
         graph_module: edited in place.
@@ -50,6 +50,7 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[GraphPass]) -> fx.
 
 
 def bind_options(graph_pass: Any, **options: Any) -> Any:
+    """Return a pass with its keyword options bound, under the same name."""
     bound = functools.partial(graph_pass, **options)
     functools.update_wrapper(bound, graph_pass)
     return bound

@@ -1,4 +1,4 @@
-"""Store biases as int32 in the unit of the accumulator."""
+"""Stores biases as int32 in units of the accumulator."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
     """Store the bias of a fully quantized layer as int32 with scale ``input scale * weight scale``.
 
     1. a layer whose input and weight are quantized and whose bias is a parameter: int32 under the bias's own path
-       and float32 ``<path>_scale``, so that a runtime adds it in the accumulator's own unit.
+       and float32 ``<path>_scale``, so that a runtime adds it directly to the accumulator.
 
-    Left alone: layers with a float operand, and grouped transposed convolutions (one weight scale serves
-    several output channels).
+    Left alone: layers with a float operand, and grouped transposed convolutions (several output channels share a
+    weight scale).
     """
     changed = False
     for node in list(graph_module.graph.nodes):
@@ -40,7 +40,7 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
 
 
 def fit_weight_scale(scale: Tensor, bias: Tensor, input_scale: float | Tensor) -> Tensor:
-    """Scales of a weight ``[channels]``, raised where a channel is so tiny that its bias would not fit 32 bits.
+    """Return weight scales ``[channels]``, raised where a channel's bias would otherwise overflow int32.
 
     A bias is stored in units of ``input_scale`` times the weight's scale.
     """

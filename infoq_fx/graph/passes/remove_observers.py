@@ -1,4 +1,4 @@
-"""Take the observers out of a prepared graph."""
+"""Removes the observers from a prepared graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["remove_observers"]
 
 
 def remove_observers(graph_module: fx.GraphModule) -> bool:
-    """Take out every observe node; each reader gets the value itself."""
+    """Remove every observer; its readers get its input."""
     found = [(node, module) for node, module in called_modules(graph_module) if isinstance(module, Observe)]
     for node, _ in found:
         node.replace_all_uses_with(node.all_input_nodes[0])

@@ -1,4 +1,4 @@
-"""Factors that move from activations into the weights around them, so that steps of activations are powers of two."""
+"""Moves factors from activations into the surrounding weights, so that activation scales are powers of two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _overloads(*names: str) -> set[Any]:
     return {getattr(packet, overload) for packet in packets for overload in packet.overloads()}
 
 
-# f(c x) = c f(x) for every c > 0: of the first operand, of the first two, of all in a list.
+# Operations with f(c x) = c f(x) for every c > 0: in the first operand, in the first two, in all of a list.
 _OF_FIRST = _overloads(*_ONE_OPERAND) | {operator.getitem}
 _OF_TWO = {_ATEN.add.Tensor, _ATEN.sub.Tensor}
 _OF_LIST = {_ATEN.cat.default}
@@ -38,12 +38,15 @@ _PADS = {_ATEN.pad.default, _ATEN.constant_pad_nd.default}
 
 
 def find_scale_groups(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Activations that can be multiplied by any positive factor, each with the first of those that share its factor.
+    """Find the activations that can be multiplied by any positive factor, grouped by the factor they share.
 
     Tensors that ReLU, clamps with constant bounds, pooling, views, residual additions, concatenation, quantizers or
-    observers connect share one factor. It ends where a layer's quantized weight and its bias, which nothing else reads,
-    can take it: ``W' = W out / in`` and ``b' = b out``. What the inputs, the outputs or any other operation touch has
-    factor 1 and is not in the result.
+    observers connect share one factor. A group ends at layers whose quantized weight and bias, if nothing else reads
+    them, can absorb the factor: ``W' = W out / in`` and ``b' = b out``. Tensors that are connected to an input, an
+    output or any other operation have factor 1 and are not in the result.
+
+    Returns:
+        Every such node, mapped to one node that stands for its group.
     """
     groups = _Groups()
     for node in graph_module.graph.nodes:
@@ -62,12 +65,12 @@ def find_scale_groups(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
 
 
 def equalize_scales(graph_module: fx.GraphModule, factors: Mapping[fx.Node, float]) -> bool:
-    """Multiply activations by positive factors, those of :func:`find_scale_groups`, and leave the outputs as they are.
+    """Multiply the activations of :func:`find_scale_groups` by positive factors without changing the outputs.
 
-    1. a layer: its weight is multiplied by the factor of its output over that of its input, its bias by the former.
+    1. a layer: its weight is multiplied by its output's factor over its input's, its bias by its output's factor.
     2. a clamp: its bounds are multiplied.
 
-    Left alone: all that has no factor. The model is the same up to the rounding of its weights in float32.
+    Left alone: nodes without a factor. The model is the same up to the rounding of its weights in float32.
     """
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
@@ -112,7 +115,7 @@ def _join_operands(node: fx.Node, groups: _Groups) -> None:
         groups.join(node, *shared)
     elif _is_tensor(node):
         groups.fix(node, *tensors)
-    # Sizes are no values: whoever reads them leaves the tensor free.
+    # Nodes that read only sizes do not fix the tensor's factor.
 
 
 def _pads_zeros(node: fx.Node) -> bool:
@@ -125,7 +128,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _parameters(node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """Weight and bias (where there is one) of a layer with a quantized weight that alone reads them; else None."""
+    """Weight and bias, if any, of a layer with a quantized weight that is their only reader; else None."""
     op = LAYER_OPS[node.target]
     quantizer, bias = node.args[op.weight], op.bias_of(node)
     if not isinstance(quantizer, fx.Node) or quantizer.op != "call_module" or len(quantizer.users) != 1:
@@ -141,7 +144,7 @@ def _is_read_once(node: fx.Node) -> bool:
 
 
 class _Groups:
-    """Nodes that share a factor; a fixed one fixes all that it is joined with."""
+    """Union-find of nodes that share a factor; a fixed node fixes its whole group."""
 
     def __init__(self) -> None:
         self._parents: dict[fx.Node, fx.Node] = {}

@@ -1,1 +1,1 @@
-"""The steps of recovery, one a file; each is a :class:`infoq_fx.RecoveryStep`."""
+"""The recovery steps, one per file; each is a :class:`infoq_fx.RecoveryStep`."""

@@ -1,4 +1,4 @@
-"""Rounding as something that gradients flow through: every weight between two integers until it is decided."""
+"""Differentiable rounding (AdaRound): every weight lies between two integers until it is rounded to one of them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from infoq_fx.types import BASELINE_BITS, QParams
 
 __all__ = ["SoftBlock", "SoftWeight", "begin_soft_block"]
 
-_STRETCH = 0.1  # the sigmoid is stretched by so much on each side and clipped: it reaches 0 and 1
-_FIRST_SHARE = 0.8  # of the integer that a weight is at, at the beginning
+_STRETCH = 0.1  # the sigmoid is stretched by this much on each side and clipped, so that it reaches 0 and 1
+_FIRST_SHARE = 0.8  # initial share of the integer that a weight is rounded to
 
 
 @dataclass(frozen=True)
 class SoftWeight:
-    """One weight between ``floor`` and ``floor + 1`` steps, by ``logit``; all of the weight's shape.
+    """A weight between the integers ``floor`` and ``floor + 1``, set by ``logit``; all have the weight's shape.
 
-    ``scale`` broadcasts to it. Two integers in reach of each weight: the one that it is at, and the next one on the
-    side of the float weight. At the ends of the range the second may be out of it: such weights stay.
+    ``scale`` broadcasts to it. Each weight can take two integers: the one that it is rounded to when learning begins,
+    and the next one on the side of the float weight. If the second is out of range, the weight stays at the first.
     """
 
     layer: Layer
@@ -41,21 +41,21 @@ class SoftWeight:
     qparams: QParams
 
     def shares(self) -> Tensor:
-        """How far each weight is up from its floor, 0 to 1."""
+        """Return each weight's distance from its floor, 0 to 1."""
         return (torch.sigmoid(self.logit) * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
 
     def value(self) -> Tensor:
-        """The weight in between."""
+        """Return the weight at its current place between the integers."""
         return (self.floor + self.shares()) * self.scale
 
     def rounded(self) -> Tensor:
-        """The weight decided."""
+        """Return the weight rounded to the nearer integer."""
         with torch.no_grad():
             return (self.floor + (self.shares() >= 0.5)) * self.scale
 
 
 class SoftBlock(SegmentRunner):
-    """Runs a segment with soft weights, its own biases, and activations of which a share stays in float."""
+    """Runs a segment with soft weights, learned biases, and activations of which a share stays in float (QDrop)."""
 
     def __init__(
         self,
@@ -70,20 +70,20 @@ class SoftBlock(SegmentRunner):
         self._generator = torch.Generator()
 
     def draw(self, seed: int) -> SoftBlock:
-        """Another one that may run at the same time, with its own choice of what stays in float."""
+        """Return a copy that may run in another thread, with its own random choice of what stays in float."""
         forked = self.fork()
         forked._generator = torch.Generator().manual_seed(seed)
         return forked
 
     def get_attr(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        """A bias that is learned, or any other constant."""
+        """Return a learned bias, or any other parameter."""
         if str(target) in self._biases:
             return self._biases[str(target)]
         found: Tensor = super().get_attr(target, args, kwargs)
         return found
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
-        """Soft weights; activations straight through, some of their values in float."""
+        """Return soft weights, and activations fake quantized except for some of their values."""
         soft = self._weights.get(quantizer.site.name)
         if soft is not None:
             return soft.value()
@@ -96,9 +96,9 @@ class SoftBlock(SegmentRunner):
 
 
 class _DropQuantize(torch.autograd.Function):
-    """Activations fake quantized, all but a share of them; the gradient passes straight through within the range.
+    """Fake quantizes all but a share of the activations; the gradient passes straight through within the range.
 
-    On a CPU there is one pass each way.
+    On a CPU, forward and backward take one pass over memory each.
     """
 
     @staticmethod
@@ -125,9 +125,9 @@ class _DropQuantize(torch.autograd.Function):
 def begin_soft_block(
     prepared: PreparedModel, segment: Segment, bits: Mapping[str, int]
 ) -> tuple[dict[str, SoftWeight], dict[str, nn.Parameter]]:
-    """Soft weights by site and biases by path, at the values that they have now.
+    """Create soft weights by site and learnable biases by path, from their current values.
 
-    A weight starts near the integer that it is at, with a share of 0.2 for the other one in reach.
+    A weight starts near the integer that it is rounded to, with a share of 0.2 for the other one.
     """
     weights, biases = {}, {}
     origin = prepared.origin or prepared
@@ -141,7 +141,7 @@ def begin_soft_block(
         is_above = read_tensor(origin.graph_module, layer.weight) / scale < now
         floor = torch.where(is_above, now - 1, now)
         share = torch.where(is_above, _FIRST_SHARE, 1 - _FIRST_SHARE)
-        # Out of the range there is no second integer.
+        # Where the second integer is out of range, the weight cannot move.
         stays_up, stays_down = floor < qparams.spec.quant_min, floor + 1 > qparams.spec.quant_max
         logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
         logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)

@@ -1,4 +1,4 @@
-"""Bias correction: each layer's mean output error is taken by its bias."""
+"""Bias correction: each layer's mean output error is added to its bias."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["BiasCorrection"]
 
 @dataclass(frozen=True)
 class BiasCorrection:
-    """Adds to every bias the mean of the float layer's output less that of the quantized one, a channel each.
+    """Adds to every bias the mean of the float layer's output minus that of the quantized one, per channel.
 
-    Layers are corrected one after the other in graph order, so that each makes up for what is left of the errors in
-    front of it. Layers without a bias of their own stay as they are.
+    Layers are corrected one after the other in graph order, so that each also corrects the remaining errors of the
+    layers before it. Layers without a bias of their own are not changed.
 
-    It helps where weights are rounded to nearest and the errors of a row do not cancel. Behind
-    :class:`SecondOrderRounding`, which gives the bias the mean error by itself, there is nothing left to correct.
+    It helps if weights are rounded to nearest and the errors of a row do not cancel. After
+    :class:`infoq_fx.recovery.SecondOrderRounding`, which corrects biases itself, there is nothing left to correct.
 
     Cost: about two forward passes of the float and of the quantized model over ``samples``; no labels.
 
@@ -65,7 +65,7 @@ class BiasCorrection:
 
 
 def _mean_error(runner: LayerwiseRunner, segment: Segment, layer: Layer) -> Tensor:
-    """E of the float output less that of the quantized one, float32 ``[channels]``."""
+    """Mean of the float output minus that of the quantized one, float32 ``[channels]``."""
 
     def read(_: int, pair: Pair) -> tuple[Tensor, int]:
         difference = (pair.reference - pair.quantized).double()

@@ -1,4 +1,4 @@
-"""Block reconstruction: which way each weight of a block is rounded is learned on the block's output."""
+"""Block reconstruction: learns how to round each weight of a block from the block's output."""
 
 from __future__ import annotations
 
@@ -28,57 +28,57 @@ from infoq_fx.types import BASELINE_BITS
 
 __all__ = ["BlockReconstruction"]
 
-_SHARE = 5  # one shard in so many is held back
+_SHARE = 5  # one in this many shards is held out
 _SHARD = 8  # samples that run together; a step adds up the gradients of several such runs
 _WARM_UP = 0.2
 _FIRST_POWER, _LAST_POWER = 20.0, 2.0
 _DECIDED = 0.02
-_DRAWS = 2  # how what stays in float is drawn: blocks learned with other draws are not gone on from
+_DRAWS = 2  # version of how the values that stay in float are drawn; part of the cache key
 
 
 @dataclass(frozen=True)
 class BlockReconstruction:
-    r"""Learns which of two integers each weight takes, block after block, so that the block's output is the float one.
+    r"""Learns which of two integers each weight is rounded to, block after block, so that each block's output fits.
 
-    A block is what lies between two places of the graph where little is alive: a residual block, a bottleneck, an
-    attention or feed-forward block, a single layer. It sees the input that arrives behind the blocks already quantized
-    and learns the reference's output by::
+    A block is the part of the graph between two places where few values are alive: a residual block, a bottleneck, an
+    attention or feed-forward block, a single layer. Its input comes from the blocks already quantized, and it learns
+    the reference's output by minimising::
 
         mean (z - z_reference)^2 w / (the same before learning) + strength * mean (1 - |2 h - 1|^p)
 
-    h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of a logit a weight; p falls from 20
-    to 2 and drives all h to 0 or 1. The two integers are the one that the weight is at when the step begins (by
-    second-order rounding, when it came before) and the next one on the side of the float weight. Biases learn along. A
-    share ``drop`` of the activation values inside the block stays in float while it learns. With ``fisher``, w weighs
-    each channel of each sample by the mean squared gradient of the log-likelihood of the float model's own decision;
-    else it is 1. Of the block as it was, with learned biases, and with learned weights and biases, the one of least
-    error on every fifth part of the samples stays, from which it does not learn. A block whose weights are all decided
-    stops early.
+    h in 0..1 is the share of the upper of the two integers, a stretched sigmoid of one logit per weight; p falls from
+    20 to 2 and drives all h to 0 or 1. The two integers are the one that the weight is rounded to when the step begins
+    (by second-order rounding, if that came before) and the next one on the side of the float weight. Biases are
+    learned too. A share ``drop`` of the activation values inside the block stays in float during learning. With
+    ``fisher``, w weights each channel of each sample by the mean squared gradient of the log-likelihood of a class
+    drawn from the float model's own outputs; else it is 1. Every fifth part of the samples is held out. Of the block
+    as it was, with learned biases, and with learned weights and biases, the one of least error on these is kept. A
+    block whose weights are all decided stops early.
 
-    Behind second-order rounding there is little left to learn in few epochs: its integers are a local optimum, and it
-    takes hundreds of updates before others are better.
+    After second-order rounding, few epochs change little: its integers are a local optimum, and it takes hundreds of
+    updates before others are better.
 
     Cost: ``epochs`` forward and backward passes over ``samples`` of the model, in float32; no labels. With a
-    ``cache_dir`` every finished block is kept, and a run that was stopped goes on behind it.
+    ``cache_dir`` every finished block is kept, and an interrupted run resumes after it.
 
     Reference:
         Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, Eq. 21 to 25;
         Li et al., "BRECQ", arXiv 2102.05426, Eq. 10 (blocks, Fisher); Wei et al., "QDrop", arXiv 2203.05740, Eq. 8.
 
     Args:
-        epochs: passes over the samples, each block.
-        samples: at most so many, spread over the data.
-        batch_size: samples an update.
-        learning_rate: of Adam, for the logits; biases learn at a tenth of it, in units of their mean size.
+        epochs: passes over the samples, for each block.
+        samples: largest number of samples, spread over the data.
+        batch_size: samples per update.
+        learning_rate: of Adam, for the logits; for biases a tenth of it, in units of their mean absolute value.
         strength: of the second term.
         drop: share of activation values that stay in float.
-        fisher: whether outputs are weighed.
-        seed: of the order of batches and of what is dropped.
-        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought, as in
+        fisher: whether outputs are weighted.
+        seed: of the order of batches and of the values that stay in float.
+        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are learned, as in
             :class:`infoq_fx.recovery.SecondOrderRounding`.
 
     Raises:
-        OptionError: an option out of range.
+        OptionError: an option is out of range.
     """
 
     epochs: int = 20
@@ -128,7 +128,7 @@ class BlockReconstruction:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block with what enters it and what should leave it, a list of shards."""
+    """A block with its inputs and its wanted outputs, as lists of shards."""
 
     runner: LayerwiseRunner
     segment: Segment
@@ -154,7 +154,7 @@ class _Block:
         share: float,
         spread: ThreadMap,
     ) -> None:
-        """Learn, and put the decided weights in place if the error is less than it was."""
+        """Learn, and keep the rounded weights if they lower the error."""
         runner = self.runner
         weights, biases = begin_soft_block(runner.prepared, self.segment, runner.bits)
         before = {path: read_tensor(runner.prepared.graph_module, path) for path in _paths(self.segment)}
@@ -176,7 +176,7 @@ class _Block:
         share: float,
         spread: ThreadMap,
     ) -> None:
-        """Adam on logits and biases, until all weights are decided or the epochs are over."""
+        """Run Adam on logits and biases until all weights are decided or the epochs are over."""
         leaves = [*(soft.logit for soft in weights.values()), *biases.values()]
         optimizer = _make_optimizer(weights, biases, options.learning_rate)
         block = SoftBlock(self.runner.prepared, self.runner.bits, weights, biases, options.drop)
@@ -203,14 +203,14 @@ class _Block:
                 break
 
     def _round_biases(self, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As conversion will; see :func:`set_bias`."""
+        """Round biases as conversion does; see :func:`set_bias`."""
         for layer in self.segment.layers:
             if layer.bias is not None:
                 set_bias(self.runner.prepared, layer, biases[layer.bias].detach(), self.runner.bits)
         return {path: read_tensor(self.runner.prepared.graph_module, path) for path in biases}
 
     def _keep_best(self, candidates: Sequence[Mapping[str, Tensor]], first: float, spread: ThreadMap) -> None:
-        """Put the parameters of least error in place; the first are those that were there, with error ``first``."""
+        """Set the parameters of least error; the first candidate is the original one, with error ``first``."""
         errors = [first]
         for candidate in candidates[1:]:
             self._put(candidate)
@@ -226,12 +226,12 @@ class _Block:
             set_parameter(self.runner.prepared, path, value)
 
     def _shards(self, *, is_held_back: bool) -> list[int]:
-        """Every fifth shard is held back; where there are fewer, all serve for both."""
+        """Every fifth shard is held out; if there are fewer than five, all are used for both."""
         count = len(self.entering)
         return [i for i in range(count) if count < _SHARE or (i % _SHARE == _SHARE - 1) == is_held_back]
 
     def _error(self, spread: ThreadMap) -> float:
-        """Mean weighted squared error of the block as it stands, on what it does not learn from."""
+        """Mean weighted squared error of the block with its current parameters, on the held-out shards."""
         block = SoftBlock(self.runner.prepared, self.runner.bits, {}, {}, 0.0)
 
         def run(index: int) -> float:
@@ -242,7 +242,7 @@ class _Block:
         return sum(spread(run, held_back)) / len(held_back) + 1e-20
 
     def _loss(self, block: SoftBlock, index: int) -> Tensor:
-        # What was stored in inference mode cannot be saved for a backward pass: copies can.
+        # Inference tensors cannot be saved for a backward pass; their copies can.
         known = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.entering[index].items()}
         values = block.compute([*self.segment.constants, *self.segment.nodes], known)
         parts = [
@@ -290,7 +290,7 @@ def _is_decided(soft: SoftWeight) -> bool:
 
 
 def _fisher_weights(runner: LayerwiseRunner, seed: int) -> dict[fx.Node, list[Tensor]]:
-    """By the nodes that leave segments and by shard: squared gradients of each sample and channel, 1 on average."""
+    """By output node of the segments and by shard: squared gradients of each sample and channel, 1 on average."""
     nodes = [node for segment in runner.segments for node in segment.outputs]
     found = runner.squared_gradients(nodes, lambda _, square: _mean_over_places(square), seed)
     means = {n: torch.stack([g.mean() for g in parts]).mean().clamp_min(1e-30) for n, parts in found.items()}
@@ -298,7 +298,7 @@ def _fisher_weights(runner: LayerwiseRunner, seed: int) -> dict[fx.Node, list[Te
 
 
 def _mean_over_places(x: Tensor) -> Tensor:
-    """Over all dimensions but samples and channels: the second of maps, the last of tokens."""
+    """Mean over all dimensions but samples and channels; channels are second in maps and last in tokens."""
     if x.ndim > 3:
         return x.mean(list(range(2, x.ndim)), keepdim=True)
     return x.mean(1, keepdim=True) if x.ndim == 3 else x
@@ -316,7 +316,7 @@ def _open_folder(
     cache_dir: Path | None,
     batch_size: int,
 ) -> Path | None:
-    """Where this step keeps its blocks: a folder named by everything that decides them."""
+    """The folder of this step's finished blocks, named by a hash of everything that determines them."""
     if cache_dir is None:
         return None
     sites = {site.name: bits.get(site.name, BASELINE_BITS) for site in prepared.inventory.sites}
@@ -345,7 +345,7 @@ def _store(changed: PreparedModel, segment: Segment, path: Path | None) -> None:
 
 
 def _load(changed: PreparedModel, path: Path | None) -> bool:
-    """Put a finished block in place, if there is one."""
+    """Set the parameters of a finished block, if there is one."""
     if path is None or not path.exists():
         return False
     try:

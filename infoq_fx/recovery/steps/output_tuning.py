@@ -1,4 +1,4 @@
-"""Output tuning: with all integers settled, scales and biases learn together on what leaves the model."""
+"""Output tuning: learns all scales and biases together from the model's outputs, at fixed integer weights."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _SMALLEST_UNIT = 0.01
 
 @dataclass(frozen=True)
 class OutputTuning:
-    """Learns the scales and biases of all layers together, so that the outputs are the float model's.
+    """Learns the scales and biases of all layers together, so that the outputs approximate the float model's.
 
-    Steps before look at a layer or a block; what is left of their errors adds up on the way to the output. Here the
-    integers of all weights stay as they are, and the scale of every output channel and every bias learn by gradient
-    descent on E KL(p || q), p of the float model and q of the quantized one, both with their outputs divided by the
-    ``temperature``: some numbers a channel, so few that a few hundred samples settle them.
+    Earlier steps fit a layer or a block at a time; their remaining errors add up towards the output. Here the integers
+    of all weights are fixed. The scale of every output channel and every bias are learned by gradient descent on
+    E KL(p || q), with p of the float model and q of the quantized one, both with their outputs divided by the
+    ``temperature``. These are so few parameters that a few hundred samples are enough.
 
-    Adam as in :func:`infoq_fx.finetune`; what stays are averages over about the last epoch. Scales are used with the
-    few significant bits that kernels are exact with, and their gradient passes that straight through; at the default
-    rate that leaves most of them as they are, and what learns are the biases. Activations keep their scales.
+    Adam as in :func:`infoq_fx.finetune`; the result is the average over about the last epoch. Scales are rounded to
+    the few significant bits with which kernels are exact, with a straight-through gradient; at the default rate this
+    leaves most scales unchanged, so that mainly the biases are learned. Activations keep their scales.
 
-    Cost: ``epochs`` forward and backward passes over ``samples`` of the quantized model, one forward of the float
-    model; no labels.
+    Cost: ``epochs`` forward and backward passes over ``samples`` of the quantized model and one forward pass of the
+    float model; no labels.
 
     Reference:
         Chen et al., "EfficientQAT", arXiv 2407.11062, Section 3.3, for training quantization parameters alone, end to
@@ -63,16 +63,16 @@ class OutputTuning:
 
     Args:
         epochs: passes over the samples.
-        samples: at most so many, spread over the data.
-        batch_size: samples an update.
-        learning_rate: how far an update moves a bias at most, in units of their root mean square in a layer (at least
-            0.01); scales move by ``scale_rate`` times that share of themselves.
-        scale_rate: of scales, against biases.
+        samples: largest number of samples, spread over the data.
+        batch_size: samples per update.
+        learning_rate: largest change of a bias per update, in units of the root mean square of its layer's biases (at
+            least 0.01); a scale changes by at most ``learning_rate * scale_rate`` times itself.
+        scale_rate: learning rate of scales relative to biases.
         temperature: as in :func:`infoq_fx.finetune`.
         seed: of the order of the samples.
 
     Raises:
-        OptionError: an option out of range.
+        OptionError: an option is out of range.
     """
 
     epochs: int = 4
@@ -115,7 +115,7 @@ class OutputTuning:
 
 
 class SettledWeight(nn.Module):
-    """A weight whose integers stay and whose scales learn, one a channel; what it is given does not matter."""
+    """A weight with fixed integers and learned scales, one per channel; it ignores its input."""
 
     q: Tensor
     smallest: Tensor
@@ -129,18 +129,18 @@ class SettledWeight(nn.Module):
         self.register_buffer("smallest", 0.5 * qparams.scale.detach())
 
     def usable_scale(self) -> Tensor:
-        """The scale as it is used: of few significant bits, and never below half of its first value."""
+        """Return the scale rounded to few significant bits, and at least half of its initial value."""
         return shorten_scale(torch.maximum(self.scale.detach(), self.smallest), self.significant_bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values of the integers."""
+        """Return the dequantized weight."""
         scale = self.scale + (self.usable_scale() - self.scale).detach()
         axis = self.spec.channel_axis
         return self.q * scale.reshape([-1 if a == axis else 1 for a in range(self.q.ndim)] if scale.ndim else [])
 
 
 def _make_student(changed: PreparedModel, layers: list[Layer], bits: Mapping[str, int]) -> fx.GraphModule:
-    """A copy with settled integers in its layers; the steps of activations, and of other weights, do not learn."""
+    """A copy with fixed integers in its layers; the scales of activations and of other weights are not learned."""
     nodes, inner = dict(changed.quantizer_nodes()), {layer.site.name: layer for layer in layers}
 
     def make(quantizer: Quantizer) -> nn.Module:

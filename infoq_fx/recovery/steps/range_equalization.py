@@ -1,4 +1,4 @@
-"""Cross-layer range equalization: scales move between layers, so that one step size serves all channels."""
+"""Cross-layer range equalization: moves factors between layers so that all channels have similar ranges."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from infoq_fx.types import BASELINE_BITS, QParams, QuantSpec
 __all__ = ["RangeEqualization"]
 
 _ATEN = torch.ops.aten
-_ROWS = 16384  # input rows that a pair is judged by, about
-_CHUNKS = 64  # parts of these that a histogram counts, a few thousand values of each
+_ROWS = 16384  # approximate number of input rows that the error of a pair is measured on
+_CHUNKS = 64  # parts of these that a histogram is updated with; it counts a few thousand values of each
 _MOST_OCTAVES, _LEAST_GAIN = 6, 0.01
 _ELEMENTWISE = {getattr(_ATEN, name).default for name in ("relu", "leaky_relu", "prelu", "dropout", "clone")}
 _KINDS = ("max", "avg", "adaptive_avg")
@@ -46,28 +46,28 @@ _RESHAPES = {_ATEN.flatten.using_ints, _ATEN.reshape.default}
 
 @dataclass(frozen=True)
 class RangeEqualization:
-    r"""Multiplies output channels of a layer and divides the next layer's input channels by the same factors.
+    r"""Multiplies the output channels of a layer and divides the next layer's input channels by the same factors.
 
-    Activations have one scale a tensor: where the ranges of channels differ, the narrow ones get few levels. Channel c
+    Activations have one scale per tensor: if the ranges of channels differ, the narrow ones get few levels. Channel c
     of the tensor between two layers is multiplied by
 
         f_c = 2^round(log2(k sqrt(r2_c / r1_c))),  at least 2^-6, at most 2^6
 
-    with r1_c its largest absolute value over the data, r2_c the largest absolute weight that the second layer gives it,
-    and k such that the tensor's largest range stays, up to the rounding; 1 where either is zero. Row c of the first
-    weight and its bias are multiplied by f_c, what the second weight has for channel c is divided by it. Powers of two
-    round nothing: the float model's outputs stay to the last bit (but for subnormal numbers), and so do the integers of
-    the first weight, whose scales move with it.
+    with r1_c its largest absolute value over the data, r2_c the largest absolute weight of channel c in the second
+    layer, and k such that the tensor's largest range is kept, up to the rounding; f_c is 1 if either is zero. Row c of
+    the first weight and its bias are multiplied by f_c, and the second weight's values for channel c are divided by it.
+    Powers of two are exact: the float model's outputs do not change by a bit (except for subnormal numbers), nor do the
+    integers of the first weight, whose scales are multiplied too.
 
-    Between the layers of a pair lie only ReLU, leaky ReLU, PReLU, pooling, means over space and quantizers, and nothing
-    else reads the values: a clamp such as ReLU6 or a residual addition lets no factors through. A pair is taken only if
-    ``E |W x - W^ x^|^2``, the squared error of the second layer's output with its weight and input quantized at their
-    bit-widths, falls by more than 1 % on the float model's x. Pairs follow each other in graph order.
+    Between the layers of a pair there may only be ReLU, leaky ReLU, PReLU, pooling, means over space and quantizers,
+    and nothing else may read the values: factors cannot pass a clamp such as ReLU6 or a residual addition. A pair is
+    equalized only if ``E |W x - W^ x^|^2``, the squared error of the second layer's output with its weight and input
+    quantized at their bit-widths, falls by more than 1 % on the float model's x. Pairs are processed in graph order.
 
-    The result has another float model behind it, which later steps build on: this one comes first. Qparams of the
-    weights and of the tensors between are renewed for all bit-widths.
+    The result has a different float model as its ``origin``, which later steps build on: this step must come first. The
+    qparams of the weights and of the tensors between are recomputed for all bit-widths.
 
-    Cost: three forward passes of the float and two of the quantized model over ``samples``, about; no labels.
+    Cost: about three forward passes of the float and two of the quantized model over ``samples``; no labels.
 
     Reference:
         Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", arXiv 1906.04721,
@@ -75,10 +75,10 @@ class RangeEqualization:
         strength 0.5 (between activation and weight, as here). Powers of two and the choice by error are additions.
 
     Args:
-        samples: at most so many, spread over the data.
+        samples: largest number of samples, spread over the data.
 
     Raises:
-        OptionError: an option out of range; in ``recover``, weights that another step has changed.
+        OptionError: an option is out of range, or, in ``recover``, another step has changed the weights.
     """
 
     samples: int = 512
@@ -114,7 +114,7 @@ class RangeEqualization:
 
 @dataclass(frozen=True)
 class _LayerPair:
-    """Two layers that a positive factor a channel can move between; ``between`` quantize the tensors on the way."""
+    """Two layers between which positive factors per channel can move; ``between`` quantize the tensors in between."""
 
     first: Layer
     second: Layer
@@ -131,7 +131,7 @@ def _check_float(prepared: PreparedModel) -> None:
 
 
 def _find_pairs(prepared: PreparedModel, layers: Sequence[Layer]) -> dict[fx.Node, _LayerPair]:
-    """Pairs by the node of their second layer."""
+    """All pairs by the node of their second layer."""
     *nodes, _ = prepared.graph_module.graph.nodes
     inputs = {node: prepared.example_inputs[str(node.target)] for node in nodes if node.op == "placeholder"}
     with torch.inference_mode():
@@ -156,7 +156,7 @@ def _can_scale(prepared: PreparedModel, layer: Layer, reads: Mapping[str, int]) 
 def _follow(
     prepared: PreparedModel, first: Layer, layers: Mapping[fx.Node, Layer], shapes: Mapping[fx.Node, tuple[int, ...]]
 ) -> _LayerPair | None:
-    """The pair that begins with a layer, if factors of its output channels commute with all up to a second layer."""
+    """The pair that starts with a layer, if factors of its output channels commute with all nodes to another layer."""
     node, between = first.node, list[Quantizer]()
     axis = _channel_axis(first, shapes[node])
     while axis is not None and len(node.users) == 1:
@@ -182,7 +182,7 @@ def _channel_axis(layer: Layer, shape: Sequence[int]) -> int | None:
 
 
 def _axis_behind(node: fx.Node, axis: int, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int | None:
-    """Where a node's first operand's channels are in its output; None if it does not commute with their factors."""
+    """The axis of the first operand's channels in a node's output; None if the node does not commute with factors."""
     if node.target in _ELEMENTWISE:
         return axis
     before, after = shapes[node.all_input_nodes[0]], shapes[node]
@@ -192,13 +192,13 @@ def _axis_behind(node: fx.Node, axis: int, shapes: Mapping[fx.Node, tuple[int, .
         dims = {int(dim) % len(before) for dim in node.args[1]}  # type: ignore[arg-type]
         removed = sum(dim < axis for dim in dims) if len(after) < len(before) else 0
         return None if axis in dims or not dims else axis - removed
-    if node.target in _RESHAPES:  # one that only drops the empty dimensions behind the channels
+    if node.target in _RESHAPES:  # one that only drops dimensions of size 1 after the channels
         return axis if before[: axis + 1] == after and math.prod(before[axis + 1 :]) == 1 else None
     return None
 
 
 def _equalize(runner: LayerwiseRunner, segment: Segment, pair: _LayerPair) -> bool:
-    """Give a pair its factors, if they lower the error; the walk stands in front of the second layer's segment."""
+    """Equalize a pair if that lowers the error; the runner must be at the start of the second layer's segment."""
     changed, second, most = runner.prepared, pair.second, math.ceil(_ROWS / runner.samples)
 
     def read(_: int, values: Pair) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def _equalize(runner: LayerwiseRunner, segment: Segment, pair: _LayerPair) -> bo
 
 
 def _choose_factors(ranges: Tensor, weights: Tensor) -> Tensor:
-    """Powers of two, float32 ``[channels]``, from the ranges of activations and of the weights that meet them."""
+    """Powers of two, float32 ``[channels]``, from the ranges of activations and of the weights they multiply."""
     r1, r2 = ranges.double().cpu(), weights.double().cpu()
     is_alive = (r1 > 0) & (r2 > 0)
     r1, r2 = r1.where(is_alive, 1.0).log2(), r2.where(is_alive, 1.0).log2()
@@ -241,7 +241,7 @@ def _choose_factors(ranges: Tensor, weights: Tensor) -> Tensor:
 
 
 def _output_error(runner: LayerwiseRunner, pair: _LayerPair, x: Tensor, weight: Tensor) -> float:
-    """Squared error of the second layer's outputs, a row, with qparams chosen for these rows of input and weight."""
+    """Squared error of the second layer's outputs per row, with qparams chosen for these rows of input and weight."""
     sites = pair.second.site, *(quantizer.site for quantizer in pair.between[-1:])
     spec, *inner = (spec_of(site, runner.bits.get(site.name, BASELINE_BITS)) for site in sites)
     found, rounded_x = rows_to_weight(pair.second, weight), x
@@ -255,7 +255,7 @@ def _output_error(runner: LayerwiseRunner, pair: _LayerPair, x: Tensor, weight: 
 
 
 def _scale_outputs(changed: PreparedModel, layer: Layer, factors: Tensor) -> None:
-    """Multiply a layer's weight and bias; its scales follow exactly, so that its integers stay."""
+    """Multiply a layer's weight and bias, and its scales with them, so that its integers do not change."""
     shape = [-1 if axis == layer.op.channel_axis else 1 for axis in range(len(layer.site.shape))]
     set_parameter(changed, layer.weight, read_tensor(changed.graph_module, layer.weight) * factors.reshape(shape))
     if layer.bias is not None:
@@ -266,7 +266,7 @@ def _scale_outputs(changed: PreparedModel, layer: Layer, factors: Tensor) -> Non
 
 
 def _renew_qparams(quantizer: Quantizer, choose: Callable[[QuantSpec], QParams]) -> None:
-    """Others for every bit-width that a site has some for."""
+    """Choose new qparams for every bit-width that a quantizer was calibrated for."""
     chosen = {bits: choose(spec_of(quantizer.site, bits)) for bits in quantizer.calibrated_bits}
     quantizer.set_qparams(chosen, next(quantizer.buffers()).device)
 
@@ -301,5 +301,5 @@ def _calibrate_between(
     groups = find_scale_groups(changed.graph_module)
     free = {module for node, module in changed.quantizer_nodes() if node in groups}
     for quantizer, found in histograms.items():
-        factor = 1.0 if quantizer in free else None  # a power of two, as calibration has it
+        factor = 1.0 if quantizer in free else None  # scales of powers of two, as in calibration
         _renew_qparams(quantizer, functools.partial(choose_activation_qparams, found, factor=factor))

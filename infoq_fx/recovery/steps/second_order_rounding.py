@@ -1,4 +1,4 @@
-"""Second-order rounding, layer after layer: against the inputs that really arrive, for the outputs of float weights."""
+"""Second-order rounding: rounds each layer's weights so that their errors cancel in the layer's output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["MOST_COLUMNS", "SecondOrderRounding", "add_ridge", "scale_choices"]
 MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
-_MOMENT_NOISE = 1e-5  # of sums of float32 products
+_MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -37,45 +37,45 @@ _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 class SecondOrderRounding:
     r"""Rounds the weights of a row together, so that their errors cancel in the layer's output.
 
-    With x the input of a layer in the reference and x^ the one that arrives behind the layers already quantized, the
-    integers q, the scale s of each output channel and the bias c are sought that make::
+    With x the input of a layer in the reference and x^ its input in the quantized model, after the layers already
+    quantized, it chooses the integers q, the scale s of each output channel and the bias c that make::
 
         E | W x + b - s q x^ - c |^2
 
-    small. The best bias for given integers is ``b + W E x - s q E x^``, which leaves the covariance of x^ to the
-    weights. Without rounding the best weights would be V, a regression of the float output on x^: they make up for the
-    errors of the layers before, too. V is rounded one column after the other, each column's error passed on to those
-    that are still to come (GPTQ's form of Optimal Brain Surgeon), at each of six scales; the best of them is taken for
-    every channel, and then every integer is set to its best given all others until none changes or ``sweeps`` are done.
+    small. The best bias for given integers is ``b + W E x - s q E x^``; the weights then need to fit the covariance of
+    x^ only. Without rounding, the best weights would be V, a regression of the reference's output on x^, which also
+    compensates for the errors of the layers before. V is rounded one column after the other, each column's error fed
+    back to the later ones (GPTQ's form of Optimal Brain Surgeon), at each of six scales. The best scale is kept for
+    every channel. Then every integer is set to its best given all others, until none changes or ``sweeps`` are done.
 
-    The reference has float weights, and its activations of 6 bits and more are quantized as they will be; or it is the
-    float model. With the first the weights make up for what their own bits cost, and for what activations of up to 5
-    bits cost, and leave the rest as it is. Answering that too, layer by layer, may take the outputs further away: on
-    MobileNetV2 at a mean of 3 bits, activations at 8, they end 0.20 nats from the float model with the first and 0.27
-    with the second; with all weights at 8 bits 0.04 become 0.07 with the second. On small networks that learned
-    CIFAR-10 the second is better by up to 0.01 nats at 6 and 8 bits. What activations of 4 bits cost is worth an
-    answer: ResNet-20 with weights of 3 bits then ends at 0.14 nats, and at 0.32 without one.
+    The reference ``"float_weights"`` has float weights, and its activations of 6 bits and more are quantized at their
+    bit-widths; ``"float_model"`` is the float model. With the first, the weights compensate for their own rounding and
+    for that of activations of up to 5 bits only. Compensating for all activations, layer by layer, may take the outputs
+    further away: MobileNetV2 at a mean of 3 bits, activations at 8, ends 0.20 nats from the float model with the first
+    and 0.27 with the second; with all weights at 8 bits, 0.04 and 0.07. On small networks trained on CIFAR-10 the
+    second is better by up to 0.01 nats at 6 and 8 bits. Compensating for activations of 4 bits is worth it: ResNet-20
+    with weights of 3 bits ends at 0.14 nats, and at 0.32 without.
 
-    Dead inputs and rare directions are held by a ridge in units of the mean second moment, which draws V towards W. A
-    depthwise layer has one small problem a channel. Layers without a bias use second moments that are not centred. Left
-    as they are: transposed convolutions, and layers of more than 8,192 columns.
+    A ridge in units of the mean second moment draws V towards W for dead inputs and rare directions. A depthwise layer
+    has one small problem per channel. Layers without a bias use second moments that are not centred. Transposed
+    convolutions and layers of more than 8,192 columns are not changed.
 
     Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
-    covariance and the cube of its columns; no labels. Values between blocks are held in memory for both models.
+    covariance and the cube of its columns; no labels. Values between blocks are kept in memory for both models.
 
     Reference:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-        arXiv 2210.17323, Eq. 2 and 3 and Algorithm 1, with activation order. The regression on the inputs that arrive,
-        the choice of scale and bias within the problem and the coordinate descent are additions.
+        arXiv 2210.17323, Eq. 2 and 3 and Algorithm 1, with activation order. The regression on the quantized model's
+        inputs, the choice of scale and bias within the problem and the coordinate descent are additions.
 
     Args:
-        samples: at most so many, spread over the data.
-        rows: input rows for the moments of a layer, at least; at least 16 a column.
-        sweeps: rounds of coordinate descent at most.
-        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are sought.
+        samples: largest number of samples, spread over the data.
+        rows: least number of input rows for the moments of a layer; at least 16 per column are used.
+        sweeps: largest number of rounds of coordinate descent.
+        reference: ``"float_weights"`` or ``"float_model"``, whose outputs are approximated.
 
     Raises:
-        OptionError: an option out of range.
+        OptionError: an option is out of range.
     """
 
     samples: int = 1024
@@ -113,7 +113,7 @@ class SecondOrderRounding:
 
 
 def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor) -> Tensor:
-    """Scales around the calibrated ones of a weight's rows ``[groups, rows, columns]``: ``[groups, rows, choices]``."""
+    """Return candidate scales around the calibrated ones of a weight's rows, ``[groups, rows, choices]``."""
     scale = read_qparams(prepared, layer, bits).scale
     short = weight_digits(dict(prepared.quantizer_nodes()), layer.quantizer, bits)
     choices = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
@@ -121,7 +121,7 @@ def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor
 
 
 def add_ridge(moments: InputMoments, damping: float) -> Tensor:
-    """Second moments with ``damping`` times their mean added to the diagonal."""
+    """Return second moments with ``damping`` times their mean diagonal added to the diagonal."""
     return moments.second + _ridge(moments, damping)
 
 
@@ -158,7 +158,7 @@ def _round_layer(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Rows of a float weight ``[groups, rows, columns]`` that are to be rounded to a range."""
+    """Rows of a float weight ``[groups, rows, columns]`` to be rounded to integers of a range."""
 
     rows: Tensor
     quant_min: int
@@ -172,7 +172,7 @@ class _Problem:
         return round_rows(ideal, add_ridge(moments, damping), scales, self.quant_min, self.quant_max, sweeps)
 
     def validate_ideal(self, halves: Sequence[InputMoments], shrinkage: float) -> float:
-        """Error on each half of the real-valued rows that fit the other."""
+        """Error on each half of the real-valued rows fitted to the other."""
         return sum(
             self._error(ideal_rows(self.rows, fitted, _ridge(fitted, shrinkage)), seen)
             for fitted, seen in (halves, reversed(halves))
@@ -181,7 +181,7 @@ class _Problem:
     def validate_rounded(
         self, halves: Sequence[InputMoments], scales: Tensor, shrinkage: float, damping: float
     ) -> float:
-        """Error on each half of what was rounded on the other."""
+        """Error on each half of the integers rounded on the other."""
         error = 0.0
         for fitted, seen in (halves, reversed(halves)):
             q, step = self.round(fitted, scales, shrinkage, damping, 0)
@@ -194,7 +194,7 @@ class _Problem:
 
 
 def _ridge(moments: InputMoments, damping: float) -> Tensor:
-    """Diagonal ``[groups, columns, columns]``, above the rounding errors of the moments where inputs never vary."""
+    """Diagonal ``[groups, columns, columns]``, above the moments' rounding errors where inputs are constant."""
     diagonal = moments.second.diagonal(dim1=1, dim2=2)
     noise = _MOMENT_NOISE * (diagonal.abs() + moments.mean_quantized.square()).mean()
     size = (damping * diagonal.mean(1)).maximum(noise).clamp_min(1e-12)

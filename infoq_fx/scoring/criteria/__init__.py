@@ -1,4 +1,4 @@
-"""Sensitivity criteria: one a file, one Protocol, one dict."""
+"""The sensitivity criteria, one per file, registered by name in ``CRITERIA``."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "limpq": LIMPQ,
     "alps": ALPS,
 }
-"""The criteria by name, each with its default options."""
+"""Criteria by name, each with its default options."""
 
 
 def find_criterion(criterion: AnyCriterion) -> Criterion:
-    """A criterion from its registered name, from a function of the user's own, or the object itself.
+    """Return a criterion from its registered name, from a user-defined function, or the object itself.
 
     Raises:
-        OptionError: an unknown name, or something that is no criterion.
+        OptionError: the name is unknown, or the object is not a criterion.
     """
     if not isinstance(criterion, str):
         if hasattr(criterion, "begin") and not isinstance(criterion, type):

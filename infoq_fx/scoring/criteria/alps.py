@@ -1,4 +1,4 @@
-"""ALPS: what a short finetuning cannot make good."""
+"""ALPS: the loss or accuracy that a short finetuning does not recover."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ _MEASURES = {"loss": "finetuned_loss_increase_nats", "accuracy": "finetuned_accu
 
 @dataclass(frozen=True)
 class ALPS:
-    """Loss after a short finetuning with one site lowered, less that of the 8-bit model finetuned equally.
+    """Loss after a short finetuning with one site at fewer bits, minus that of the 8-bit model finetuned equally.
 
     Weights, biases and step sizes are trained (LSQ) from the calibrated model with the same batches in the same order
-    every time; all other sites are at 8 bits. In nats a sample, or in points of accuracy ``by="accuracy"``, on
-    samples that the training draws from too, as in the source; 0 where it falls, and at 8 bits. The standard error is
-    over the samples.
+    every time; all other sites are at 8 bits. The unit is nats per sample, or points of accuracy with
+    ``by="accuracy"``, measured on the samples that training draws from, as in the source; 0 where it falls, and at 8
+    bits. The standard error is over the samples.
 
-    Cost: ``steps`` forward and backward passes of ``batch_size`` samples and a forward pass of ``samples`` samples a
-    (site, bit-width); labels, or the model's own predictions. By far the dearest criterion: the source trains an
-    epoch for each layer, the default here is for a small model on a CPU.
+    Cost: ``steps`` forward and backward passes of ``batch_size`` samples and a forward pass of ``samples`` samples per
+    (site, bit-width); labels, or the model's own predictions. By far the most expensive criterion: the source trains
+    an epoch for each layer; the defaults here suit a small model on a CPU.
 
     Args:
-        by: ``"loss"`` or ``"accuracy"``; both are measured, so the other one comes from the cache.
+        by: ``"loss"`` or ``"accuracy"``; both are measured, so that the other one comes from the cache.
         steps: training steps.
-        batch_size: samples a training step; a graph that is fixed to batches has its own.
+        batch_size: samples per training step; a graph with a fixed batch size uses that.
         samples: for training and evaluation, spread evenly over the data.
         learning_rate: constant; momentum 0.9, gradients clipped to a norm of 1.
         seed: of the batches.
@@ -83,7 +83,7 @@ class ALPS:
         check_rate("learning_rate", self.learning_rate)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """All of the training; ``by`` only reads what was measured."""
+        """Return all training options; ``by`` does not affect the measurements."""
         return {
             "measure": "finetuned outputs",
             "steps": self.steps,
@@ -99,7 +99,7 @@ class ALPS:
         """Finetune the 8-bit model.
 
         Raises:
-            CalibrationDataError: no data, or labels that are no classes of the model.
+            CalibrationDataError: there is no data, or a label is not a class of the model.
             OptionError: the training diverged.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
@@ -110,7 +110,7 @@ class ALPS:
         return FinetunedMeasure(training, chosen.labels, baseline)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The increase of the loss or the drop of the accuracy, never below 0."""
+        """Return the increase of the loss or the drop of the accuracy, at least 0."""
         key = _MEASURES[self.by]
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
@@ -121,7 +121,7 @@ class ALPS:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a model is trained and judged."""
+    """Options of the finetuning, and the finetuning itself."""
 
     steps: int
     batch_size: int
@@ -136,14 +136,14 @@ class Finetuning:
         run_options: RunOptions,
         advance: Callable[[float], None],
     ) -> Tensor:
-        """Loss in nats and hits in points of every sample behind the training, float64 ``[2, samples]``.
+        """Train a copy, and return each sample's loss in nats and accuracy in points, float64 ``[2, samples]``.
 
         Args:
             prepared: calibrated.
-            chosen: to train with and to judge by.
+            chosen: samples to train and evaluate on.
             bits: bit-width by site; sites that are not named are at 8 bits.
-            run_options: where it stops early.
-            advance: told of progress; the shares add up to 1.
+            run_options: its ``stop`` ends the training early.
+            advance: called with shares of progress that add up to 1.
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows = shuffled_batches(chosen.samples, self.batch_size, generator)
@@ -172,7 +172,7 @@ class Finetuning:
 
 @dataclass(frozen=True)
 class FinetunedMeasure:
-    """Finetunes with one site lowered and compares with the finetuned 8-bit model, sample by sample."""
+    """Finetunes with one site at fewer bits and compares with the finetuned 8-bit model, sample by sample."""
 
     training: Finetuning
     labels: Tensor
@@ -182,7 +182,7 @@ class FinetunedMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Both differences of every (site, bit-width)."""
+        """Measure both differences for every (site, bit-width)."""
         samples = len(self.labels)
         chosen = Labelled(spread_samples("alps", prepared, data, samples).inputs, self.labels)
         lock = threading.Lock()
@@ -206,7 +206,7 @@ class FinetunedMeasure:
         return [lowered[run] for run in runs]
 
     def _compare(self, found: Tensor) -> dict[str, float]:
-        # A training that diverged is as bad as can be told.
+        # A training that diverged counts as the worst loss.
         losses = found[0].nan_to_num(WORST_LOSS, posinf=WORST_LOSS).clamp_max(WORST_LOSS)
         differences = torch.stack([losses - self.baseline[0], self.baseline[1] - found[1]])
         values = {}

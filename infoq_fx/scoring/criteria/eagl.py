@@ -1,4 +1,4 @@
-"""EAGL: the entropy of the quantized weights, without any data."""
+"""EAGL: the entropy of the quantized weights; needs no data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["EAGL"]
 
 @dataclass(frozen=True)
 class EAGL:
-    """Entropy that a layer's weights lose at a bit-width, in bits a weight.
+    """Entropy that a layer's weights lose at a bit-width, in bits per weight.
 
     The score is H(8-bit weights) - H(b-bit weights), with H the entropy of the empirical distribution of the
     integer weights of the layer. The source chooses between two precisions and values the higher one by H; the
-    loss against 8 bits is its form for any set of bit-widths. Activations are not scored.
+    loss relative to 8 bits extends this to any set of bit-widths. Activations are not scored.
 
     Cost: no forward pass, no data, no labels. The score is exact: its standard error is 0.
 
@@ -39,17 +39,17 @@ class EAGL:
     kinds: tuple[Kind, ...] = ("weight",)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Nothing beside the weights decides."""
+        """Return the kind of measurement; only the weights determine it."""
         return {"measure": "weight entropy"}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
     ) -> Measure:
-        """Nothing is shared."""
+        """Return the measure; sites share no computation."""
         return EntropyMeasure()
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Baseline entropy minus entropy; never below 0."""
+        """Return the baseline entropy minus the entropy, at least 0."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             lost = found.values["baseline_entropy_bits"] - found.values["entropy_bits"]
@@ -59,14 +59,14 @@ class EAGL:
 
 @dataclass(frozen=True)
 class EntropyMeasure:
-    """Entropies in bits a weight, of the weights at each bit-width and at the 8-bit baseline."""
+    """Measures the entropy of weights in bits per weight, at each bit-width and at the 8-bit baseline."""
 
     run_bytes: int = 0
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Both entropies of every weight site; activation sites are left out."""
+        """Measure both entropies of every weight site; activation sites are skipped."""
         measured = []
         for site, quantizer, weight in read_weights(prepared, sites):
             entropies = {

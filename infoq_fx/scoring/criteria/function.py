@@ -1,4 +1,4 @@
-"""A criterion of the user's own: a plain function."""
+"""A criterion from a user-defined function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infoq_fx.types import Measurement, Plain, QuantSite, Score
 __all__ = ["FunctionCriterion", "ScoreFunction"]
 
 ScoreFunction = Callable[[PreparedModel, CalibrationData | None, QuantSite, int], float]
-"""(prepared, data, site, bits) -> the harm of that site at that bit-width; smaller is better, any unit."""
+"""(prepared, data, site, bits) -> the sensitivity of that site at that bit-width; smaller is better, in any unit."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class FunctionCriterion:
     """Scores by a function of the prepared model, the data, a site and a bit-width.
 
     :func:`infoq_fx.runtime.forward.compute_logits` gives the outputs with one site at other bits, and
-    :func:`infoq_fx.runtime.interpreter.read_weights` the sites' weights. The function is called once a (site, bit-width), 8
-    bits included, from one thread; for an ``executor`` it must be picklable.
+    :func:`infoq_fx.graph.float_interpreter.read_weights` the sites' weights. The function is called once per (site,
+    bit-width), 8 bits included, from one thread; for an ``executor`` it must be picklable.
 
-    Cost: what the function costs.
+    Cost: that of the function.
 
     Args:
         function: see :data:`ScoreFunction`.
-        version: names all that decides the function's values. Scores are found again in a ``cache_dir`` only under the
-            same name and version; without one they are kept for this criterion object alone.
-        needs_data: whether the function must be given data.
+        version: identifies everything that determines the function's values. Scores in a ``cache_dir`` are reused only
+            under the same name and version; without a version they are reused only by this criterion object.
+        needs_data: whether the function needs data.
         kinds: of the sites that it scores.
     """
 
@@ -49,21 +49,21 @@ class FunctionCriterion:
 
     @property
     def name(self) -> str:
-        """The function's own name."""
+        """The name of the function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Name and version."""
+        """Return the function's name and version."""
         return {"measure": f"function {self.name}", "function version": self.version}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
     ) -> Measure:
-        """Nothing is shared."""
+        """Return the measure; sites share no computation."""
         return FunctionMeasure(self.function, self.name)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """What the function returned."""
+        """Return the function's values."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             scores.setdefault(found.site, {})[found.bits] = Score(found.values["value"])
@@ -81,10 +81,10 @@ class FunctionMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Call it.
+        """Call the function for every (site, bit-width).
 
         Raises:
-            OptionError: it returned something that is no finite number.
+            OptionError: it returned something other than a finite number.
         """
         measured = []
         for site in sites:

@@ -24,25 +24,25 @@ from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["HAWQv2"]
 
-_BATCH = 32  # the graph of second derivatives takes several times the memory of a forward run
+_BATCH = 32  # the graph of second derivatives takes several times the memory of a forward pass
 
 
 @dataclass(frozen=True)
 class HAWQv2:
-    """Average Hessian trace of a layer's weights times their squared error at a bit-width, in nats a sample.
+    """Average Hessian trace of a layer's weights times their squared error at a bit-width, in nats per sample.
 
     ``tr(H_i) / n_i * |Q(w_i) - w_i|^2`` with H_i the Hessian of the float model's mean cross-entropy with respect to
     the layer's n_i weights. The trace is estimated by Hutchinson's method, as the mean of ``v' H_i v`` over vectors v
     of random signs, drawn anew for every batch of 32 samples and for one layer at a time: vectors over all layers at
-    once cost a sixth but bring in the blocks between layers, which average out a dozen times more slowly. The trace is
-    0 where the estimate is below. The standard error is over the probes, for these samples. Activations are not
+    once cost a sixth, but add the Hessian's blocks between layers, which average out a dozen times more slowly.
+    Negative estimates count as 0. The standard error is over the probes, for these samples. Activations are not
     scored.
 
     Cost: a forward and a backward pass over ``samples`` samples; for each probe and layer another backward pass
-    through these two, as far as the layer; labels, or the model's own predictions. No run a (site, bit-width).
+    through these two, down to the layer; labels, or the model's own predictions. No run per (site, bit-width).
 
     Args:
-        probes: random vectors a layer and batch, at least 2; 8 batches of 256 samples have 16 together.
+        probes: random vectors per layer and batch, at least 2; the 8 batches of 256 samples have 16 in all.
         samples: spread evenly over the data.
         seed: of the random vectors.
 
@@ -62,7 +62,7 @@ class HAWQv2:
         check_count("samples", self.samples, 1)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Probes, samples and seed."""
+        """Return probes, samples and seed."""
         return {
             "measure": "Hessian trace",
             "probes": self.probes,
@@ -76,7 +76,7 @@ class HAWQv2:
         """Estimate the traces of all layers.
 
         Raises:
-            CalibrationDataError: no data, or labels that are no classes of the model.
+            CalibrationDataError: there is no data, or a label is not a class of the model.
             UnsupportedModelError: an operation of the model has no second derivative.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
@@ -97,7 +97,7 @@ class HAWQv2:
         return TraceMeasure(dict(zip(weights, averages, strict=True)), dict(zip(weights, errors, strict=True)))
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Trace times error power, with the trace's standard error."""
+        """Return the trace times the squared error, with the trace's standard error."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             values, power = found.values, found.values["squared_error"]
@@ -142,7 +142,7 @@ class HAWQv2:
 
 @dataclass(frozen=True)
 class TraceMeasure:
-    """Average traces with their standard errors by weight site, and squared errors of the quantized weights."""
+    """Measures squared errors of the quantized weights; holds the average traces and their standard errors by site."""
 
     average_trace: Mapping[str, float]
     standard_error: Mapping[str, float]
@@ -151,7 +151,7 @@ class TraceMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """The layer's trace and the squared error of every bit-width; activation sites are left out."""
+        """Measure the squared error of every weight site at every bit-width; activation sites are skipped."""
         measured = []
         for site, quantizer, weight in read_weights(prepared, sites):
             for bits in site.bits:

@@ -1,4 +1,4 @@
-"""InfoQ: how much of the information that flows to the output is lost when one site is quantized."""
+"""InfoQ: the information at the output that is lost when one site is quantized."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
 
 __all__ = ["InfoQ"]
 
-_PRIOR_SPREAD = 0.7  # relative; of what one bit more leaves of the loss, around the fourth part
+_PRIOR_SPREAD = 0.7  # relative spread of the prior on the loss with one more bit, whose mean is about a quarter
 _SMALLEST_SHARE = 0.05
 _NOTHING_NATS = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoQ:
-    """Information about the float model's decision that is lost at the output, in nats a sample.
+    """Information about the float model's decision that is lost at the output, in nats per sample.
 
-    The network's own head is a decoder of every layer L: with q the rest of the network, Barber and Agakov's bound is
-    I(L; Y) >= H(Y) - E[-log q(Y | L)]. Let Y be drawn from the float model's outputs p(Y | X), so that no labels are
-    needed. The bound of the float model is H(Y) - H(p); that of a quantized one is less by E KL(p || q), whatever the
-    layer: it is the information that the *fixed* layers downstream can no longer read, also where it is still there
-    (which sliced mutual information at an observer does not see). The score of (site i, b bits) is the part of it that
-    the site has to answer for,
+    The rest of the network, q, is a decoder of every layer L: Barber and Agakov's bound is
+    I(L; Y) >= H(Y) - E[-log q(Y | L)]. Y is drawn from the float model's outputs p(Y | X), so that no labels are
+    needed. The bound of the float model is H(Y) - H(p); that of a quantized model is lower by E KL(p || q), whatever
+    the layer. This is the information that the *fixed* layers downstream can no longer decode, even if it is still
+    present (which sliced mutual information at an observer does not see). The score of (site i, b bits) is the part
+    of it that the site causes,
 
         S(i, b) = E KL(p || q_{i at b}) - E KL(p || q_8),        q_8 the 8-bit baseline.
 
-    Both terms are measured against the *float* model. Measured against the 8-bit baseline, any change at all redraws
-    the rounding errors of the whole network and costs the same floor (0.02 nats on MobileNetV2, more than most layers
-    at 4 bits are worth); here it stands on both sides.
+    Both terms are measured against the *float* model. Against the 8-bit baseline, any change at all would redraw the
+    rounding errors of the whole network and cost the same constant (0.02 nats on MobileNetV2, more than most layers
+    cost at 4 bits); here that constant is in both terms.
 
-    Small scores drown in that noise, so each is shrunk by its standard error e towards what the layer lost with one
-    bit less: rounding noise has the power 4^-b, and the loss is of second order in it, so that the prior of S(i, b)
-    has the mean m = S(i, b') (4^-b - 4^-8) / (4^-b' - 4^-8), b' the next smaller candidate, and the spread 0.7 m. The
-    score is the mean of the posterior, never more than S(i, b'), and 0 at 8 bits.
+    Small scores are noisy, so each is shrunk, according to its standard error e, towards a prediction from the next
+    smaller candidate b'. Rounding noise has the power 4^-b, and the loss is of second order in it, so that the prior of
+    S(i, b) has the mean m = S(i, b') (4^-b - 4^-8) / (4^-b' - 4^-8) and the spread 0.7 m. The score is the mean of the
+    posterior, at most S(i, b'), and 0 at 8 bits.
 
-    A single output column is read as a quantity with Gaussian errors, not as logits.
+    A single output column is treated as a quantity with Gaussian errors, not as logits.
 
-    Sliced mutual information at observers can be added: ``observers`` names them, and every nat that SMI(X_E; L) or
-    SMI(L; Y) changes by beyond two standard errors counts ``smi_weight``. On ResNet-20 and MobileNetV2 it did not
-    improve an allocation; it is off unless asked for.
+    Sliced mutual information at observers can be added: ``observers`` names them, and every nat by which SMI(X_E; L)
+    or SMI(L; Y) changes beyond two standard errors adds ``smi_weight`` to the score. On ResNet-20 and MobileNetV2 it
+    did not improve an allocation; it is off by default.
 
-    Cost: one partial forward pass a (site, bit-width), no backward pass, no labels.
+    Cost: one partial forward pass per (site, bit-width), no backward pass, no labels.
 
     Args:
-        samples: looked at, at most, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere.
-        smi_weight: nats of the score a nat of changed SMI.
+        smi_weight: nats added to the score per nat of changed SMI.
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
-        slices: random projections an observer.
+        slices: random projections per observer.
         seed: of projections and of class groups.
 
     Reference:
@@ -78,7 +78,7 @@ class InfoQ:
     runs_weights: ClassVar[bool] = True
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Nothing of its own decides the outputs; observers bring their settings."""
+        """Return the settings of the measurements; those of observers are included if there are any."""
         if self.observers is None:
             return DESCRIPTION
         return {**self._sliced().describe(prepared, data), "reads output": True}
@@ -89,8 +89,9 @@ class InfoQ:
         """Run the float model and the 8-bit baseline.
 
         Raises:
-            CalibrationDataError: no data, labels that are no classes, or too few samples for observers.
-            OptionError: unknown observers.
+            CalibrationDataError: there is no data, a label is not a class of the model, or there are too few samples
+                for observers.
+            OptionError: an observer is unknown.
         """
         if self.observers is not None:
             return self._sliced().begin(
@@ -99,7 +100,7 @@ class InfoQ:
         return measure_outputs(self.name, prepared, data, batch_size=batch_size, run_options=run_options)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The shrunk loss of every (site, bit-width) and the standard error that is left."""
+        """Return the shrunk loss of every (site, bit-width) and its remaining standard error."""
         by_site: dict[str, list[Measurement]] = {}
         for found in measurements:
             by_site.setdefault(found.site, []).append(found)
@@ -122,7 +123,7 @@ class InfoQ:
 
 
 def _shrink(measured: Mapping[int, Score]) -> dict[int, Score]:
-    """Scores by ascending bit-width, each drawn towards what the one below it lets expect."""
+    """Scores by ascending bit-width, each shrunk towards the prediction from the bit-width below it."""
     shrunk: dict[int, Score] = {}
     below: int | None = None
     for bits, found in measured.items():

@@ -1,4 +1,4 @@
-"""The InfoQ paper's criterion: the change of sliced mutual information at observers downstream of a site."""
+"""The criterion of the InfoQ paper: the change of sliced mutual information at observers downstream of a site."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
 __all__ = ["CORRELATION_THRESHOLD", "InfoQPaper"]
 
 CORRELATION_THRESHOLD = 0.70
+_ALGORITHM_VERSION = 2  # raised when the same data gives other measurements; 2: classes are grouped by SciPy
 _SMALLEST_BASELINE_NATS = 1e-3
 
 
@@ -43,18 +44,19 @@ class InfoQPaper:
     projections for the baseline and every perturbed run. Feature maps are averaged over space (tokens over the
     sequence) before they are projected. The score has no unit (nats over nats, divided by bits).
 
-    Cost: one partial forward pass a (site, bit-width); labels help but are not needed.
+    Cost: one partial forward pass per (site, bit-width); labels help but are not needed.
 
     Args:
         observers: None for the paper's heuristic (task information at the classifier's input and at the logits,
             input information at intermediate blocks); names or :class:`Observer` values (a bare name measures
-            both); ``"auto"`` for the paper's correlation analysis: every named place is measured and those whose
+            both); ``"auto"`` for the paper's correlation analysis: every named tensor is measured, and those whose
             change correlates with the accuracy drop at r > 0.70 are used.
-        terms: ``"both"`` sums of Eq. 4, or only that over ``"input"`` (O_XL) or over ``"task"`` observers (O_LY);
-            ``"input"`` without given observers looks at the output too, so that every site has one downstream.
-        divide_by_bits: the factor 1/b of Eq. 4.
+        terms: ``"both"`` sums of Eq. 4, or only the one over ``"input"`` (O_XL) or over ``"task"`` observers (O_LY);
+            ``"input"`` without given observers also measures the output, so that every site has an observer
+            downstream.
+        divide_by_bits: whether to apply the factor 1/b of Eq. 4.
         encoder: X -> X_E, see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
-        slices: random projections a place; the standard error falls with its square root.
+        slices: random projections per observed tensor; the standard error falls with the square root of it.
         neighbours: k of KSG; larger has less variance and more bias.
         class_neighbours: k of Ross.
         seed: of projections and of class groups.
@@ -80,10 +82,11 @@ class InfoQPaper:
             raise unknown_name_error("terms", self.terms, ("both", "input", "task"))
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Observers as they were resolved, slices, neighbours, seed and encoder."""
+        """Return the resolved observers, slices, neighbours, seed and encoder."""
         observers = "auto" if self.observers == "auto" else ", ".join(map(_key, self._resolve(prepared)))
         return {
             "measure": "information",
+            "algorithm_version": _ALGORITHM_VERSION,
             "observers": observers,
             "encoder": None if data is None else _name_encoder(self.encoder, data),
             "slices": self.slices,
@@ -101,13 +104,13 @@ class InfoQPaper:
         run_options: RunOptions,
         reads_output: bool = False,
     ) -> InformationMeasure:
-        """Run the baseline: its information, the classes and the projections of X_E, all made once.
+        """Run the baseline, and compute its information, the classes and the projections of X_E once.
 
-        ``reads_output`` lets runs go on to the output also where nothing observes it.
+        With ``reads_output``, perturbed runs continue to the output even if no observer needs it.
 
         Raises:
-            CalibrationDataError: no data, or too few samples for the estimators.
-            OptionError: unknown observers, or a site with none downstream.
+            CalibrationDataError: there is no data, or too few samples for the estimators.
+            OptionError: an observer is unknown, or a site has none downstream.
         """
         if data is None or data.samples <= self.neighbours + 1:
             found = "none" if data is None else f"{data.samples} samples"
@@ -132,7 +135,7 @@ class InfoQPaper:
         )
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Eq. 4 over the observers, which are chosen here from the same measurements when ``"auto"``."""
+        """Return Eq. 4 over the observers; with ``"auto"`` they are chosen here from the same measurements."""
         chosen = {_key(observer) for observer in self._resolve(prepared)}
         if self.observers == "auto":
             chosen = self._select(prepared, measurements)
@@ -149,10 +152,10 @@ class InfoQPaper:
         return scores
 
     def correlations(self, measurements: Sequence[Measurement]) -> dict[str, float]:
-        """Pearson r between the change of SMI and the accuracy drop, by ``"measure:observer"`` (paper, Fig. 1).
+        """Return Pearson's r between the change of SMI and the accuracy drop by ``"measure:observer"`` (paper, Fig. 1).
 
-        Over all (site, bit-width) below 8 bits upstream of the observer; observers with fewer than three, or
-        without any variation, are left out. Empty where no run went on to the output of the model.
+        It is over all (site, bit-width) below 8 bits upstream of the observer. Observers with fewer than three of
+        these, or without variation, are left out. Empty if no run reached the output of the model.
         """
         below = [m for m in measurements if m.bits < BASELINE_BITS and ACCURACY_DROP in m.values]
         suffix = ":change"
@@ -197,7 +200,7 @@ def _check_downstream(prepared: PreparedModel, observed: set[fx.Node]) -> None:
 
 
 def _name_encoder(encoder: Encoder | str | None, data: CalibrationData) -> str:
-    """What tells encoders apart: a callable by what it makes of a few samples."""
+    """A name that identifies an encoder; for a callable, a hash of its output for a few samples."""
     if encoder is None or isinstance(encoder, str):
         return encoder or "principal components"
     first = {name: x[:4] for name, x in data.inputs.items()}

@@ -1,4 +1,4 @@
-"""LIMPQ: step sizes that a short training learns, one a bit-width, as indicators of importance."""
+"""LIMPQ: learned step sizes, one per bit-width, as indicators of importance."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ _INITIAL = ("statistics", "same")
 class LIMPQ:
     """Step size that a site has learned at a bit-width, in the unit of its tensor.
 
-    Every searched site has one step for the whole tensor at each candidate bit-width. All are trained together, with
-    the weights and biases of a copy of the model: in each training step the batch runs with all sites at the lowest
-    bit-width, at the next one, and so on, then once with bit-widths drawn at random; the gradients of these runs add
-    up, and one update follows. A site that lacks a bit-width takes its nearest. Other sites are at 8 bits. The score
-    is the learned step, that of a weight times ``alpha``. No standard error: other seeds tell.
+    Every searched site has one step size for the whole tensor at each candidate bit-width. All are trained together,
+    with the weights and biases of a copy of the model: in each training step the batch runs with all sites at the
+    lowest bit-width, at the next one, and so on, then once with bit-widths drawn at random; the gradients of these
+    runs are summed for one update. A site that lacks a bit-width uses its nearest one. Other sites are at 8 bits. The
+    score is the learned step size, times ``alpha`` for a weight. There is no standard error; compare other seeds.
 
-    Cost: (bit-widths + 1) forward and backward passes of ``batch_size`` samples a training step, no run a (site,
+    Cost: (bit-widths + 1) forward and backward passes of ``batch_size`` samples per training step, no run per (site,
     bit-width); labels, or the model's own predictions. The authors train for epochs, with batch norms; here these
-    are folded, and the defaults serve an impatient user of a CPU.
+    are folded, and the defaults are for a short run on a CPU.
 
     Args:
         steps: training steps.
-        batch_size: samples a training step; a graph that is fixed to batches has its own.
-        samples: that batches are drawn from, spread evenly over the data.
-        learning_rate: of the first step, falling to 0 by a half cosine; momentum 0.9, gradients clipped to a norm of
-            1, those of the steps apart.
-        alpha: weights against activations, where both are searched.
-        initial: first steps. ``"statistics"``, as in the authors' code: ``max |mean +- 3 deviations| / 2^(b - 1)`` of
-            a weight, ``2 mean |x| / sqrt(levels above zero)`` of an activation in the first batch. ``"same"``, the
-            paper's other one: 0.1 / b everywhere, which takes a long training to forget.
+        batch_size: samples per training step; a graph with a fixed batch size uses that.
+        samples: number of samples that batches are drawn from, spread evenly over the data.
+        learning_rate: of the first step, decayed to 0 by a half cosine; momentum 0.9, gradients clipped to a norm of
+            1, separately for step sizes and other parameters.
+        alpha: factor on the scores of weights relative to activations, if both are searched.
+        initial: initial step sizes. ``"statistics"``, as in the authors' code: ``max |mean +- 3 deviations| /
+            2^(b - 1)`` of a weight, ``2 mean |x| / sqrt(levels above zero)`` of an activation in the first batch.
+            ``"same"``, the paper's alternative: 0.1 / b everywhere, which only a long training outweighs.
         seed: of the batches and of the random bit-widths.
 
     Reference:
@@ -90,7 +90,7 @@ class LIMPQ:
             raise unknown_name_error("initial step", self.initial, _INITIAL)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """All of the training, with the candidates of all sites: each step is learned beside all others."""
+        """Return all training options and the candidates of all sites, since all step sizes are learned together."""
         candidates = ";".join(f"{site.name}:{site.bits}" for site in _searched(prepared))
         return {
             "measure": "learned steps",
@@ -106,10 +106,10 @@ class LIMPQ:
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
     ) -> Measure:
-        """Train.
+        """Train the step sizes of all sites.
 
         Raises:
-            CalibrationDataError: no data, or labels that are no classes of the model.
+            CalibrationDataError: there is no data, or a label is not a class of the model.
             OptionError: the training diverged.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
@@ -123,7 +123,7 @@ class LIMPQ:
         return StepMeasure(learned)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The learned steps."""
+        """Return the learned step sizes."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             factor = self.alpha if prepared.inventory[found.site].kind == "weight" else 1.0
@@ -131,7 +131,7 @@ class LIMPQ:
         return scores
 
     def _train(self, module: fx.GraphModule, chosen: Labelled, size: int, run_options: RunOptions) -> float:
-        """Train and give the last loss."""
+        """Train, and return the last loss."""
         last = torch.zeros(())
         generator = torch.Generator().manual_seed(self.seed)
         indicators = _indicators(module)
@@ -139,7 +139,7 @@ class LIMPQ:
         steps = [found.scale for found in module.modules() if isinstance(found, LearnedStepQuantizer)]
         known = {id(parameter) for parameter in steps}
         others = [parameter for parameter in module.parameters() if id(parameter) not in known]
-        # Apart from the weights: their gradients are so much smaller that one norm for all would hold them still.
+        # Clipped apart from the weights: under a common norm the step sizes, of much smaller gradients, would not move.
         optimizer = make_optimizer([others, steps], self.learning_rate)
         batches = shuffled_batches(chosen.samples, size, generator)
         for step in range(self.steps):
@@ -164,7 +164,7 @@ class LIMPQ:
 
 @dataclass(frozen=True)
 class StepMeasure:
-    """Learned step sizes by site and bit-width."""
+    """Reads the learned step sizes by site and bit-width."""
 
     learned: Mapping[tuple[str, int], float]
     run_bytes: int = 0
@@ -172,7 +172,7 @@ class StepMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """What was learned for every site."""
+        """Return the learned step size of every (site, bit-width)."""
         measured = []
         for site in sites:
             for bits in site.bits:
@@ -182,7 +182,7 @@ class StepMeasure:
 
 
 class _Indicator(nn.Module):
-    """The quantizers of one site, a bit-width each; ``bits`` is the one in use."""
+    """The quantizers of one site, one per bit-width; ``bits`` is the bit-width in use."""
 
     def __init__(self, site: QuantSite, quantizers: Mapping[int, LearnedStepQuantizer]) -> None:
         super().__init__()
@@ -202,14 +202,14 @@ class _Indicator(nn.Module):
 
 
 class _Magnitude(nn.Module):
-    """Passes an activation through and keeps its mean magnitude."""
+    """Returns an activation unchanged and records its mean magnitude."""
 
     def __init__(self, site: QuantSite) -> None:
         super().__init__()
         self.site, self.mean = site, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` itself."""
+        """Return ``x`` unchanged."""
         self.mean = float(x.detach().abs().mean())
         return x
 
@@ -223,7 +223,7 @@ def _indicators(module: fx.GraphModule) -> list[_Indicator]:
 
 
 def _indicator_copy(prepared: PreparedModel, first: Mapping[tuple[str, int], float]) -> fx.GraphModule:
-    """A trainable copy with indicators, which begin at given steps, at the searched sites and 8 bits at the others."""
+    """A trainable copy with indicators of given initial step sizes at searched sites, and 8 bits at the others."""
     searched = {site.name for site in _searched(prepared)}
 
     def make(quantizer: Quantizer) -> nn.Module:
@@ -235,7 +235,7 @@ def _indicator_copy(prepared: PreparedModel, first: Mapping[tuple[str, int], flo
             calibrated = quantizer.qparams_at(bits)
             spec = QuantSpec(bits=bits, symmetric=calibrated.spec.symmetric)
             step = calibrated.scale.new_tensor(first[site.name, bits])
-            # A weight's zero points are all 0, an activation has one.
+            # A weight's zero points are all 0; an activation has only one.
             quantizers[bits] = LearnedStepQuantizer(site, QParams(spec, step, calibrated.zero_point.flatten()[0]))
         return _Indicator(site, quantizers)
 
@@ -243,7 +243,7 @@ def _indicator_copy(prepared: PreparedModel, first: Mapping[tuple[str, int], flo
 
 
 def _first_steps(prepared: PreparedModel, batch: Labelled, initial: str) -> dict[tuple[str, int], float]:
-    """Where the steps begin, by searched site and bit-width."""
+    """Initial step sizes by searched site and bit-width."""
     searched = {site.name for site in _searched(prepared)}
     magnitudes = _mean_magnitudes(prepared, batch) if initial == "statistics" else {}
     steps = {}

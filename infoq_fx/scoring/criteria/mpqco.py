@@ -1,4 +1,4 @@
-"""MPQCO: the second-order change of the loss, by the gradients of single samples."""
+"""MPQCO: the second-order change of the loss, from per-sample gradients."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _CHANGE = "loss_change_nats"
 
 @dataclass(frozen=True)
 class MPQCO:
-    """Second-order change of the loss under the error of a layer's weights, in nats a sample.
+    """Second-order change of the loss under the error of a layer's weights, in nats per sample.
 
     ``mean over samples of (g_n . d)^2 / 2`` with d = Q(w) - w and g_n the gradient of sample n's cross-entropy in the
     float model: the quadratic term d' H d / 2 of the loss's Taylor expansion with H in Gauss-Newton form. The loss is
     -log p of the label's probability, whose second derivative by p is 1 / p^2, so that H is the mean of g_n g_n'.
-    The linear term is left out, as of a trained model. The standard error is over the samples. Activations are not
-    scored.
+    The linear term is left out, since it is small for a trained model. The standard error is over the samples.
+    Activations are not scored.
 
     Cost: one forward and one backward pass of ``samples`` samples, one at a time, for all layers and bit-widths
     together; labels, or the model's own predictions. Memory: the errors of all weights at all their bit-widths.
@@ -55,7 +55,7 @@ class MPQCO:
         check_count("samples", self.samples, 1)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """The number of samples."""
+        """Return the number of samples."""
         return {"measure": "Gauss-Newton change of the loss", "gradient_samples": self.samples}
 
     def begin(
@@ -64,13 +64,13 @@ class MPQCO:
         """Run every sample through the float model, forward and backward.
 
         Raises:
-            CalibrationDataError: no data, or labels that are no classes of the model.
+            CalibrationDataError: there is no data, or a label is not a class of the model.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
         return ChangeMeasure(_measure_changes(prepared, chosen, run_options))
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The mean change and its standard error."""
+        """Return the mean change and its standard error."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             value, error = found.values[_CHANGE], found.values[f"{_CHANGE}:standard_error"]
@@ -80,7 +80,7 @@ class MPQCO:
 
 @dataclass(frozen=True)
 class ChangeMeasure:
-    """Mean changes of the loss with their standard errors, by site and bit-width."""
+    """Reads the mean changes of the loss and their standard errors by site and bit-width."""
 
     changes: Mapping[tuple[str, int], tuple[float, float]]
     run_bytes: int = 0
@@ -88,7 +88,7 @@ class ChangeMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """What was found for every weight site; activation sites are left out."""
+        """Return the change of every weight site at every bit-width; activation sites are skipped."""
         measured = []
         for site in sites:
             for bits in site.bits if site.kind == "weight" else ():
@@ -126,7 +126,7 @@ def _project(
 ) -> Iterator[Tensor]:
     """Gradients of each sample's loss times all weight errors, float64 ``[runs]``.
 
-    A graph that is fixed to a batch runs it whole, forward once and backward for every sample.
+    A graph with a fixed batch size runs the whole batch forward once, and backward for every sample.
     """
     with with_gradients():
         losses = losses_of(module, batch)[0]

@@ -1,4 +1,4 @@
-"""OMPQ: layers whose outputs are like those of many others get fewer bits."""
+"""OMPQ: layers whose outputs resemble those of many other layers get fewer bits."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _GROUP_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class OMPQ:
-    """How little a layer's output shares with the outputs of the others, times the bits that it is short of 8.
+    """Orthogonality of a layer's output to those of the other layers, times the bits below 8.
 
     ``ORM_ij = |F_j' F_i|^2 / (|F_i' F_i| |F_j' F_j|)`` with F_i the flattened outputs of layer i, ``[samples,
-    values]``; ``gamma_i = sum of ORM_ij over j, less 1`` and ``theta_i = exp(-beta * gamma_i)``. The source maximises
-    ``sum of b_i * m_i`` with m_i the mean of theta over layer i and all layers behind it, in graph order. The score
-    ``(8 - b_i) * m_i`` has its minimum at the same bit-widths under any budget; theta is taken relative to its
-    largest value, which moves no minimum and keeps small numbers from vanishing. Unit: bits. It says nothing of the
-    weights' own error, nor of anything but the order of layers at equal bits. Activations are not scored.
+    values]``; ``gamma_i = sum of ORM_ij over j, minus 1`` and ``theta_i = exp(-beta * gamma_i)``. The source maximises
+    ``sum of b_i * m_i`` with m_i the mean of theta over layer i and all layers after it, in graph order. The score
+    ``(8 - b_i) * m_i`` has its minimum at the same bit-widths under any budget; theta is relative to its largest
+    value, which changes no minimum and avoids underflow. Unit: bits. The score does not depend on the weights' own
+    error; it only ranks the layers at equal bits. Activations are not scored.
 
-    Cost: one forward pass of ``samples`` samples of the 8-bit model (a few where the outputs of all layers do not fit
+    Cost: one forward pass of ``samples`` samples of the 8-bit model (a few if the outputs of all layers do not fit
     into 256 MiB), no backward pass, no labels. No standard error.
 
     Args:
-        beta: how much is made of differences.
+        beta: how strongly differences of orthogonality count.
         samples: spread evenly over the data.
-        is_centred: outputs less their mean over the samples, as the authors' code has them; False takes the
-            definition by the letter.
+        is_centred: subtract the outputs' mean over the samples, as the authors' code does; False follows the paper's
+            definition literally.
 
     Reference:
         "OMPQ: Orthogonal Mixed Precision Quantization", arXiv 2109.07865, Section 3; code at MAC-AutoML/OMPQ.
@@ -60,7 +60,7 @@ class OMPQ:
             raise OptionError(f"beta={self.beta!r}; give a number of at least 0")
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """All options."""
+        """Return all options."""
         return {
             "measure": "orthogonality",
             "beta": self.beta,
@@ -74,7 +74,7 @@ class OMPQ:
         """Run the samples and compare the outputs of all layers.
 
         Raises:
-            CalibrationDataError: no data.
+            CalibrationDataError: there is no data.
         """
         chosen = spread_samples(self.name, prepared, data, self.samples)
         grams = _output_grams(prepared, chosen, batch_size, run_options)
@@ -82,7 +82,7 @@ class OMPQ:
         return ImportanceMeasure(dict(zip(grams, weigh(orm, self.beta).tolist(), strict=True)))
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The bits short of 8 times the importance."""
+        """Return the bits below 8 times the importance."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             short = BASELINE_BITS - found.bits
@@ -92,7 +92,7 @@ class OMPQ:
 
 @dataclass(frozen=True)
 class ImportanceMeasure:
-    """The importance of every weight site: the same at all its bit-widths."""
+    """Reads the importance of every weight site, the same at all its bit-widths."""
 
     importance: Mapping[str, float]
     run_bytes: int = 0
@@ -100,7 +100,7 @@ class ImportanceMeasure:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """What was found for every weight site; activation sites are left out."""
+        """Return the importance of every weight site; activation sites are skipped."""
         measured = []
         for site in sites:
             for bits in site.bits if site.kind == "weight" else ():
@@ -110,11 +110,11 @@ class ImportanceMeasure:
 
 
 def orthogonality(grams: Tensor, *, is_centred: bool) -> Tensor:
-    """ORM between layers, float64 ``[layers, layers]``; a layer whose outputs do not vary is like no other.
+    """Return the ORM between layers, float64 ``[layers, layers]``; it is 0 for a layer whose outputs do not vary.
 
     Args:
-        grams: products of the outputs of every two samples, ``[layers, samples, samples]``.
-        is_centred: whether the outputs' mean over the samples is taken off.
+        grams: Gram matrices of the outputs over samples, ``[layers, samples, samples]``.
+        is_centred: whether to subtract the outputs' mean over the samples.
     """
     held = grams.double()
     if is_centred:
@@ -128,7 +128,7 @@ def orthogonality(grams: Tensor, *, is_centred: bool) -> Tensor:
 
 
 def weigh(orm: Tensor, beta: float) -> Tensor:
-    """Mean importance ``exp(-beta * gamma)`` of each layer and those behind it, relative to the largest importance."""
+    """Return the mean importance ``exp(-beta * gamma)`` of each layer and those after it, relative to the largest."""
     gamma = orm.sum(1) - 1
     theta = torch.exp(-beta * (gamma - gamma.min()))
     return theta.flip(0).cumsum(0).flip(0) / torch.arange(len(theta), 0, -1)
@@ -137,7 +137,7 @@ def weigh(orm: Tensor, beta: float) -> Tensor:
 def _output_grams(
     prepared: PreparedModel, data: CalibrationData, batch_size: int, run_options: RunOptions
 ) -> dict[str, Tensor]:
-    """Products of the outputs of every two samples, by weight site in graph order; over all uses of a shared weight."""
+    """Gram matrices of the outputs by weight site, in graph order; summed over all uses of a shared weight."""
     users = {quantizer.site.name: list(node.users) for node, quantizer in prepared.quantizer_nodes()}
     names = [site.name for site in prepared.inventory.sites if site.kind == "weight"]
     left = list(dict.fromkeys(node for name in names for node in users[name]))
@@ -152,7 +152,7 @@ def _output_grams(
 def _read_outputs(
     prepared: PreparedModel, data: CalibrationData, nodes: Sequence[fx.Node], batch_size: int, run_options: RunOptions
 ) -> dict[fx.Node, Tensor]:
-    """Outputs ``[samples, values]`` of the first nodes, of as many as fit: at least one."""
+    """Outputs ``[samples, values]`` of as many of the first nodes as fit into memory, at least one."""
     parts: dict[fx.Node, dict[int, Tensor]] = {}
 
     def read(start: int, values: Mapping[fx.Node, Any]) -> None:
@@ -165,7 +165,7 @@ def _read_outputs(
                     break
                 parts[node] = {}
         for node, by_start in parts.items():
-            value = values[node].detach().float()  # of fixed positions: the same for every sample
+            value = values[node].detach().float()  # without a batch dimension it is the same for every sample
             by_start[start] = value.reshape(count if len(value) == count else 1, -1).expand(count, -1)
 
     run_whole(prepared, data, set(nodes), read, batch_size=batch_size, run_options=run_options)

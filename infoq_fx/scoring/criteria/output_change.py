@@ -1,4 +1,4 @@
-"""Criteria that read one number of what quantizing a site does to the outputs."""
+"""Criteria that score one measured value of how quantizing a site changes the outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Accuracy", "Loss", "OutputCriterion", "OutputKL", "OutputSQNR"]
 
 @dataclass(frozen=True)
 class OutputCriterion:
-    """What criteria have in common that read one value of :class:`OutputMeasure`: ``measured`` is its key."""
+    """Base of criteria that score one value of :class:`OutputMeasure`, whose key is ``measured``."""
 
     samples: int | None = 1024
     name: str = ""
@@ -35,7 +35,7 @@ class OutputCriterion:
     runs_weights: ClassVar[bool] = True
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Nothing of its own decides: all criteria of this kind share their measurements."""
+        """Return the description that all criteria of this kind share, with their measurements."""
         return DESCRIPTION
 
     def begin(
@@ -45,7 +45,7 @@ class OutputCriterion:
         return measure_outputs(self.name, prepared, data, batch_size=batch_size, run_options=run_options)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """The measured mean, never below 0, and its standard error over the samples."""
+        """Return the measured mean, at least 0, and its standard error over the samples."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             value, error = found.values[self.measured], found.values[f"{self.measured}:standard_error"]
@@ -57,13 +57,13 @@ class OutputCriterion:
 class Accuracy(OutputCriterion):
     """Drop of the top-1 accuracy against the 8-bit baseline, in points; 0 where it rises.
 
-    Labels are the data's, or the baseline's own predictions where it has none: then it is the share of predictions that
-    change.
+    Labels are the data's, or the baseline's own predictions if it has none: then the score is the share of predictions
+    that change.
 
-    Cost: one partial forward pass a (site, bit-width), no backward pass; labels where there are any.
+    Cost: one partial forward pass per (site, bit-width), no backward pass; labels if there are any.
 
     Args:
-        samples: looked at, at most, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all.
 
     Reference:
         The quantity that the InfoQ paper correlates its criterion with (Section 4, Fig. 1).
@@ -75,17 +75,17 @@ class Accuracy(OutputCriterion):
 
 @dataclass(frozen=True)
 class Loss(OutputCriterion):
-    """Mean increase of the cross-entropy against the 8-bit baseline, in nats a sample; 0 where it falls.
+    """Mean increase of the cross-entropy against the 8-bit baseline, in nats per sample; 0 where it falls.
 
-    Labels are the data's, or the baseline's own predictions where it has none.
+    Labels are the data's, or the baseline's own predictions if it has none.
 
-    Cost: one partial forward pass a (site, bit-width), no backward pass; labels where there are any.
+    Cost: one partial forward pass per (site, bit-width), no backward pass; labels if there are any.
 
     Args:
-        samples: looked at, at most, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all.
 
     Reference:
-        The direct form of what HAWQ-V2 (arXiv 1911.03852, Eq. 3) and MPQCO (arXiv 2110.06554) approximate.
+        The quantity that HAWQ-V2 (arXiv 1911.03852, Eq. 3) and MPQCO (arXiv 2110.06554) approximate.
     """
 
     name: str = "loss"
@@ -94,15 +94,16 @@ class Loss(OutputCriterion):
 
 @dataclass(frozen=True)
 class OutputKL(OutputCriterion):
-    """Mean KL divergence of the perturbed outputs from the baseline's, in nats a sample.
+    """Mean KL divergence of the perturbed outputs from the baseline's, in nats per sample.
 
     KL(p || q) with p the softmax of the 8-bit baseline's logits and q that of the perturbed run. By the bound of Barber
-    and Agakov it is the loss of I(L; Y) that the network's own head can decode, with Y drawn from the baseline.
+    and Agakov it is the loss of the part of I(L; Y) that the rest of the network can decode, with Y drawn from the
+    baseline.
 
-    Cost: one partial forward pass a (site, bit-width), no backward pass, no labels.
+    Cost: one partial forward pass per (site, bit-width), no backward pass, no labels.
 
     Args:
-        samples: looked at, at most, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all.
 
     Reference:
         "The IM Algorithm: A Variational Approach to Information Maximization", Barber and Agakov, NIPS 2003, Eq. 3;
@@ -117,13 +118,13 @@ class OutputKL(OutputCriterion):
 class OutputSQNR(OutputCriterion):
     """Power of the logits' error over power of the logits: the inverse of the signal-to-quantization-noise ratio.
 
-    E|z - z'|^2 / E|z|^2, a ratio of powers without a unit (SQNR in dB is -10 log10 of it); unlike decibels it adds up
+    E|z - z'|^2 / E|z|^2, a ratio of powers without a unit (SQNR in dB is -10 log10 of it). Unlike decibels it adds up
     over layers with independent errors.
 
-    Cost: one partial forward pass a (site, bit-width), no backward pass, no labels.
+    Cost: one partial forward pass per (site, bit-width), no backward pass, no labels.
 
     Args:
-        samples: looked at, at most, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all.
 
     Reference:
         "A Practical Mixed Precision Algorithm for Post-Training Quantization", arXiv 2302.05397, Section 3.

@@ -1,4 +1,4 @@
-"""Weight MSE: the error of the tensor itself."""
+"""Weight MSE: the relative squared error of the quantized weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["WeightMSE"]
 class WeightMSE:
     """Squared error of the quantized weights, summed over the layer and divided by the sum of squared weights.
 
-    |Q(w) - w|^2 / |w|^2, a ratio of powers without a unit, so that layers of any scale compare. Activations are not
-    scored.
+    |Q(w) - w|^2 / |w|^2, a ratio of powers without a unit, so that layers of any scale can be compared. Activations
+    are not scored.
 
     Cost: no forward pass, no data, no labels. The score is exact: its standard error is 0.
 
     Reference:
-        The plain reference: what the clip of least squared error minimises at every bit-width.
+        The simplest baseline: the error that the choice of weight scales minimises at every bit-width.
     """
 
     name: str = "weight_mse"
@@ -34,17 +34,17 @@ class WeightMSE:
     kinds: tuple[Kind, ...] = ("weight",)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
-        """Nothing beside the weights decides."""
+        """Return the kind of measurement; only the weights determine it."""
         return {"measure": "weight error"}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
     ) -> Measure:
-        """Nothing is shared."""
+        """Return the measure; sites share no computation."""
         return WeightErrorMeasure()
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Error power over weight power."""
+        """Return the squared error over the squared weights."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
             ratio = found.values["squared_error"] / max(found.values["squared_weight"], 1e-30)
@@ -54,14 +54,14 @@ class WeightMSE:
 
 @dataclass(frozen=True)
 class WeightErrorMeasure:
-    """Sums of squared errors and of squared weights of a site."""
+    """Measures sums of squared errors and of squared weights."""
 
     run_bytes: int = 0
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Both sums of every weight site; activation sites are left out."""
+        """Measure both sums of every weight site; activation sites are skipped."""
         measured = []
         for site, quantizer, weight in read_weights(prepared, sites):
             power = float(weight.double().square().sum())

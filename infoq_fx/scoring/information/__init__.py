@@ -1,1 +1,1 @@
-"""Mutual information: where it is measured, how it is estimated, and encoders of the inputs."""
+"""Mutual information: observers, estimators and encoders of the inputs."""

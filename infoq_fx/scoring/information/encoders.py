@@ -1,4 +1,4 @@
-"""Lossy compression of the inputs, X -> X_E, so that their information can be estimated (paper, Section 3)."""
+"""Encoders of the inputs, X -> X_E, with which their mutual information can be estimated (paper, Section 3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infoq_fx.errors import EncoderUnavailableError, OptionError, unknown_name_e
 __all__ = ["ENCODERS", "Encoder", "encode_inputs", "load_dinov2", "principal_components"]
 
 Encoder = Callable[[Tensor], Tensor]
-"""Takes one batch of the first input ``[samples, ...]``, returns features ``[samples, ...]``."""
+"""A function from one batch of the first input ``[samples, ...]`` to features ``[samples, ...]``."""
 
 _PATCH = 14
 _COMPONENT_SAMPLES = 2048
@@ -29,14 +29,14 @@ def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *
         inputs: tensors ``[samples, ...]`` by name.
         encoder: a callable on batches of the first input, a name in ``ENCODERS``, or None for the leading
             principal components of all inputs.
-        batch_size: samples the callable sees at once.
+        batch_size: samples per call of the callable.
 
     Returns:
         float32 ``[samples, features]`` on the CPU.
 
     Raises:
-        OptionError: an unknown name, or an encoder that returns no float tensor with one row a sample.
-        EncoderUnavailableError: a named encoder that cannot be loaded.
+        OptionError: the name is unknown, or the encoder does not return a float tensor with one row per sample.
+        EncoderUnavailableError: a named encoder cannot be loaded.
     """
     if encoder is None:
         return principal_components(inputs)
@@ -49,32 +49,32 @@ def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *
         parts = [encoder(batch) for batch in first.split(batch_size)]
     if not all(isinstance(p, Tensor) and p.is_floating_point() and p.ndim >= 2 for p in parts):
         raise OptionError(
-            "encoder returned no float matrix; return a float tensor [samples, features] for a batch of inputs"
+            "encoder did not return a float matrix; return a float tensor [samples, features] for a batch of inputs"
         )
     features = torch.cat([part.flatten(1).float().cpu() for part in parts])
     if features.shape[0] != first.shape[0] or not bool(torch.isfinite(features).all()):
         raise OptionError(
             f"encoder returned {features.shape[0]} rows for {first.shape[0]} samples, or values that are not finite; "
-            "return one finite row a sample"
+            "return one finite row per sample"
         )
     return features
 
 
 def principal_components(inputs: Mapping[str, Tensor], components: int = 32) -> Tensor:
-    """Scores of the samples on their leading principal components.
+    """Project the samples on their leading principal components.
 
     With more than 2,048 samples the components are those of the first 2,048.
 
     Args:
         inputs: tensors ``[samples, ...]`` by name; all of them are flattened and joined.
-        components: at most so many; fewer where there are fewer samples.
+        components: largest number of components; there are fewer if there are fewer samples.
 
     Returns:
-        float32 ``[samples, components]``, variances descending; signs fixed so that a run repeats.
+        float32 ``[samples, components]``, variances descending, with signs fixed for reproducibility.
     """
     samples = next(iter(inputs.values())).shape[0]
     used = min(samples, _COMPONENT_SAMPLES)
-    # Few samples of many pixels: the Gram matrix is the smaller of the two. A part of the pixels at a time.
+    # With few samples of many pixels, the Gram matrix is smaller than the covariance. Summed over parts of the pixels.
     gram = torch.zeros(used, used, dtype=torch.float64)
     for part in _centred_parts(inputs, used):
         gram += (part[:used] @ part[:used].T).double()
@@ -98,9 +98,9 @@ def _centred_parts(inputs: Mapping[str, Tensor], used: int) -> Iterator[Tensor]:
 
 
 def load_dinov2(name: str = "dinov2_vits14") -> Encoder:
-    """The paper's encoder: a DINOv2 vision transformer from torch hub, downloaded when this is called.
+    """Load the paper's encoder, a DINOv2 vision transformer, from torch hub (downloaded at the first call).
 
-    Images are resized to the nearest multiple of 14 pixels, at least 98, and must be normalised as ImageNet's.
+    Images are resized to the nearest multiple of 14 pixels, at least 98, and must be normalised as for ImageNet.
 
     Raises:
         EncoderUnavailableError: the hub cannot be reached and the model is not in its cache.
@@ -119,7 +119,7 @@ def load_dinov2(name: str = "dinov2_vits14") -> Encoder:
     logging.getLogger(__name__).info("loaded %s", name)
 
     def encode(images: Tensor) -> Tensor:
-        images = images.cpu()  # where the hub puts the model
+        images = images.cpu()  # torch hub loads the model on the CPU
         size = [max(7, round(side / _PATCH)) * _PATCH for side in images.shape[-2:]]
         resized = functional.interpolate(images, size=size, mode="bicubic", antialias=True)
         features: Tensor = model(resized)

@@ -1,7 +1,7 @@
-"""Compiled loops behind the estimators of mutual information: neighbours and counts, one slice after the other.
+"""Compiled loops of the mutual information estimators: nearest neighbours and counts, one slice after the other.
 
-No parallelism inside: the caller spreads slices over threads, which run side by side since every kernel releases
-the interpreter lock. A slice gives the same bits whatever is estimated beside it.
+The kernels are not parallel: the caller spreads slices over threads, which run in parallel since every kernel releases
+the GIL. The result of a slice does not depend on other slices.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Integers: TypeAlias = NDArray[np.integer[Any]]
 Number: TypeAlias = float | np.floating[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_LANES = 64  # points whose neighbours are sought together: the compiler makes vector instructions of them
+_LANES = 64  # points whose neighbours are searched together, so that the compiler vectorizes the loop
 _RANKS = 5  # nearest distances kept in registers; more neighbours take a slower path
-_CHUNK = 16  # neighbours looked at together where a point goes on alone
-_STRAGGLERS = 6  # lanes that may be unfinished when a block stops; they go on alone
-_STRIDE = 8  # steps between two looks at how many are unfinished
+_CHUNK = 16  # neighbours compared at a time when a single point is searched on its own
+_STRAGGLERS = 6  # a block stops when at most this many lanes are unfinished; these are searched on their own
+_STRIDE = 8  # steps between checks of how many lanes are unfinished
 
 
 def _jit_min(function: _Function) -> _Function:
-    # Without NaN a minimum is the same in any order; only then does the compiler vectorise it.
+    # Without NaN a minimum is the same in any order; the compiler vectorizes it only with these flags.
     return jit(function, fastmath={"nnan", "nsz", "reassoc"})
 
 
@@ -51,15 +51,15 @@ def sum_ksg_terms(
     k: int,
     psi: Floats,
 ) -> Floats:
-    """What the samples of every slice add to the estimate of Kraskov et al., Eq. 8, without psi(samples).
+    """Sum the samples' terms in the estimate of Kraskov et al., Eq. 8, without psi(samples), for every slice.
 
     Args:
         ascending: ``[slices or 1, samples]``, x.
-        order: of the same shape: where ``ascending`` comes from; where x has copies, ascending in y.
+        order: of the same shape: the sample index of each value of ``ascending``; among equal x, ascending in y.
         deviations: ``[slices or 1]``, standard deviations of x.
         y: ``[slices or 1, samples]``.
         y_ascending: y sorted.
-        scales: ``[slices or 1]``, powers of two to multiply y with.
+        scales: ``[slices or 1]``, powers of two that y is multiplied by.
         k: below the number of samples.
         psi: ``[samples + 1]``, the digamma function of 0, 1, ...
 
@@ -94,7 +94,7 @@ def sum_ksg_terms(
 
 @jit
 def order_copies(ascending: Floats, y: Floats, order: Integers) -> None:
-    """Within every run of equal x, put ``order`` ``[slices, samples]`` into that of y: copies lie side by side."""
+    """Sort ``order`` ``[slices, samples]`` by y within every run of equal x, so that copies are adjacent."""
     for s in range(len(order)):
         x, values, start = ascending[s % len(ascending)], y[s % len(y)], 0
         for i in range(1, len(x) + 1):
@@ -107,7 +107,7 @@ def order_copies(ascending: Floats, y: Floats, order: Integers) -> None:
 
 @jit
 def deviation(values: Floats) -> float:
-    """Standard deviation; summed in eight parts, which is the same on every processor."""
+    """Return the standard deviation, summed in eight parts so that it is the same on every processor."""
     size, total = len(values), np.zeros(8)
     for pass_ in range(2):
         mean = total.sum() / size if pass_ else 0.0
@@ -123,7 +123,7 @@ def deviation(values: Floats) -> float:
 
 @jit
 def _make_room(samples: int, like: Floats) -> tuple[Floats, Floats, Integers, int]:
-    """The plane and a band of it, x above y, with room for infinities around x; and places in the plane."""
+    """Buffers for the plane and a band of it, x above y, padded by infinities in x; and indices into the plane."""
     pad = samples + _CHUNK + 2 * _STRIDE
     size = samples + 2 * pad + _LANES
     return np.zeros((2, size), like.dtype), np.zeros((2, size), like.dtype), np.empty(samples + 1, np.int64), pad
@@ -140,7 +140,7 @@ def _find_kth_distances(
     distances: Floats,
     inside: Integers,
 ) -> None:
-    """Distances to the k-th neighbours under the maximum norm, and how many samples lie strictly inside.
+    """Distances to the k-th neighbours under the maximum norm, and how many samples are strictly closer.
 
     A block of points that follow each other in x is compared with the points 1, 2, ... places before and behind
     all at once. So that these are few, the plane is cut into bands of y, each searched with a margin to both
@@ -164,7 +164,7 @@ def _find_kth_distances(
 
 @jit
 def _count_copies(x: Floats, paired: Floats, distances: Floats, inside: Integers) -> None:
-    """Where the k-th distance is 0 the copies of the sample count, itself included: they lie side by side."""
+    """Where the k-th distance is 0, count the copies of the sample, itself included; they are adjacent."""
     start, samples = 0, len(x)
     while start < samples:
         stop = start + 1
@@ -177,7 +177,7 @@ def _count_copies(x: Floats, paired: Floats, distances: Floats, inside: Integers
 
 @jit
 def _set_limits(distances: Floats) -> None:
-    """What lies nearer than this is counted: copies at distance 0; nothing that only rounding has made nearer."""
+    """Limits below which samples are counted: copies at distance 0, and none that only rounding made closer."""
     info = np.finfo(distances.dtype)
     shrink = distances.dtype.type(1 - 64 * info.eps)
     for i in range(len(distances)):
@@ -186,13 +186,13 @@ def _set_limits(distances: Floats) -> None:
 
 @jit
 def _count_within(values: Floats, points: Floats, limits: Floats, ratio: Number, counts: Integers) -> None:
-    """How many of the ascending values are less than ``limit / ratio`` away from each point, one of them."""
+    """Count the ascending values less than ``limit / ratio`` away from each point, which is one of them."""
     one, size, last = np.uint32(1), np.uint32(len(points)), counts
     first, reach = np.zeros(len(points), np.uint32), limits / ratio
     last[:] = 0
     while size > 0:
         half = max(size >> one, one)
-        for i in range(len(points)):  # bisection with points innermost: the compiler needs no branch
+        for i in range(len(points)):  # bisection with the loop over points innermost is branch-free
             a, b = first[i], last[i]
             first[i] = a + half if points[i] - values[a + half - one] >= reach[i] else a
             last[i] = b + half if values[b + half - one] - points[i] < reach[i] else b
@@ -203,10 +203,10 @@ def _count_within(values: Floats, points: Floats, limits: Floats, ratio: Number,
 
 @jit
 def _fill_band(plane: Floats, pad: int, samples: int, low: Number, high: Number, band: Floats, places: Integers) -> int:
-    """Copy the points with ``low <= y <= high`` behind the same padding; their places in the plane."""
+    """Copy the points with ``low <= y <= high`` after the same padding, with their indices in the plane."""
     x, y = plane[0, pad : pad + samples], plane[1, pad : pad + samples]
     band_x, band_y, count = band[0, pad:], band[1, pad:], 0
-    for i in range(samples):  # store first, count afterwards: no branch
+    for i in range(samples):  # store first and count afterwards, without a branch
         band_x[count], band_y[count], places[count] = x[i], y[i], i
         count += (y[i] >= low) & (y[i] <= high)
     band[0, :pad], band_x[count:] = -np.inf, np.inf
@@ -263,7 +263,7 @@ def _search_band(
 def _search_alone(
     x: Floats, y: Floats, i: int, done: int, low: Number, high: Number, ratio: Number, nearest: Floats
 ) -> None:
-    """Go to both sides from ``done`` places on, until the difference in x alone reaches the k-th distance.
+    """Search on both sides, from ``done`` places on, until the difference in x alone reaches the k-th distance.
 
     Only points with y below ``low`` or above ``high`` count; all others are known already.
     """
@@ -326,7 +326,7 @@ def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: Number, n: Floats
 
 @jit
 def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: Number, ranks: Floats, displaced: Floats) -> None:
-    """The same for any number of ranks: two candidates a lane are handed from rank to rank."""
+    """The same for any number of ranks: two candidates per lane are passed from rank to rank."""
     left, right = displaced[0], displaced[1]
     for step in range(done + 1, done + _STRIDE + 1):
         for i in range(_LANES):
@@ -343,7 +343,7 @@ def _sweep_many(x: Floats, y: Floats, start: int, done: int, ratio: Number, rank
 
 @jit
 def _count_unfinished(x: Floats, start: int, step: int, kth: Floats) -> int:
-    """Lanes that may have a nearer neighbour beyond ``step`` places: the difference in x alone does not exceed."""
+    """Lanes that may have a closer neighbour beyond ``step`` places, by the difference in x alone."""
     count, centre = 0, x[start : start + _LANES]
     before, behind = x[start - step : start - step + _LANES], x[start + step : start + step + _LANES]
     for i in range(_LANES):
@@ -358,7 +358,7 @@ def _count_unfinished(x: Floats, start: int, step: int, kth: Floats) -> int:
 def sum_ross_terms(
     ascending: Floats, order: Integers, classes: Integers, sizes: Integers, k: int, psi: Floats
 ) -> Floats:
-    """What the samples of every slice add to the estimate of Ross, without psi(samples).
+    """Sum the samples' terms in the estimate of Ross, without psi(samples), for every slice.
 
     Args:
         ascending: ``[slices, samples]``, x.
@@ -398,10 +398,10 @@ def sum_ross_terms(
 
 @jit
 def _find_kth_in_class(values: Floats, k: int, distances: Floats, inside: Integers) -> None:
-    """Distances to the k-th neighbours among ascending values, and how many lie strictly inside."""
+    """Distances to the k-th neighbours among ascending values, and how many are strictly closer."""
     shrink, size = values.dtype.type(1 - 64 * np.finfo(values.dtype).eps), len(values)
     for i in range(size):
-        best = values.dtype.type(np.inf)  # over the windows of k + 1 values that hold this one
+        best = values.dtype.type(np.inf)  # over the windows of k + 1 values that contain this one
         for low in range(max(0, i - k), min(i, size - 1 - k) + 1):
             best = min(best, max(values[i] - values[low], values[low + k] - values[i]))
         distances[i] = best

@@ -1,4 +1,4 @@
-"""The measuring half of InfoQ: runs the sites of a block and estimates what their observers' information lost."""
+"""Measures sliced mutual information at observers: runs the sites of a block and estimates how it changes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The estimators' k: of KSG, and of Ross within a class."""
+    """Number of neighbours k of the estimators: of KSG, and of Ross within a class."""
 
     ksg: int
     ross: int
@@ -56,7 +56,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class _Place:
-    """A node whose value is projected: its first name, the directions ``[features, slices]``, what is measured.
+    """A node whose value is projected: its first name, the directions ``[features, slices]``, what is measured there.
 
     ``inputs`` are the projections of X_E for observers of input information, by observer name, sorted once.
     ``baseline`` is the information of the 8-bit baseline per slice, in nats, by ``"measure:observer"``.
@@ -70,9 +70,9 @@ class _Place:
 
 @dataclass(frozen=True)
 class InformationMeasure:
-    """Measures blocks of sites; holds the baseline, the projections of X and the classes, all made once.
+    """Measures blocks of sites; holds the baseline, the projections of X_E and the classes, all computed once.
 
-    ``reads_output`` says whether runs go on to the output, to be compared with the baseline's.
+    ``reads_output`` says whether runs continue to the output, which is then compared with the baseline's.
     """
 
     places: tuple[_Place, ...]
@@ -84,14 +84,14 @@ class InformationMeasure:
 
     @property
     def run_bytes(self) -> int:
-        """The projections at all places, float32, and what is kept of the outputs."""
+        """Bytes of a run's projections, float32, and of what is kept of its outputs."""
         slices: int = sum(place.directions.shape[1] for place in self.places)
         return len(self.outputs.labels) * (OutputRecord.SAMPLE_BYTES + 4 * slices)
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
-        """Per observer: baseline SMI, its absolute change and the change's standard error, in nats."""
+        """Measure baseline SMI, its absolute change and the change's standard error per observer, in nats."""
         if data is None:
             raise CalibrationDataError(
                 "InfoQ needs calibration data, found none; give some, or take criterion='weight_mse'"
@@ -140,7 +140,7 @@ class InformationMeasure:
         return {named[place.name]: place for place in self.places}
 
     def _unchanged(self, prepared: PreparedModel, site: str) -> dict[str, float]:
-        """What is measured of a site at 8 bits, where nothing is perturbed: no change downstream."""
+        """The values of a site at 8 bits, where nothing is perturbed: no change downstream."""
         nodes = self._nodes(prepared)
         downstream = set(plan_perturbed_run(prepared, site, set(nodes)).nodes)
         values = OutputRecord(self.outputs).summarize() if self.reads_output else {}
@@ -162,7 +162,7 @@ class InformationMeasure:
         return values
 
 
-_ESTIMATE_SHARE = 0.3  # of the work on a (site, bit-width), about; only the progress bar asks
+_ESTIMATE_SHARE = 0.3  # approximate share of the time of a (site, bit-width); used by the progress bar only
 
 
 class _Projections:
@@ -173,9 +173,9 @@ class _Projections:
         self.found: dict[fx.Node, Floats] = {}
 
     def add(self, node: fx.Node, features: Tensor, start: int) -> None:
-        """Keep the projections of ``features [samples from start on, features]``."""
+        """Store the projections of ``features [samples from start on, features]``."""
         directions = self.places[node].directions
-        empty = np.empty((directions.shape[1], self._samples), np.float32)  # takes memory where written only
+        empty = np.empty((directions.shape[1], self._samples), np.float32)  # uses memory only where written
         out = self.found.setdefault(node, empty)[:, start : start + len(features)]
         if features.device.type == "cpu":
             project_rows(features.contiguous().numpy(), directions, out)
@@ -184,7 +184,7 @@ class _Projections:
 
 
 class _Record:
-    """What one run leaves of the values it passes: projections, and what became of the outputs."""
+    """What is kept of one run: projections at the observers, and the change of the outputs."""
 
     def __init__(self, places: Mapping[fx.Node, _Place], output: fx.Node, outputs: Outputs) -> None:
         self._output = output
@@ -213,18 +213,18 @@ def measure_baseline(
     reads_output: bool,
     run_options: RunOptions,
 ) -> InformationMeasure:
-    """One run of the 8-bit baseline over all samples: its information, and what all sites are compared with.
+    """Run the 8-bit baseline over all samples, and compute what all sites are compared with.
 
     Args:
         prepared: calibrated.
         data: by the model's input names.
         observers: what is measured, and at which node.
         features: X_E, ``[samples, features]``.
-        slices: random directions a place.
+        slices: random directions per observed tensor.
         neighbours: of the estimators.
         seed: of directions and class groups.
-        batch_size: samples a run.
-        reads_output: whether perturbed runs go on to the output also where nothing observes it.
+        batch_size: samples per run.
+        reads_output: whether perturbed runs continue to the output even if no observer needs it.
         run_options: threads and progress.
     """
     output = first_output(prepared)
@@ -235,7 +235,7 @@ def measure_baseline(
     def read(start: int, values: Mapping[fx.Node, Any]) -> None:
         logits[start // batch_size] = class_logits(values[output]).cpu()
         pooled = {node: pool_features(values[node], node).float() for node in names}
-        if not record.places:  # the first batch tells how many features there are
+        if not record.places:  # the first batch determines the number of features
             record.places = {
                 node: _Place(name, unit_projections(pooled[node].shape[1], slices, _mix(seed, name)), {}, {})
                 for node, name in names.items()
@@ -292,7 +292,7 @@ def _estimate_information(
 
 
 def group_labels(prepared: PreparedModel, labels: Tensor, logits: Tensor, seed: int) -> NDArray[np.int64]:
-    """Y: the labels, or the baseline's predictions; grouped where there are too few samples of a class."""
+    """Return Y: the labels or the baseline's predictions, with classes grouped if there are too few samples of each."""
     classes = labels.unique()
     if len(classes) * _MIN_SAMPLES_PER_CLASS <= len(labels):
         return np.asarray(labels.numpy())
@@ -307,7 +307,7 @@ def group_labels(prepared: PreparedModel, labels: Tensor, logits: Tensor, seed: 
 
 
 def _class_rows(prepared: PreparedModel, logits: Tensor) -> Tensor:
-    """A vector a class: its row in the classifier, or its logits over the samples."""
+    """One vector per class: its row in the classifier, or its logits over the samples."""
     for node, quantizer in prepared.quantizer_nodes():
         site = quantizer.site
         if site.name == prepared.classifier and len(site.shape) == 2 and site.channel_axis == 0:

@@ -1,4 +1,4 @@
-"""Where information is measured: the paper's heuristic, names the user gave, and how a value is pooled."""
+"""Chooses the observers where information is measured, and pools their values to feature vectors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _INTERMEDIATE = 3
 
 
 def choose_default_observers(prepared: PreparedModel) -> dict[Observer, fx.Node]:
-    """The paper's heuristic: task information at the end of the network, input information half-way.
+    """Choose observers by the paper's heuristic: task information at the end, input information in the middle.
 
-    Task information at the classifier's input (global pooling, where there is one) and at the logits; input
+    Task information is measured at the classifier's input (global pooling, if there is one) and at the logits; input
     information at three intermediate blocks, evenly spread over the second and third quarter of the depth.
 
     Reference:
@@ -44,10 +44,10 @@ def choose_default_observers(prepared: PreparedModel) -> dict[Observer, fx.Node]
 def find_observers(
     prepared: PreparedModel, wanted: Sequence[Observer | str] | Literal["auto"]
 ) -> dict[Observer, fx.Node]:
-    """Observers by name: both measures for a bare name; ``"auto"`` is every named place, one name each.
+    """Find observers by name: both measures for a bare name; ``"auto"`` is every named tensor, under one name each.
 
     Raises:
-        OptionError: no observer at all, an unknown name, or an unknown measure.
+        OptionError: there is no observer, or a name or a measure is unknown.
     """
     named = prepared.observer_nodes()
     if wanted == "auto":
@@ -68,10 +68,10 @@ def find_observers(
 
 
 def pool_features(value: Tensor, node: fx.Node) -> Tensor:
-    """``[samples, features]`` from an activation: maps averaged over space, sequences over their tokens.
+    """Pool an activation to ``[samples, features]``: maps averaged over space, sequences over their tokens.
 
     Four and more dimensions are ``[samples, channels, ...]``; three are ``[samples, tokens, features]``, or
-    ``[samples, channels, length]`` where a 1-D convolution made them.
+    ``[samples, channels, length]`` after a 1-D convolution.
     """
     if value.ndim <= 2:
         return value.reshape(value.shape[0], -1)
@@ -90,7 +90,7 @@ def _is_from_conv1d(node: fx.Node) -> bool:
 
 
 def _blocks(prepared: PreparedModel, named: dict[str, fx.Node]) -> list[str]:
-    """Names of places between input and classifier, in graph order: outputs of modules that hold layers."""
+    """Names of observers between input and classifier, in graph order: outputs of modules that contain layers."""
     paths = [site.name for site in prepared.inventory.sites if site.kind == "weight"]
     order = {node: index for index, node in enumerate(prepared.graph_module.graph.nodes)}
     last = named[_OUTPUT]
