@@ -1,5 +1,7 @@
 """The file is checked by running it: onnxruntime beside the quantized module."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -84,13 +86,16 @@ MODELS = {
 }
 
 
-def slowly(*values):
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def all_of(quick, *ranges):
+    """Every combination, all but the quick ones slow."""
+    for values in itertools.product(*ranges):
+        yield pytest.param(*values, marks=[] if values in quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("bits", [5, *slowly(2, 8)])
-@pytest.mark.parametrize("activation_bits", [8, 4])
-@pytest.mark.parametrize("name", MODELS)
+ROUTES = {("residual", 5, 8), ("mixed", 5, 4), ("shared", 5, 8), ("grouped", 5, 4)}
+
+
+@pytest.mark.parametrize(("name", "bits", "activation_bits"), all_of(ROUTES, MODELS, (2, 5, 8), (4, 8)))
 def test_onnxruntime_computes_what_the_module_computes(name, bits, activation_bits, tmp_path):
     build, inputs = MODELS[name]
     quantized = quantize_by_hand(build(), [(tuple(inputs), None)], bits, activation_bits)
@@ -236,12 +241,19 @@ def held_tensors(path):
     return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
 
 
-@pytest.mark.parametrize("bits", [2, 8, *slowly(3, 4, 5)])
-@pytest.mark.parametrize("container", ["int8", "packed", "int2"])
-def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
+@functools.cache
+def mixed_of(bits):
     torch.manual_seed(bits)
     images = torch.randn(24, 3, 9)
-    quantized = quantize_by_hand(Mixed(), images, bits)
+    return quantize_by_hand(Mixed(), images, bits), images
+
+
+CONTAINERS = {("int8", 8), ("packed", 2), ("int2", 2)}
+
+
+@pytest.mark.parametrize(("container", "bits"), all_of(CONTAINERS, ("int8", "packed", "int2"), (2, 3, 4, 5, 8)))
+def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
+    quantized, images = mixed_of(bits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if container == "int2" else "error")
         path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=container)
@@ -281,8 +293,7 @@ def test_two_bit_initializers_come_with_a_warning(exported, tmp_path):
 
 
 def test_processors_that_saturate_get_weights_of_8_bits_around_128(tmp_path):
-    images = torch.randn(16, 3, 9)
-    quantized, kinds = quantize_by_hand(Mixed(), images, 8), {}
+    (quantized, images), kinds = mixed_of(8), {}
     for target in infoq_fx.TARGETS:
         path = infoq_fx.export_onnx(quantized, tmp_path / target, target=target)
         held = held_tensors(path)

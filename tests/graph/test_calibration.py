@@ -1,5 +1,8 @@
 """Factors move between activations and weights without a trace; the scales of activations are then powers of two."""
 
+import copy
+import functools
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -100,11 +103,16 @@ def test_operations_without_that_property_and_shared_weights_take_none(inputs):
     assert free == {"padded.input"}
 
 
+@functools.cache
+def bottleneck_of_float_activations():
+    torch.manual_seed(0)
+    return prepared_of(Bottleneck(), torch.randn(8, 3, 8, 8), activation_bits=None)
+
+
 @given(st.lists(st.floats(0.25, 4.0), min_size=8, max_size=8))
 @settings(max_examples=15, deadline=None)
 def test_moved_factors_multiply_the_activations_and_leave_the_outputs(found):
-    torch.manual_seed(0)
-    prepared = prepared_of(Bottleneck(), torch.randn(8, 3, 8, 8), activation_bits=None)
+    prepared = copy.deepcopy(bottleneck_of_float_activations())
     x, module = torch.randn(3, 3, 8, 8), prepared.graph_module
     groups = find_scale_groups(module)
     firsts = list(dict.fromkeys(groups.values()))

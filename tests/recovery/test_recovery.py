@@ -38,7 +38,7 @@ BENCH = StepContext(batch_size=16)
 
 
 def prepare(model, x, **options):
-    prepared = infoq_fx.prepare(model.eval(), x, **options)
+    prepared = infoq_fx.prepare(model.eval() if isinstance(model, nn.Module) else model, x, **options)
     return prepared, read_data(x).named(prepared.input_names)
 
 
@@ -94,10 +94,9 @@ def branches():
 # The chain of segments
 
 
-@pytest.mark.parametrize("build", [ResidualNet, Branches])
-def test_segments_are_the_graph_in_order(build):
-    shape = (4, 1, 8, 8) if build is ResidualNet else (4, 2, 8, 8)
-    prepared, _ = prepare(build(), torch.randn(shape))
+@pytest.mark.parametrize("name", ["residual", "branches"])
+def test_segments_are_the_graph_in_order(name, request):
+    prepared = request.getfixturevalue(name)[0]
     segments = find_segments(prepared)
     inner = [n for n in prepared.graph_module.graph.nodes if n.op not in ("placeholder", "output")]
     own = [node for segment in segments for node in segment.nodes]
@@ -112,9 +111,8 @@ def test_segments_are_the_graph_in_order(build):
         known = set(segment.leaving)
 
 
-def test_residual_blocks_stay_whole():
-    prepared, _ = prepare(ResidualNet(), torch.randn(4, 1, 8, 8))
-    found = [[layer.site.name for layer in segment.layers] for segment in find_segments(prepared)]
+def test_residual_blocks_stay_whole(residual):
+    found = [[layer.site.name for layer in segment.layers] for segment in find_segments(residual[0])]
     blocks = [[f"blocks.{i}.conv1.weight", f"blocks.{i}.conv2.weight"] for i in range(2)]
     assert found == [["stem.0.weight"], *blocks, ["head.weight"]]
 
@@ -123,7 +121,7 @@ def test_long_segments_are_cut():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(20))
+            self.layers = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(12))
 
         def forward(self, x):
             seen = [x]
@@ -370,12 +368,12 @@ def test_the_ideal_is_the_ridge_regression():
 EVERY_STEP = [
     BiasCorrection(),
     SecondOrderRounding(),
-    BlockReconstruction(epochs=30),
-    OutputTuning(epochs=30, learning_rate=0.01, batch_size=16),
+    BlockReconstruction(epochs=10),
+    OutputTuning(epochs=10, learning_rate=0.01, batch_size=16),
 ]
 
 
-@pytest.mark.parametrize("step", EVERY_STEP, ids=str)
+@pytest.mark.parametrize("step", EVERY_STEP, ids=lambda step: step.name)
 def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     prepared, data, bits = residual
     before = state_of(prepared)
@@ -394,7 +392,9 @@ def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     assert nats(recovered, data, bits) < 0.9 * nats(prepared, data, bits)
 
 
-@pytest.mark.parametrize("step", [replace(s, epochs=1) if hasattr(s, "epochs") else s for s in EVERY_STEP], ids=str)
+@pytest.mark.parametrize(
+    "step", [replace(s, epochs=1) if hasattr(s, "epochs") else s for s in EVERY_STEP], ids=lambda s: s.name
+)
 def test_threads_change_nothing(residual, step):
     prepared, data, bits = residual
     one, three = (
@@ -488,6 +488,14 @@ def test_bias_correction_leaves_no_mean_error(residual):
     assert not torch.allclose(compute_logits(prepared, data, bits).mean(0), reference, atol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def fixed_batch():
+    torch.manual_seed(1)
+    x = torch.randn(60, 1, 8, 8)
+    program = torch.export.export(randomise_norms(ResidualNet()).eval(), (x[:6],))
+    return prepare(program, x, bits=(2, 8))
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -496,13 +504,10 @@ def test_bias_correction_leaves_no_mean_error(residual):
         BlockReconstruction(samples=16, epochs=1),
         OutputTuning(samples=16, epochs=1),
     ],
+    ids=lambda step: step.name,
 )
-def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step):
-    torch.manual_seed(1)
-    x = torch.randn(60, 1, 8, 8)
-    program = torch.export.export(randomise_norms(ResidualNet()).eval(), (x[:6],))
-    prepared = infoq_fx.prepare(program, x, bits=(2, 8))
-    data = read_data(x).named(prepared.input_names)
+def test_a_graph_with_a_fixed_batch_is_run_in_such_batches(step, fixed_batch):
+    prepared, data = fixed_batch
     bits = {site.name: 2 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     recovered = recover_accuracy(prepared, bits, data, [step], progress=False)
     assert recovered.recovered_by in ((step.name,), ())
