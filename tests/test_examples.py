@@ -27,8 +27,9 @@ MADE = {
 }
 
 
-# What takes longest, though seconds each.
+# What takes longest, though seconds each; the README's calls are those of the quickstart.
 SLOW = {
+    "quickstart.py",
     "image_folder.py",
     "transformer.py",
     "weights_and_activations.py",

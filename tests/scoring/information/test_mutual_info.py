@@ -1,15 +1,15 @@
+"""Estimators: what changes no estimate, projections, groups of classes, and refusals."""
+
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from estimated import correlated_normals
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import dblquad, quad
 from scipy.spatial import cKDTree
 from scipy.special import digamma
-from scipy.stats import norm
-from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.scoring.information import mutual_info
@@ -22,262 +22,6 @@ from infoq_fx.scoring.information.mutual_info import (
     rank_samples,
     unit_projections,
 )
-
-LN2 = math.log(2)
-
-
-def distance_matrix(values):
-    """Distances in standard deviations; rounding makes distances equal that are equal on paper."""
-    values = np.asarray(values, np.float64)
-    return np.round(np.abs(values[:, None] - values) / np.std(values), 10)
-
-
-def ksg_by_brute_force(x, y, k, handle_ties=True):
-    dx, dy = distance_matrix(x), distance_matrix(y)
-    joint, terms = np.maximum(dx, dy), []
-    for i, row in enumerate(joint):
-        radius = np.sort(np.delete(row, i))[k - 1]
-        if radius == 0 and handle_ties:
-            copies, x_copies, y_copies = (np.sum(d[i] == 0) for d in (joint, dx, dy))
-            terms.append(digamma(copies) - digamma(x_copies) - digamma(y_copies))
-        else:
-            inside, x_inside, y_inside = (np.sum(np.delete(d[i], i) < radius) + 1 for d in (joint, dx, dy))
-            terms.append(digamma(inside if handle_ties else k) - digamma(x_inside) - digamma(y_inside))
-    return digamma(len(joint)) + np.mean(terms)
-
-
-def ksg_with_plain_k(x, y, k):
-    """Gao et al. to the letter: copies are counted, but k where several neighbours lie at the k-th distance."""
-    dx, dy = distance_matrix(x), distance_matrix(y)
-    joint, terms = np.maximum(dx, dy), []
-    for i, row in enumerate(joint):
-        radius = np.sort(np.delete(row, i))[k - 1]
-        inside = np.sum(row == 0) if radius == 0 else k
-        x_inside, y_inside = (np.sum(d[i] < radius) if radius else np.sum(d[i] == 0) for d in (dx, dy))
-        terms.append(digamma(inside) - digamma(x_inside) - digamma(y_inside))
-    return digamma(len(joint)) + np.mean(terms)
-
-
-def ross_by_brute_force(x, labels, k, handle_ties=True):
-    sizes = {c: np.sum(labels == c) for c in set(labels.tolist())}
-    kept = np.array([sizes[c] > 1 for c in labels.tolist()])
-    distances, labels, terms = distance_matrix(x)[kept][:, kept], labels[kept], []
-    for i, row in enumerate(distances):
-        others = np.arange(len(row)) != i
-        mates = others & (labels == labels[i])
-        k_class = min(k, mates.sum())
-        radius = np.sort(row[mates])[k_class - 1]
-        if radius == 0 and handle_ties:
-            same, overall = np.sum(row[mates] == 0) + 1, np.sum(row == 0)
-        else:
-            same = np.sum(row[mates] < radius) + 1 if handle_ties else k_class
-            overall = np.sum(row[others] < radius) + 1
-        terms.append(digamma(same) - digamma(mates.sum() + 1) - digamma(overall))
-    return digamma(len(labels)) + np.mean(terms)
-
-
-def correlated_normals(rho, slices, samples, seed=0):
-    x, noise = np.random.default_rng(seed).standard_normal((2, slices, samples))
-    return x, rho * x + math.sqrt(1 - rho**2) * noise
-
-
-def assert_near_truth(per_slice, truth, standard_errors=4.0):
-    error = np.std(per_slice, ddof=1) / math.sqrt(len(per_slice))
-    assert abs(np.mean(per_slice) - truth) < standard_errors * error, (np.mean(per_slice), truth, error)
-
-
-# Against brute force ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("samples", "k"), [(2, 1), (6, 5), (127, 1), (128, 5), (129, 9), (300, 1), (300, 5)])
-@pytest.mark.parametrize("draw", ["standard_normal", "standard_cauchy"])
-def test_ksg_equals_brute_force(samples, k, draw):
-    x, y = getattr(np.random.default_rng(samples), draw)((2, samples))
-    y = y + 0.5 * x
-    np.testing.assert_allclose(estimate_ksg(x, y, k=k), [ksg_by_brute_force(x, y, k)], rtol=0, atol=1e-12)
-
-
-@given(data=st.data(), k=st.integers(1, 6), x_levels=st.integers(2, 6), y_levels=st.integers(2, 30))
-@settings(max_examples=150, deadline=None)
-def test_ksg_equals_brute_force_on_ties(data, k, x_levels, y_levels):
-    pairs = data.draw(st.lists(st.tuples(st.integers(0, x_levels), st.integers(0, y_levels)), min_size=7, max_size=60))
-    x, y = np.array(pairs).T
-    found = estimate_ksg(np.stack([x, y]), np.stack([y, x]), k=k)
-    if min(np.ptp(x), np.ptp(y)) == 0:
-        assert (found == 0).all()
-    else:
-        np.testing.assert_allclose(found, ksg_by_brute_force(x, y, k), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0, 0.1], ids=["integers", "thirds", "tenths"])
-def test_ksg_equals_brute_force_on_many_ties(scale):
-    x = np.random.default_rng(3).integers(0, 12, 400)
-    y = np.maximum(x + np.random.default_rng(4).integers(-4, 5, 400) - 6, 0)
-    expected = ksg_by_brute_force(x, y, 5)
-    np.testing.assert_allclose(estimate_ksg(x * scale, y), [expected], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("classes", [2, 7, 60])
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_ross_equals_brute_force(classes, k):
-    generator = np.random.default_rng(classes)
-    labels = generator.integers(0, classes, 150) * 7 - 20
-    x = generator.standard_normal(150) + 0.1 * labels
-    expected = ross_by_brute_force(x, labels, k)
-    np.testing.assert_allclose(estimate_ross(x, labels, k=k), [expected], rtol=0, atol=1e-12)
-
-
-@given(
-    pairs=st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 5)), min_size=7, max_size=60),
-    k=st.integers(1, 5),
-)
-@settings(max_examples=150, deadline=None)
-def test_ross_equals_brute_force_on_ties(pairs, k):
-    x, labels = np.array(pairs).T
-    sizes = np.bincount(labels)
-    kept = sizes[labels] > 1
-    found = estimate_ross(x, labels, k=k)
-    if np.ptp(x[kept]) == 0 or np.sum(sizes > 1) == 1:
-        assert found == 0
-    else:
-        np.testing.assert_allclose(found, [ross_by_brute_force(x, labels, k)], rtol=0, atol=1e-12)
-
-
-# Against scikit-learn -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_ksg_equals_scikit_learn(k):
-    x, y = correlated_normals(0.8, 4, 400)
-    expected = [
-        mutual_info_regression(a[:, None], b, discrete_features=False, n_neighbors=k, random_state=0)[0]
-        for a, b in zip(x, y, strict=True)
-    ]
-    assert min(expected) > 0.2  # far from where scikit-learn clips
-    # Its noise of 1e-10 leaves the counts as they are.
-    np.testing.assert_allclose(estimate_ksg(x, 50 * y - 7, k=k), expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize(("smallest", "tolerance"), [(12, 1e-9), (2, 0.02)], ids=["large classes", "small"])
-def test_ross_equals_scikit_learn(k, smallest, tolerance):
-    # In classes of fewer than about 2k samples scikit-learn expands squared distances; as that rounds, some
-    # k-th neighbours are counted too, each of which costs about 1 / samples.
-    sizes = np.r_[1, smallest, smallest + 1, smallest + 2, 80, 120]
-    labels = np.repeat(np.arange(6), sizes)
-    x = np.random.default_rng(1).standard_normal((4, len(labels))) + labels
-    expected = mutual_info_classif(x.T, labels, discrete_features=False, n_neighbors=k, random_state=0)
-    assert expected.min() > 0.1  # far from where scikit-learn clips
-    np.testing.assert_allclose(estimate_ross(x, labels, k=k), expected, rtol=0, atol=tolerance)
-
-
-# Against the truth --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.3, -0.6, 0.9])
-def test_ksg_of_normals_is_the_closed_form(rho):
-    x, y = correlated_normals(rho, 48, 1500, seed=2)
-    assert_near_truth(estimate_ksg(x, y, k=3), -0.5 * math.log(1 - rho**2))
-
-
-def test_sliced_estimate_of_normals_is_the_closed_form():
-    # Y = X plus noise: projections onto a and b have the correlation <a, b> / sqrt(1 + noise**2).
-    dimension, noise = 5, 0.5
-    x = np.random.default_rng(5).standard_normal((1500, dimension))
-    y = x + noise * np.random.default_rng(6).standard_normal(x.shape)
-    a, b = (unit_projections(dimension, 64, seed) for seed in (1, 2))
-    rho = (a * b).sum(0) / math.sqrt(1 + noise**2)
-    deviations = estimate_ksg((x @ a).T, (y @ b).T) + 0.5 * np.log(1 - rho**2)
-    assert_near_truth(deviations, 0.0)
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.7, 2.0])
-def test_ross_of_two_normals_is_the_integral(shift):
-    def integrand(v):
-        densities = norm.pdf(v, [-shift, shift])
-        return sum(0.5 * p * math.log(p / densities.mean()) for p in densities)
-
-    truth = quad(integrand, -9 - shift, 9 + shift, epsabs=1e-10)[0]
-    generator = np.random.default_rng(7)
-    labels = generator.integers(0, 2, 1000)
-    x = generator.standard_normal((48, 1000)) + shift * (2 * labels - 1)
-    # All slices share the labels, whose own chance imbalance is far below the error of one slice.
-    assert_near_truth(estimate_ross(x, labels), truth)
-
-
-@pytest.mark.parametrize("size", [2, 3, 10])
-def test_ross_is_unbiased_in_small_classes(size):
-    labels = np.arange(400) // size
-    x = np.random.default_rng(size).standard_normal((64, 400))
-    assert_near_truth(estimate_ross(x, labels), 0.0)
-
-
-def rectified_truth(rho):
-    """Information between max(0, g) and max(0, h) of standard normals with correlation rho."""
-    spread = math.sqrt(1 - rho**2)
-
-    def one_is_zero(v):
-        below = norm.cdf(-rho * v / spread)
-        return norm.pdf(v) * below * math.log(2 * below)
-
-    def both_positive(v, w):
-        exponent = (v * v - 2 * rho * v * w + w * w) / (2 * spread**2)
-        log_ratio = (v * v + w * w) / 2 - exponent - math.log(spread)
-        return math.exp(-exponent) / (2 * math.pi * spread) * log_ratio
-
-    both_zero = 0.25 + math.asin(rho) / (2 * math.pi)
-    return (
-        both_zero * math.log(4 * both_zero)
-        + 2 * quad(one_is_zero, 0, 8)[0]
-        + dblquad(both_positive, 0, 8, 0, 8, epsabs=1e-7)[0]
-    )
-
-
-def test_rectified_truth_is_right_where_it_is_known():
-    assert rectified_truth(0.0) == pytest.approx(0.0, abs=1e-7)
-    # Cutting off loses information, but never more than there was.
-    assert 0.5 < rectified_truth(0.9) / (-0.5 * math.log(1 - 0.9**2)) < 1
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])
-def test_ksg_copes_with_rectified_values(rho):
-    x, y = np.maximum(correlated_normals(rho, 48, 1000, seed=8), 0)
-    truth = rectified_truth(rho)
-    assert abs(ksg_by_brute_force(x[0], y[0], 5, handle_ties=False) - truth) > 1
-    assert abs(np.mean(estimate_ksg(x, y)) - truth) < 0.02
-
-
-def test_ties_at_the_kth_distance_are_counted():
-    # k neighbours whatever their number at the same distance: near the atom of a rectified value that is wrong.
-    x, y = np.maximum(correlated_normals(0.0, 48, 1000, seed=8), 0)
-    found = np.mean(estimate_ksg(x, y))
-    assert abs(found) < 0.02
-    with_k = np.mean([ksg_with_plain_k(a, b, 5) for a, b in zip(x[:6], y[:6], strict=True)])
-    assert abs(with_k) > 2 * abs(found)
-
-
-def test_ksg_of_a_rectified_value_and_its_sign_is_one_bit():
-    g = np.random.default_rng(9).standard_normal((16, 1000))
-    assert np.mean(estimate_ksg(np.maximum(g, 0), np.sign(g))) == pytest.approx(LN2, abs=0.01)
-
-
-@pytest.mark.parametrize(("chance", "truth"), [(0.5, 0.0), (0.0, LN2)], ids=["unrelated labels", "the sign as label"])
-def test_ross_copes_with_rectified_values(chance, truth):
-    generator = np.random.default_rng(10)
-    labels = generator.integers(0, 2, 1000)
-    g = np.abs(generator.standard_normal((16, 1000))) * (2 * labels - 1)
-    g = np.where(generator.random(g.shape) < chance, -g, g)
-    x = np.maximum(g, 0)
-    assert abs(ross_by_brute_force(x[0], labels, 3, handle_ties=False) - truth) > 0.5
-    assert np.mean(estimate_ross(x, labels)) == pytest.approx(truth, abs=0.01)
-
-
-@pytest.mark.parametrize("samples", [20, 400])
-def test_equal_discrete_values_carry_their_entropy(samples):
-    x = np.arange(samples) % 2
-    expected = digamma(samples) - digamma(samples // 2)
-    assert estimate_ksg(x, -x)[0] == pytest.approx(expected, abs=1e-12)
-    assert estimate_ross(x, 1 - x)[0] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["continuous", "tied"])
@@ -319,9 +63,6 @@ def test_estimates_are_not_clipped():
     x, y = correlated_normals(0.0, 32, 100)
     assert estimate_ksg(x, y).min() < 0
     assert estimate_ross(x, np.arange(100) % 4).min() < 0
-
-
-# Invariances --------------------------------------------------------------------------------------
 
 
 TRANSFORMATIONS = {
@@ -414,9 +155,6 @@ def test_results_are_the_same_in_any_number_of_threads(monkeypatch):
         np.testing.assert_array_equal(ross, found[0][1])
 
 
-# Projections, changes, groups ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dimension", [1, 2, 1000])
 def test_projections_are_unit_vectors_fixed_by_the_seed(dimension):
     directions = unit_projections(dimension, 64, seed=3)
@@ -443,15 +181,6 @@ def test_absolute_change_is_the_mean_difference_and_its_error():
     assert change == pytest.approx(2 / 3)
     assert error == pytest.approx(math.sqrt(7 / 12) / math.sqrt(3))
     assert absolute_change([1.0], [3.0]) == (2.0, 0.0)
-
-
-def test_shared_projections_cancel_the_common_spread():
-    x, y = correlated_normals(0.6, 64, 500)
-    before = estimate_ksg(x, y)
-    after = estimate_ksg(x + 0.01 * np.random.default_rng(1).standard_normal(x.shape), y)
-    _, paired = absolute_change(before, after)
-    _, unpaired = absolute_change(before, after[::-1])
-    assert paired < 0.5 * unpaired
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -486,9 +215,6 @@ def test_every_class_is_nearest_to_the_mean_of_its_group(count):
     groups = group_classes(rows, count, seed=0)
     means = np.stack([rows[groups == g].mean(0) for g in range(groups.max() + 1)])
     np.testing.assert_array_equal(groups, np.linalg.norm(rows[:, None] - means, axis=2).argmin(1))
-
-
-# Refusals -----------------------------------------------------------------------------------------
 
 
 X = np.linspace(0, 1, 20)
