@@ -1,10 +1,10 @@
-"""The face: one call for the whole route, and the same route in stages."""
+"""The public calls: the whole pipeline in one call, and the same in stages."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.sites import find_sites
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
+from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.forward import choose_batch_size
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
 from infoq_fx.scoring.criteria.infoq import InfoQ
@@ -42,7 +43,7 @@ from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
-__all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
+__all__ = ["convert", "make_criterion", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -109,7 +110,7 @@ def quantize(
         OptionError: an argument cannot be used.
         InfeasibleBudgetError: no allocation fits; known before anything is scored.
     """
-    chosen, steps = _make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
         warnings.warn(
@@ -117,7 +118,7 @@ def quantize(
             "about 1,000 samples, without labels too, make a far better allocation",
             stacklevel=2,
         )
-        chosen = _make_criterion("weight_mse", None, None, seed)
+        chosen = make_criterion("weight_mse", seed=seed)
     prepared = prepare(
         model,
         data,
@@ -129,18 +130,58 @@ def quantize(
         device=device,
         budget=budget,
     )
-    fitting = None if data is None else fit_data(prepared, data)
-    candidates = None if fitting is None else find_candidates(prepared, fitting, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
-    table, _ = measure_sensitivity(prepared, fitting, chosen, resources, candidates)
-    if fitting is None:
-        return convert_prepared(prepared, allocate(table, budget, alpha=alpha), table)
-    if refine:
-        allocation = choose_allocation(prepared, table, budget, fitting, alpha=alpha, candidates=candidates)
+    fitting = None if data is None else fit_data(prepared, data)
+    return quantize_prepared(prepared, budget, fitting, chosen, steps, resources, alpha=alpha, refine=refine)
+
+
+def quantize_prepared(
+    prepared: PreparedModel,
+    budget: float | Budget,
+    data: CalibrationData | None,
+    scores: Criterion | SensitivityTable,
+    steps: Sequence[RecoveryStep],
+    resources: Resources,
+    *,
+    alpha: float = 1.0,
+    refine: bool = True,
+    keep_scores: Callable[[SensitivityTable], None] | None = None,
+) -> QuantizedModule:
+    """Score, allocate, refine, recover and convert: what :func:`quantize` does behind :func:`prepare`.
+
+    Weights are rounded once, for the scores and for the refinement.
+
+    Args:
+        prepared: calibrated.
+        budget: mean weight bit-width, or a :class:`Budget`.
+        data: by the model's input names, on its device (:func:`infoq_fx.graph.model_inputs.fit_data`); None for a
+            criterion that needs none: then nothing is refined or recovered.
+        scores: a criterion, or scores of this model that were found before.
+        steps: of recovery, in order.
+        resources: of the scoring; its ``cache_dir`` and ``progress`` serve recovery too.
+        alpha: weight of activation scores against weight scores (Eq. 5).
+        refine: choose among a few allocations by running them.
+        keep_scores: called with the table as soon as the scoring is done.
+
+    Raises:
+        OptionError: an argument cannot be used.
+        InfeasibleBudgetError: a limit is out of reach.
+    """
+    candidates = None if data is None else find_candidates(prepared, data, steps)
+    if isinstance(scores, SensitivityTable):
+        table = scores
+    else:
+        table, _ = measure_sensitivity(prepared, data, scores, resources, candidates)
+    if keep_scores is not None:
+        keep_scores(table)
+    if refine and data is not None:
+        allocation = choose_allocation(prepared, table, budget, data, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
-    folder = None if cache_dir is None else Path(cache_dir)
-    better = recover_accuracy(prepared, allocation.bits, fitting, steps, cache_dir=folder, progress=progress)
+    if data is None:
+        return convert_prepared(prepared, allocation, table)
+    folder = None if resources.cache_dir is None else Path(resources.cache_dir)
+    better = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=resources.progress)
     return convert_prepared(better, allocation, table)
 
 
@@ -219,7 +260,7 @@ def score(
     Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
     """
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
-    chosen, steps = _make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     return measure_sensitivity(prepared, data, chosen, resources, candidates)[0]
@@ -321,12 +362,17 @@ def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
     return DEFAULT_BITS if container is None else find_container(container).weight_widths
 
 
-def _make_criterion(
+def make_criterion(
     criterion: AnyCriterion,
-    observers: Sequence[Observer | str] | Literal["auto"] | None,
-    encoder: Encoder | str | None,
-    seed: int,
+    observers: Sequence[Observer | str] | Literal["auto"] | None = None,
+    encoder: Encoder | str | None = None,
+    seed: int = 0,
 ) -> Criterion:
+    """Make the criterion of :func:`quantize`'s options.
+
+    Raises:
+        OptionError: an unknown criterion, or observers or an encoder for one that has none.
+    """
     if criterion == "infoq" and observers is None and encoder is not None:
         raise OptionError("encoder serves SMI(X; L) at observers: name observers too, or take criterion='infoq_paper'")
     if criterion == "infoq":

@@ -1,4 +1,4 @@
-"""The main job on data that the package brings along: handwritten digits, a small residual network."""
+"""The demo: a small residual network on scikit-learn's handwritten digits, from training to a file that runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from infoq_fx.api import convert, prepare, recover, refine, score
+from infoq_fx.api import convert, make_criterion, prepare, quantize_prepared
+from infoq_fx.conversion.quantized import QuantizedModule
+from infoq_fx.core.data import read_data
 from infoq_fx.export.qdq_onnx.exporter import export_onnx
-from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.graph.model_inputs import fit_data
+from infoq_fx.recovery.ladder import find_steps
+from infoq_fx.scoring.sensitivity import Resources
 from infoq_fx.types import Allocation
 
 __all__ = ["DemoResult", "DigitsNet", "digits", "run_demo", "train_digits_net"]
@@ -56,13 +60,12 @@ class DigitsNet(nn.Module):
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: allocation, top-1 in percent on unseen digits, and sizes of files in bytes.
+    """What the demo found: the quantized module, top-1 in percent on unseen digits, and sizes of files in bytes.
 
     The float file is a checkpoint of the parameters; the others are ONNX files with their graphs.
     """
 
-    prepared: PreparedModel
-    allocation: Allocation
+    quantized: QuantizedModule
     float_top1: float
     uniform_top1: float
     quantized_top1: float
@@ -70,7 +73,6 @@ class DemoResult:
     float_bytes: int
     uniform_bytes: int
     onnx_bytes: int
-    path: Path
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -103,23 +105,30 @@ def train_digits_net(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: 
     return model.eval()
 
 
-def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoResult:
+def run_demo(folder: Path, *, budget: float = 3.0, progress: bool = True) -> DemoResult:
     """Train, quantize at a mean weight bit-width, export and run in onnxruntime.
 
     Args:
-        path: where the ONNX file goes.
+        folder: where ``digits.onnx`` and ``scores.json``, the table of scores, are written; it exists.
         budget: mean weight bit-width.
         progress: show progress bars.
     """
     (images, labels), (test_images, test_labels) = digits()
     model = train_digits_net(images, labels)
-    calibration = images[:_CALIBRATION_SAMPLES], labels[:_CALIBRATION_SAMPLES]
-    prepared = prepare(model, calibration, budget=budget)
-    table = score(prepared, calibration, progress=progress)
-    allocation = refine(prepared, table, budget, calibration)
-    quantized = convert(recover(prepared, allocation, calibration, progress=progress), allocation)
+    data = read_data((images[:_CALIBRATION_SAMPLES], labels[:_CALIBRATION_SAMPLES]))
+    prepared = prepare(model, data, budget=budget)
+    quantized = quantize_prepared(
+        prepared,
+        budget,
+        fit_data(prepared, data),
+        make_criterion("infoq"),
+        find_steps("fast"),
+        Resources(progress=progress),
+        keep_scores=lambda table: table.save(folder / "scores.json"),
+    )
     uniform_bits = {site.name: int(budget) if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     uniform = convert(prepared, Allocation(bits=uniform_bits))
+    path = folder / "digits.onnx"
     export_onnx(uniform, path)
     uniform_bytes = path.stat().st_size
     export_onnx(quantized, path)
@@ -130,8 +139,7 @@ def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoR
     in_runtime = torch.from_numpy(session.run(None, {name: test_images.numpy()})[0])
     with torch.no_grad():
         return DemoResult(
-            prepared=prepared,
-            allocation=allocation,
+            quantized=quantized,
             float_top1=_top1(model(test_images), test_labels),
             uniform_top1=_top1(uniform(test_images), test_labels),
             quantized_top1=_top1(quantized(test_images), test_labels),
@@ -139,7 +147,6 @@ def run_demo(path: Path, *, budget: float = 3.0, progress: bool = True) -> DemoR
             float_bytes=checkpoint.tell(),
             uniform_bytes=uniform_bytes,
             onnx_bytes=path.stat().st_size,
-            path=path,
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ResidualNet, randomise_norms
+from networks import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx

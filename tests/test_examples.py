@@ -12,6 +12,7 @@ import infoq_fx
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 REPRODUCTION = ROOT / "examples" / "reproduce_paper.py"
 MADE = {
@@ -101,9 +102,25 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx").exists()
 
 
-def test_the_readmes_map_of_the_code_is_the_code():
-    from test_layout import FLOOR_OF
+def test_the_map_of_the_code_names_every_file():
+    """And no other, in the order of the rooms that the README has too."""
+    text = (ROOT / "docs" / "code_map.md").read_text()
+    package = ROOT / "infoq_fx"
+    files = [path.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"]
+    named = set(re.findall(r"`([\w./]+)`", "".join(re.findall(r"^\| ?\d* ?\| .*", text, re.MULTILINE))))
+    # A folder of its own stands for its files.
+    missing = [path for path in files if not named & {path.name, *(f"{folder.name}/" for folder in path.parents[:-2])}]
+    assert not missing
+    known = {path.name + "/" * path.is_dir() for path in package.rglob("*")}
+    assert {name for name in named if name.endswith((".py", "/"))} <= known
+    rooms, of_readme = (re.findall(r"^\| \d+ \| `(.+?)` \|", page, re.MULTILINE) for page in (text, README))
+    assert rooms == of_readme
+    assert set(rooms) == {path.name for path in files if path.parent == Path()} | {
+        f"{path.parts[0]}/" for path in files if path.parent != Path()
+    }
 
-    mapped = set(re.findall(r"^\| \d+ \| (.+?) \|", README, re.MULTILINE))
-    names = {name.removesuffix(".py").rstrip("/") for row in mapped for name in re.findall(r"`([\w./]+)`", row)}
-    assert names == set(FLOOR_OF)
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]

@@ -1,7 +1,7 @@
 """The optimum of Eq. 5, or the bit-widths that it can have, among the allocations near the bound.
 
-Only allocations that exceed the bound of :mod:`infoq_fx.allocation.lagrangian_bound` by less than a known one does are worth looking at,
-and those can mostly be listed.
+Only allocations that exceed the bound of :mod:`infoq_fx.allocation.lagrangian_bound` by less than a known one does are
+worth looking at, and those can mostly be listed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Bits: TypeAlias = dict[str, int]
 _FIRST_OPTIONS = 24  # options beside the best that the first listing considers
 _GROWTH = 1.6
 _TIED = 0.1  # options that raise the bound by less of the gap are as good as its own
-_MAX_BRANCHES = 400  # then CBC takes over
+_MAX_BRANCHES = 400  # then HiGHS takes over
 _FEW_STATES = 200  # so few are cheaper to keep than to compare
 _MAX_STATES = 1 << 15  # of half the sites; splitting is quicker than longer lists
 _MAX_PAIRS = 1 << 23

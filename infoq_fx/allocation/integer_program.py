@@ -1,10 +1,8 @@
-"""The integer program over 0-1 choices, for CBC; the only PuLP import."""
+"""The integer program over 0-1 choices, solved by HiGHS through PuLP; the only PuLP import."""
 
 from __future__ import annotations
 
-import logging
 import math
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,21 +13,27 @@ from infoq_fx.allocation.lagrangian_bound import CandidateScores
 from infoq_fx.errors import InfoqError
 from infoq_fx.types import Budget, Inventory
 
-__all__ = ["build_rows", "solve_with_cbc"]
+__all__ = ["build_rows", "solve_with_highs"]
 
-_LOGGER = logging.getLogger(__name__)
-
-# CBC takes a row as met when it is broken by about 1e-7 of its coefficients, and can then lose the optimum.
-# So rows get more slack than that, and what fits the slack alone is cut off by exact costs. Another slack
-# helps where something lies just at the edge of the first.
-_SLACKS = (3e-7, 1e-6, 3e-6, 1e-5)
+# A row is scaled to this limit, so that the solver's absolute tolerance is 1e-14 of it. Rows get a little more slack
+# than rounding can take; what fits the slack alone is cut off by exact costs.
 _ROW_SCALE = 1e5
-# No gap and no minimum improvement. Preprocessing costs a third more time than it saves on these programs.
-_CBC_OPTIONS = ("ratio 0", "allow 0", "increment 1e-9", "preprocess off")
+_SLACK = 1e-9
+_TOLERANCE = 1e-9
+# No gap, and of equal optima always the same one. HiGHS refuses a number of threads where the process ran it before.
+_HIGHS_OPTIONS: dict[str, Any] = {
+    "gapRel": 0.0,
+    "gapAbs": 0.0,
+    "parallel": "off",
+    "random_seed": 0,
+    "primal_feasibility_tolerance": _TOLERANCE,
+    "dual_feasibility_tolerance": _TOLERANCE,
+    "mip_feasibility_tolerance": _TOLERANCE,
+}
 
 
-def solve_with_cbc(inventory: Inventory, budget: Budget, scores: CandidateScores) -> dict[str, int] | None:
-    """One candidate a site, least total score, every limit met; None: no such allocation was found.
+def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScores) -> dict[str, int] | None:
+    """Find one candidate a site with the least total score within every limit; None: there is no such allocation.
 
     Args:
         inventory: what the prepared model holds.
@@ -39,31 +43,29 @@ def solve_with_cbc(inventory: Inventory, budget: Budget, scores: CandidateScores
     Raises:
         InfoqError: the solver did not run, or did not finish.
     """
-    for slack in _SLACKS:
-        problem, x, grows = _build_program(inventory, budget, scores, slack)
-        while (status := _run_cbc(problem)) == pulp.LpSolutionOptimal:
-            bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-            if not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget):
-                return bits
-            # Within the slack but over the budget: some site has to have fewer bits than here, or at least others.
-            others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]
-            problem += pulp.LpAffineExpression(others) >= 1
-        if status != pulp.LpSolutionInfeasible and status != pulp.LpSolutionNoSolutionFound:
-            raise InfoqError(
-                f"CBC found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it"
-            )
-        _LOGGER.debug("CBC finds nothing within the budget, perhaps by rounding: solving again with another slack")
+    problem, x, grows = _build_program(inventory, budget, scores)
+    while (status := _run_highs(problem)) == pulp.LpSolutionOptimal:
+        bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
+        if not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget):
+            return bits
+        # Within the slack but over the budget: some site has to have fewer bits than here, or at least others.
+        others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]
+        problem += pulp.LpAffineExpression(others) >= 1
+    if status != pulp.LpSolutionInfeasible:
+        raise InfoqError(
+            f"HiGHS found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it"
+        )
     return None
 
 
 def build_rows(inventory: Inventory, budget: Budget, scores: CandidateScores) -> list[CostRow]:
-    """The limits of the budget over the sites that have a choice among the candidates."""
+    """Make a row of costs for every limit of the budget, over the sites that have a choice among the candidates."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
     return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
 
 
 def _build_program(
-    inventory: Inventory, budget: Budget, scores: CandidateScores, slack: float
+    inventory: Inventory, budget: Budget, scores: CandidateScores
 ) -> tuple[Any, dict[tuple[str, int], Any], bool]:
     """The 0-1 program, its x[site, bits] for the sites that have a choice, and whether all costs grow with the bits."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
@@ -80,7 +82,7 @@ def _build_program(
         problem += pulp.LpAffineExpression([(x[name, b], 1) for b in by_bits]) == 1
     z = _add_products(problem, {pair for row in rows for pair in (*row.pairs, *row.products)}, choices, x)
     for row in rows:
-        _add_row(problem, row, slack, x, z)
+        _add_row(problem, row, x, z)
     return problem, x, all(row.grows_with_bits for row in rows)
 
 
@@ -115,7 +117,6 @@ def _add_products(
 def _add_row(
     problem: Any,
     row: CostRow,
-    slack: float,
     x: Mapping[tuple[str, int], Any],
     z: Mapping[tuple[str, str], Mapping[tuple[int, int], Any]],
 ) -> None:
@@ -132,21 +133,15 @@ def _add_row(
     scale = min(1.0, _ROW_SCALE / max(limit, 1))
     kept = [(v, cost // unit * scale) for v, cost in above if cost // unit <= limit]
     if kept:
-        problem += pulp.LpAffineExpression(kept) <= max(limit + 0.5, limit * (1 + slack)) * scale
+        problem += pulp.LpAffineExpression(kept) <= max(limit + 0.5, limit * (1 + _SLACK)) * scale
     for v, cost in above:
         if cost // unit > limit:
             problem += pulp.LpAffineExpression([(v, 1)]) == 0
 
 
-def _run_cbc(problem: Any) -> int:
-    with tempfile.TemporaryDirectory(prefix="infoq_fx_") as folder:
-        solver = pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False, options=list(_CBC_OPTIONS))
-        solver.tmpDir = folder  # whatever happens, nothing is left behind
-        try:
-            problem.solve(solver)
-        except pulp.PulpSolverError as error:
-            raise InfoqError(
-                f"the CBC solver that PuLP {pulp.__version__} carries did not run: {error}; "
-                "install PuLP again, or another release of it"
-            ) from error
+def _run_highs(problem: Any) -> int:
+    try:
+        problem.solve(pulp.HiGHS(msg=False, **_HIGHS_OPTIONS))
+    except pulp.PulpSolverError as error:
+        raise InfoqError(f"HiGHS did not run: {error}; install the package 'highspy' again") from error
     return int(problem.sol_status)

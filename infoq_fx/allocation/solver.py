@@ -11,7 +11,7 @@ from typing import Any
 
 from infoq_fx.allocation.core_problem import search_core
 from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
-from infoq_fx.allocation.integer_program import build_rows, solve_with_cbc
+from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
 from infoq_fx.table import SensitivityTable
@@ -23,7 +23,7 @@ _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
 
 # The objective is the excess of a score over its site's best, scaled so that the best known allocation has
-# this much: CBC's absolute tolerances (1e-7) are then 1e-12 of it. _RESCALE is the improvement from which on
+# this much: the solver's absolute tolerances (1e-9) are then 1e-14 of it. _RESCALE is the improvement from which on
 # the scale no longer suits.
 _OBJECTIVE_SCALE = 1e5
 _RESCALE = 1e-3
@@ -314,11 +314,11 @@ def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known:
         best = {**known, **bits}
         if core is None or all(len(by_bits) == 1 for by_bits in core.values()):
             return best
-        _LOGGER.debug("too many allocations near the bound to list them: CBC searches the rest")
+        _LOGGER.debug("too many allocations near the bound to list them: HiGHS searches the rest")
         rest = {name: dict(by_bits) for name, by_bits in core.items()}
-    found = solve_with_cbc(inventory, budget, rest)
-    if found is None:
-        raise InfoqError(f"CBC found no proven optimum for {budget}; try a budget near it")
+    found = solve_with_highs(inventory, budget, rest)
+    if found is None:  # the known one meets all limits
+        raise InfoqError(f"HiGHS found no proven optimum for {budget}; try a budget near it")
     return min(best, found, key=lambda bits: _total_score(scores, bits))
 
 
@@ -328,4 +328,4 @@ def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
 
 def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:
     """Any allocation within the budget, for costs that do not grow with the bits."""
-    return solve_with_cbc(inventory, budget, {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites})
+    return solve_with_highs(inventory, budget, {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites})

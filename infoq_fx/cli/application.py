@@ -53,14 +53,16 @@ _EPILOG = (
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The result of a command: text for people, a document for machines, and the file that it wrote.
+    """The result of a command: text for people, a document for machines, and the file or folder that it wrote.
 
-    The document holds values that JSON can store; ``exit_code`` is not 0 if the command finished with a bad result.
+    ``settings`` is the file for the options, next to the output by default. The document holds values that JSON can
+    store; ``exit_code`` is not 0 if the command finished with a bad result.
     """
 
     text: str
     document: Mapping[str, Any]
     output: Path | None = None
+    settings: Path | None = None
     exit_code: int = ExitCode.DONE
 
 
@@ -123,7 +125,7 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
             result = function(ctx, **options)
         document = {"command": ctx.info_name, "version": __version__, **result.document}
         if result.output is not None:
-            kept = write_configuration(ctx, result.output)
+            kept = write_configuration(ctx, result.output, result.settings)
             document |= {"output": str(result.output), "configuration": str(kept)}
         typer.echo(json.dumps(document, indent=1, default=float) if options["json_output"] else result.text)
         if result.exit_code:
@@ -164,6 +166,19 @@ def check_output(path: Path, option: str = "--output") -> Path:
         raise OptionError(f"{option} {str(path)!r} is a folder; give the path of a file in it")
     if not path.absolute().parent.is_dir():
         raise OptionError(f"{option} {str(path)!r} is in a folder that does not exist; make {str(path.parent)!r} first")
+    return path
+
+
+def check_output_folder(path: Path, option: str = "--output") -> Path:
+    """The folder for results, made if it is not there, and known before the work begins.
+
+    Raises:
+        OptionError: it is a file, or it cannot be made.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{option} {str(path)!r} cannot be made ({error.strerror}); give another folder") from error
     return path
 
 

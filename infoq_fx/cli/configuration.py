@@ -52,14 +52,15 @@ def read_configuration(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def write_configuration(ctx: typer.Context, output: Path) -> Path:
+def write_configuration(ctx: typer.Context, output: Path, path: Path | None = None) -> Path:
     """Write the effective options of a command next to its result, as TOML for ``--config``.
 
     Args:
         ctx: of the command that has run.
-        output: the result; the file has its name with ``.toml`` appended.
+        output: the result.
+        path: the file; None for the result's name with ``.toml`` appended.
     """
-    path = output.with_name(output.name + ".toml")
+    path = path or output.with_name(output.name + ".toml")
     lines = [
         f"# What {output.name} was made with. Again:  infoq-fx {ctx.info_name} --config {path.name}",
         f"command = {_write_value(str(ctx.info_name))}",

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from infoq_fx.cli.image_folder import load_images, spread_rows
 from infoq_fx.errors import CalibrationDataError, OptionError, nearest_names
 
-__all__ = ["load_images", "load_model", "load_samples"]
+__all__ = ["load_model", "load_samples"]
 
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _INPUT_KEYS = ("x", "images", "inputs", "data")
 _LABEL_KEYS = ("y", "labels", "targets")
 
@@ -103,7 +102,7 @@ def load_samples(
             f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under a name of "
             f"{', '.join(_INPUT_KEYS)}; save them so with numpy.savez"
         )
-    rows = _spread(len(inputs), limit)
+    rows = spread_rows(len(inputs), limit)
     held = next((arrays[key] for key in _LABEL_KEYS if key in arrays and labels), None)
     if held is not None and len(held) != len(inputs):
         raise CalibrationDataError(
@@ -112,42 +111,6 @@ def load_samples(
     found = None if held is None else torch.from_numpy(held[rows])
     chosen = torch.from_numpy(np.ascontiguousarray(inputs[rows]))
     return chosen.float() if chosen.dtype == torch.float64 else chosen, found
-
-
-def load_images(
-    folder: Path,
-    *,
-    limit: int,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    resize: int | None = None,
-    labels: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Images of a folder and all below it, float32 ``[samples, channels, image_size, image_size]``, in path order.
-
-    Arguments are those of :func:`load_samples`; the labels are int64 ``[samples]``.
-
-    Raises:
-        CalibrationDataError: no image, or one that cannot be read.
-        OptionError: mean and std are not of one or three channels, or the image is smaller before the crop.
-    """
-    if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
-        raise OptionError(
-            f"mean has {len(mean)} numbers and std {len(std)}; give one (grey) or three (colour), std above 0"
-        )
-    if resize is not None and resize < image_size:
-        raise OptionError(f"resize={resize} is below image_size={image_size}; give the short side before the crop")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
-    if not files:
-        kinds = ", ".join(sorted(_IMAGE_SUFFIXES))
-        raise CalibrationDataError(f"no image in {str(folder)!r} or below it; give a folder with any of {kinds}")
-    rows = _spread(len(files), limit)
-    side = max(image_size, round(image_size * 8 / 7)) if resize is None else resize
-    images = [_read_image(files[row], image_size, side, "L" if len(mean) == 1 else "RGB") for row in rows]
-    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    numbers = _number_classes(folder, files) if labels else None
-    return (torch.stack(images) - shift) / scale, None if numbers is None else numbers[torch.from_numpy(rows)]
 
 
 def _load_program(name: str, weights: Path | None) -> ExportedProgram:
@@ -226,31 +189,3 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"--weights {str(path)!r} do not fit the model: {reason}; give the arguments that the model was trained "
             "with, as 'torchvision.models:resnet18(num_classes=10)'"
         ) from error
-
-
-def _number_classes(folder: Path, files: Sequence[Path]) -> Tensor | None:
-    """The number of every image's subfolder, or None where they do not stand for classes."""
-    parts = [path.relative_to(folder).parts for path in files]
-    classes = sorted({part[0] for part in parts if len(part) > 1})
-    if len(classes) < 2 or any(len(part) == 1 for part in parts):
-        return None
-    numbers = {name: number for number, name in enumerate(classes)}
-    return torch.tensor([numbers[part[0]] for part in parts])
-
-
-def _read_image(path: Path, size: int, side: int, mode: str) -> Tensor:
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert(mode)
-    except (UnidentifiedImageError, OSError) as error:
-        raise CalibrationDataError(f"cannot read the image {str(path)!r} ({error}); remove it or mend it") from error
-    # As torchvision's Resize and CenterCrop round.
-    width, height = (int(side * length / min(image.size)) for length in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).float() / 255
-
-
-def _spread(count: int, limit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)) if count else np.arange(0)

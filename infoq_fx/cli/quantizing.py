@@ -48,7 +48,7 @@ from infoq_fx.cli.options import (
 )
 from infoq_fx.errors import OptionError
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, Budget
+from infoq_fx.types import Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,7 @@ def quantize(
 
     The scores are kept beside the file: another budget is the same command with --scores model.onnx.scores.json.
     """
-    from infoq_fx import api
+    from infoq_fx import allocation_of, api, summarize
     from infoq_fx.recovery.ladder import find_steps
     from infoq_fx.scoring.criteria import find_criterion
 
@@ -146,27 +146,26 @@ def quantize(
         take_bits(options, table.inventory)
     read = read_samples(options)
     prepared = prepare_model(options, read, limits)
-    kept = None
-    if fixed is None and limits is not None:
-        if table is None or scores is None:
-            table, kept = _score(options, prepared, read, steps), output.with_name(output.name + ".scores.json")
-            table.save(kept)
-        else:
-            check_same_sites(prepared, table.inventory, scores)
-        fixed = _choose(options, prepared, table, limits, read, steps)
-    assert fixed is not None
-    better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)
-    quantized = api.convert(better, fixed)
+    if table is not None and scores is not None:
+        check_same_sites(prepared, table.inventory, scores)
+    kept = output.with_name(output.name + ".scores.json") if fixed is None and table is None else None
+    if fixed is not None:
+        better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)
+        quantized = api.convert(better, fixed)
+    else:
+        assert limits is not None
+        quantized = _search(options, prepared, read, limits, steps, table, kept)
     text, document, code = _write(options, quantized, read)
-    text = f"{_summarize(fixed, prepared)}\n{text}"
+    text = f"{summarize(quantized)}\n{text}"
     if kept is not None:
         text += f"\nkept the scores in {kept}; another budget: the same command with --scores {kept}"
-    if report is not None and table is not None:
+    if report is not None:
         from infoq_fx.report.page import write_report
 
-        write_report(table, report, allocation=fixed)
+        write_report(quantized, report)
         text += f"\nwrote {report}"
-    document |= {"scores": None if kept is None else str(kept), "allocation": describe_allocation(fixed)}
+    document["scores"] = None if kept is None else str(kept)
+    document["allocation"] = describe_allocation(allocation_of(quantized))
     return Result(text=text, document=document, output=output, exit_code=code)
 
 
@@ -228,43 +227,44 @@ def verify(
     return Result(text=str(found), document=dataclasses.asdict(found), exit_code=code)
 
 
-def _score(
+def _search(
     options: dict[str, Any],
     prepared: PreparedModel,
     read: tuple[Tensor, Tensor | None],
+    limits: Budget,
     steps: Sequence[RecoveryStep],
-) -> SensitivityTable:
+    table: SensitivityTable | None,
+    kept: Path | None,
+) -> QuantizedModule:
+    """What :func:`infoq_fx.quantize` does behind the calibration; new scores are written as soon as they are known."""
     from infoq_fx import api
+    from infoq_fx.core.data import read_data
+    from infoq_fx.graph.model_inputs import fit_data
+    from infoq_fx.scoring.sensitivity import Resources
+
+    def keep(found: SensitivityTable) -> None:
+        if kept is not None:
+            found.save(kept)
+        if options["refine"]:
+            say("choosing among allocations by running them", progress=options["progress"])
 
     with make_workers(options["workers"]) as executor:
-        return api.score(
+        return api.quantize_prepared(
             prepared,
-            read,
-            criterion=options["criterion"],
-            seed=options["seed"],
-            recovery=steps,
-            executor=executor,
-            cache_dir=options["cache_dir"],
-            memory_limit=options["memory_limit"],
-            progress=options["progress"],
+            limits,
+            fit_data(prepared, read_data(read)),
+            table or api.make_criterion(options["criterion"], seed=options["seed"]),
+            steps,
+            Resources(
+                executor=executor,
+                cache_dir=options["cache_dir"],
+                memory_limit=options["memory_limit"],
+                progress=options["progress"],
+            ),
+            alpha=options["alpha"],
+            refine=options["refine"],
+            keep_scores=keep,
         )
-
-
-def _choose(
-    options: dict[str, Any],
-    prepared: PreparedModel,
-    table: SensitivityTable,
-    limits: Budget,
-    read: tuple[Tensor, Tensor | None],
-    steps: Sequence[RecoveryStep],
-) -> Allocation:
-    from infoq_fx import api
-    from infoq_fx.allocation.solver import allocate
-
-    if not options["refine"]:
-        return allocate(table, limits, alpha=options["alpha"])
-    say("choosing among allocations by running them", progress=options["progress"])
-    return api.refine(prepared, table, limits, read, alpha=options["alpha"], recovery=steps)
 
 
 def _write(
@@ -289,9 +289,3 @@ def _write(
     text = f"{found}\nwrote {output} ({size:,} bytes)"
     code = ExitCode.DONE if found.is_sound else ExitCode.UNSOUND
     return text, {"file_bytes": size, "verification": dataclasses.asdict(found)}, code
-
-
-def _summarize(allocation: Allocation, prepared: PreparedModel) -> str:
-    from infoq_fx.allocation.summary import summarize_allocation
-
-    return str(summarize_allocation(allocation, prepared.inventory))

@@ -29,10 +29,10 @@ from infoq_fx.finetuning.retraining import TrainableModule, to_quantized, to_tra
 from infoq_fx.finetuning.trainable import float_copy
 from infoq_fx.finetuning.training_data import Form, Samples, Source, digest_tensors, open_source
 from infoq_fx.finetuning.training_loop import (
-    Moments,
+    Optimizer,
     Settings,
     Training,
-    begin_moments,
+    begin_optimizer,
     choose_run_size,
     compute_gradients,
     list_learned,
@@ -47,7 +47,7 @@ __all__ = ["finetune"]
 
 _REFERENCE_BYTES = 256 << 20
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
-_FORMAT, _VERSION = "infoq_fx.finetune", 3
+_FORMAT, _VERSION = "infoq_fx.finetune", 4
 
 
 def finetune(
@@ -144,10 +144,10 @@ def finetune(
 
 @dataclass(frozen=True)
 class _State:
-    """Where a training is: losses on what is held back, before it and after each epoch; moments; the best numbers."""
+    """Where a training is: losses on what is held back, before it and after each epoch; optimizer; the best parameters."""
 
     losses: tuple[float, ...]
-    moments: Moments
+    optimizer: Optimizer
     best: Mapping[str, Tensor]
 
     @property
@@ -263,7 +263,7 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
                 rate = _BACK_OFF ** _count_returns(state.losses, settings.epochs)
                 for step, batch in enumerate(training.source.batches(state.epoch)):
                     gradients = compute_gradients(training, batch, spread)
-                    update(training, state.moments, gradients, state.epoch * steps + step, rate=rate)
+                    update(training, state.optimizer, gradients, state.epoch * steps + step, rate=rate)
                     bar.update()
                 state = _judge(training, state, *_measure_average(training, state, spread))
                 loss = state.losses[-1]
@@ -282,7 +282,7 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
 def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
     """The loss of the averaged numbers, and these."""
     now = _numbers(training)
-    average = {name: mean.clone() for name, mean in zip(now, state.moments.average, strict=True)}
+    average = {name: mean.clone() for name, mean in zip(now, state.optimizer.average, strict=True)}
     training.student.load_state_dict(average, strict=False)
     loss = measure_loss(training, spread)
     training.student.load_state_dict(now, strict=False)
@@ -296,7 +296,7 @@ def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str,
     if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
         return replace(state, losses=losses, best=best)
     training.student.load_state_dict(best, strict=False)
-    return _State(losses, begin_moments(training.learned), best)
+    return _State(losses, begin_optimizer(training.learned), best)
 
 
 def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
@@ -313,7 +313,7 @@ def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
 
 
 def _begin(training: Training, spread: ThreadMap) -> _State:
-    return _State((measure_loss(training, spread),), begin_moments(training.learned), _numbers(training))
+    return _State((measure_loss(training, spread),), begin_optimizer(training.learned), _numbers(training))
 
 
 def _numbers(training: Training) -> dict[str, Tensor]:
@@ -347,9 +347,8 @@ def _save(file: _File, training: Training, state: _State) -> None:
         "version": _VERSION,
         "made_of": dict(file.made_of),
         "losses": list(state.losses),
-        "first": list(state.moments.first),
-        "second": list(state.moments.second),
-        "average": list(state.moments.average),
+        "adam": state.optimizer.adam.state_dict(),
+        "average": list(state.optimizer.average),
         "best": dict(state.best),
         "numbers": _numbers(training),
     }
@@ -379,5 +378,8 @@ def _load(file: _File, training: Training) -> _State:
             f"{shown} belongs to another call, with other: {', '.join(told)}; repeat that call, or give another path"
         )
     training.student.load_state_dict(document["numbers"], strict=False)
-    moments = Moments(document["first"], document["second"], document["average"])
-    return _State(tuple(document["losses"]), moments, document["best"])
+    optimizer = begin_optimizer(training.learned)
+    optimizer.adam.load_state_dict(document["adam"])
+    for mine, theirs in zip(optimizer.average, document["average"], strict=True):
+        mine.copy_(theirs)
+    return _State(tuple(document["losses"]), optimizer, document["best"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
 
 from infoq_fx.core.threads import ThreadMap
 from infoq_fx.finetuning.retraining import TrainableModule
@@ -20,10 +21,10 @@ from infoq_fx.runtime.outputs import class_logits, diverge, first_tensor, output
 
 __all__ = [
     "Learned",
-    "Moments",
+    "Optimizer",
     "Settings",
     "Training",
-    "begin_moments",
+    "begin_optimizer",
     "choose_run_size",
     "compute_gradients",
     "list_learned",
@@ -32,7 +33,8 @@ __all__ = [
     "update",
 ]
 
-_MOMENTUM, _SQUARE_MOMENTUM = 0.9, 0.99  # trainings are short: the squares of the first gradients are soon forgotten
+_BETAS = 0.9, 0.99  # trainings are short: the squares of the first gradients are soon forgotten
+_EPSILON = 1e-12
 _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
 _RATE_OF_STEPS, _RATE_OF_BIASES = 0.05, 0.3
@@ -63,10 +65,11 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Means of the gradients and of their squares, by parameter, after so many updates, and of the parameters.
+class Optimizer:
+    """Adam over the parameters of a training, and the running averages of the parameters.
 
-    ``average`` looks back over about an epoch. A weight between two integers changes from one to the other in updates
+    Adam moves ``units``, one for each parameter, of which each counts in the parameter's reach: they are zero between
+    two updates. ``average`` looks back over about an epoch. A weight between two integers changes from one to the other in updates
     however small; its average has the one that it was at for longer.
 
     Reference:
@@ -74,8 +77,8 @@ class Moments:
         Training", arXiv 2203.11086, Section 3, for why quantized weights need it.
     """
 
-    first: Sequence[Tensor]
-    second: Sequence[Tensor]
+    adam: torch.optim.Adam
+    units: Sequence[Tensor]
     average: Sequence[Tensor]
 
 
@@ -96,10 +99,11 @@ class Training:
     run_size: int
 
 
-def begin_moments(learned: Sequence[Learned]) -> Moments:
-    """Those before the first update."""
-    first, second = ([torch.zeros_like(one.parameter) for one in learned] for _ in range(2))
-    return Moments(first, second, [one.parameter.detach().clone() for one in learned])
+def begin_optimizer(learned: Sequence[Learned]) -> Optimizer:
+    """Make the optimizer before the first update."""
+    units = [torch.zeros_like(one.parameter, requires_grad=False) for one in learned]
+    average = [one.parameter.detach().clone() for one in learned]
+    return Optimizer(torch.optim.Adam(units, betas=_BETAS, eps=_EPSILON), units, average)
 
 
 def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned]:
@@ -162,7 +166,9 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
     return total
 
 
-def update(training: Training, moments: Moments, gradients: Sequence[Tensor], done: int, *, rate: float = 1.0) -> None:
+def update(
+    training: Training, optimizer: Optimizer, gradients: Sequence[Tensor], done: int, *, rate: float = 1.0
+) -> None:
     """The update after so many, at ``rate`` times the learning rate.
 
     Steps and the other parameters have a norm each that their gradients are clipped by: those of the steps are so much
@@ -173,20 +179,16 @@ def update(training: Training, moments: Moments, gradients: Sequence[Tensor], do
     """
     total = training.settings.epochs * training.source.steps
     rate *= min(1.0, (done + 1) / max(1.0, _WARM_UP * total)) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
-    share, square_share = (1 - momentum ** (done + 1) for momentum in (_MOMENTUM, _SQUARE_MOMENTUM))
+    for unit, gradient in zip(optimizer.units, gradients, strict=True):
+        unit.grad = gradient
     for is_step in (False, True):
-        chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
-        if not chosen:
-            continue
-        norm = torch.stack([gradients[i].norm() for i in chosen]).norm()
-        factor = (_LARGEST_NORM / norm.clamp_min(1e-30)).clamp_max(1.0)
-        for i in chosen:
-            gradient, first, second = gradients[i] * factor, moments.first[i], moments.second[i]
-            first.lerp_(gradient, 1 - _MOMENTUM)
-            second.mul_(_SQUARE_MOMENTUM).addcmul_(gradient, gradient, value=1 - _SQUARE_MOMENTUM)
-            direction = (first / share).div_((second / square_share).sqrt_().add_(1e-12))
-            training.learned[i].parameter.sub_(direction.mul_(rate * training.learned[i].reach))
-    for learned, average in zip(training.learned, moments.average, strict=True):
+        pairs = zip(training.learned, optimizer.units, strict=True)
+        clip_grad_norm_([unit for learned, unit in pairs if learned.is_step == is_step], _LARGEST_NORM)
+    optimizer.adam.param_groups[0]["lr"] = rate
+    optimizer.adam.step()
+    for learned, unit, average in zip(training.learned, optimizer.units, optimizer.average, strict=True):
+        learned.parameter.addcmul_(unit, learned.reach)
+        unit.zero_()
         average.lerp_(learned.parameter, max(1 / (done + 1), 1 / training.source.steps))
 
 

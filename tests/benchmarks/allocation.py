@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_allocation import resnet50_sized_table, size_and_bitops_budgets, solve_pairs_with_highs
+from other_solver import size_and_bitops_budgets, solve_pairs_with_highs
+from tables import resnet50_sized_table
 
 from infoq_fx.allocation.cost import broken_limits, measure_cost
 from infoq_fx.allocation.solver import allocate

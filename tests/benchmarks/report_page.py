@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from allocation import timed
-from conftest import start_chromium
-from test_allocation import resnet50_sized_table
+from browser import start_chromium
+from tables import resnet50_sized_table
 
 import infoq_fx
 from infoq_fx.demo import digits, train_digits_net

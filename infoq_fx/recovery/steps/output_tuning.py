@@ -18,7 +18,7 @@ from infoq_fx.finetuning.training_loop import (
     Learned,
     Settings,
     Training,
-    begin_moments,
+    begin_optimizer,
     choose_run_size,
     compute_gradients,
     place,
@@ -210,13 +210,13 @@ def _list_learned(student: fx.GraphModule, layers: list[Layer], options: OutputT
 
 
 def _descend(training: Training, context: StepContext, spread: ThreadMap) -> None:
-    moments, total = begin_moments(training.learned), training.settings.epochs * training.source.steps
+    optimizer, total = begin_optimizer(training.learned), training.settings.epochs * training.source.steps
     for epoch in range(training.settings.epochs):
         for step, batch in enumerate(training.source.batches(epoch)):
             gradients = compute_gradients(training, batch, spread)
-            update(training, moments, gradients, epoch * training.source.steps + step)
+            update(training, optimizer, gradients, epoch * training.source.steps + step)
             context.run_options.advance(1 / total)
-    for learned, average in zip(training.learned, moments.average, strict=True):
+    for learned, average in zip(training.learned, optimizer.average, strict=True):
         learned.parameter.copy_(average)
 
 

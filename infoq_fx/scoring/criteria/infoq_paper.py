@@ -27,6 +27,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
 __all__ = ["CORRELATION_THRESHOLD", "InfoQPaper"]
 
 CORRELATION_THRESHOLD = 0.70
+_ALGORITHM_VERSION = 2  # raised when the same data gives other measurements; 2: classes are grouped by SciPy
 _SMALLEST_BASELINE_NATS = 1e-3
 
 
@@ -85,6 +86,7 @@ class InfoQPaper:
         observers = "auto" if self.observers == "auto" else ", ".join(map(_key, self._resolve(prepared)))
         return {
             "measure": "information",
+            "algorithm_version": _ALGORITHM_VERSION,
             "observers": observers,
             "encoder": None if data is None else _name_encoder(self.encoder, data),
             "slices": self.slices,

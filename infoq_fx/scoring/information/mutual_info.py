@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial.distance import cdist
+from scipy.cluster.vq import kmeans2
 from scipy.special import digamma
 
 from infoq_fx.core.jit import usable_threads
@@ -46,7 +47,7 @@ Mask: TypeAlias = NDArray[np.bool_]
 
 _CHUNK_VALUES = 1 << 14  # slices are done a few at a time, so that what lies between two steps stays in cache
 _MIN_VALUES_PER_THREAD = 1 << 14  # a few ms of work; for less a thread costs more than it saves
-_MAX_LLOYD_STEPS = 100
+_LLOYD_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -265,25 +266,12 @@ def group_classes(rows: ArrayLike, groups: int, seed: int) -> Integers:
     if points.ndim != 2 or not points.size:
         raise OptionError(f"rows have shape {points.shape}; give [classes, dimension], not empty")
     _check_finite(points, "rows")
-    centres = _seed_centres(points, groups, np.random.Generator(np.random.PCG64(seed)))
-    assigned = np.full(len(points), -1)
-    for _ in range(_MAX_LLOYD_STEPS):
-        previous, nearest = assigned, cdist(points, centres, "sqeuclidean").argmin(1)
-        assigned = np.unique(nearest, return_inverse=True)[1]
-        if np.array_equal(assigned, previous):
-            break
-        centres = np.stack([points[assigned == group].mean(0) for group in range(assigned.max() + 1)])
-    return assigned.astype(np.int64)
-
-
-def _seed_centres(points: Doubles, groups: int, generator: np.random.Generator) -> Doubles:
-    """Distinct rows, each drawn with a probability proportional to its squared distance from those before."""
-    chosen = [int(generator.integers(len(points)))]
-    nearest = cdist(points, points[chosen], "sqeuclidean")[:, 0]
-    while len(chosen) < groups and nearest.any():
-        chosen.append(int(generator.choice(len(points), p=nearest / nearest.sum())))
-        nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]], "sqeuclidean")[:, 0])
-    return points[chosen]
+    distinct = len(np.unique(points, axis=0))
+    start = np.random.Generator(np.random.PCG64(seed))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="One of the clusters is empty")  # fewer groups then come out
+        _, assigned = kmeans2(points, min(groups, distinct), iter=_LLOYD_STEPS, minit="++", seed=start)
+    return np.unique(assigned, return_inverse=True)[1].astype(np.int64)
 
 
 def _check_integer(name: str, value: object, smallest: int) -> None:

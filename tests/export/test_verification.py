@@ -1,0 +1,135 @@
+"""Verification: a file beside its module, and beside another's."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from networks import ResidualNet, randomise_norms
+from torch import nn
+
+import infoq_fx
+from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
+from infoq_fx.export.verification import LevelResult, _find_problem
+from infoq_fx.types import Allocation
+
+
+def quantize_by_hand(model, data, bits=4):
+    prepared = infoq_fx.prepare(model.eval(), data, bits=bits)
+    return infoq_fx.convert(prepared, Allocation(bits={s.name: s.bits[0] for s in prepared.inventory.sites}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    torch.manual_seed(0)
+    model = randomise_norms(ResidualNet())
+    images = torch.randn(96, 1, 8, 8)
+    quantized = quantize_by_hand(model, images)
+    labels = quantized(images).argmax(1)
+    labels[:24] = (labels[:24] + 1) % quantized(images).shape[1]
+    path = infoq_fx.export_onnx(quantized, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return quantized, path, images, labels
+
+
+def test_its_own_file_is_sound(made):
+    quantized, path, images, labels = made
+    found = infoq_fx.verify_onnx(path, quantized, (images, labels))
+    assert found.is_sound
+    assert found.samples == 96
+    assert found.module_top1 == 75.0
+    off, default = found.levels
+    assert (off.level, off.agreement, off.top1) == ("off", 1.0, 75.0)
+    assert off.largest_error_steps < 1e-3
+    assert default.level == "default"
+    assert default.agreement > 0.9
+    text = str(found)
+    assert text.startswith("sound: the file computes what the module computes\nonnxruntime ")
+    assert "off      top-1 75.0 %, agrees on 100.0 %" in text
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 96])
+def test_the_batch_size_changes_nothing_without_optimisation(made, batch_size):
+    quantized, path, images, _ = made
+    (off, _) = infoq_fx.verify_onnx(path, quantized, images, batch_size=batch_size).levels
+    assert off.agreement == 1.0
+    assert off.top1 is None
+
+
+def test_the_file_of_another_module_is_not(made):
+    _, path, images, _ = made
+    torch.manual_seed(1)
+    other = quantize_by_hand(randomise_norms(ResidualNet()), images)
+    found = infoq_fx.verify_onnx(path, other, images)
+    assert not found.is_sound
+    assert found.verdict.startswith("not sound: without optimisation the file agrees with the module on ")
+    assert "it belongs to another module" in found.verdict
+
+
+def test_errors_say_what_to_do(made, tmp_path):
+    quantized, path, images, _ = made
+    with pytest.raises(OptionError, match="is not a quantized module; pass what"):
+        infoq_fx.verify_onnx(path, nn.Linear(2, 2), images)
+    with pytest.raises(OptionError, match="unknown target 'onnxrt'; nearest of 3: 'onnxruntime'"):
+        infoq_fx.verify_onnx(path, quantized, images, target="onnxrt")
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match=r"refuses .*broken\.onnx.*export it again"):
+        infoq_fx.verify_onnx(tmp_path / "broken.onnx", quantized, images)
+    with pytest.raises(CalibrationDataError):
+        infoq_fx.verify_onnx(path, quantized, (images, torch.full((96,), 99)))
+    other, narrow = (quantize_by_hand(nn.Sequential(nn.Flatten(), nn.Linear(64, n)), images) for n in (4, 3))
+    path = infoq_fx.export_onnx(narrow, tmp_path / "narrow.onnx")
+    with pytest.raises(ExportError, match="made from another module"):
+        infoq_fx.verify_onnx(path, other, images)
+    with pytest.raises(ExportError, match="does not take the module's inputs"):
+        infoq_fx.verify_onnx(path, quantized, images)
+
+
+def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(64, 6)
+    quantized = quantize_by_hand(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), data)
+    found = infoq_fx.verify_onnx(infoq_fx.export_onnx(quantized, tmp_path / "m.onnx"), quantized, data)
+    assert found.is_sound
+    assert found.levels[0].agreement == 1.0
+
+
+@pytest.mark.parametrize(
+    ("result", "is_problem"),
+    [
+        (LevelResult("off", 0.995, 0.1, 3.0), False),
+        (LevelResult("off", 0.99, 0.1, 0.1), True),
+        (LevelResult("off", 1.0, 2.0, 3.0), True),
+        (LevelResult("default", 0.9, 0.1, 9.0), False),
+        (LevelResult("default", 0.89, 0.1, 0.1), True),
+        (LevelResult("default", 0.95, 0.1, 9.0, 80.0), False),
+        (
+            LevelResult("default", 0.95, 0.1, 9.0, 79.0),
+            False,
+        ),  # 10 of 50 changed predictions more wrong than right: chance
+        (LevelResult("default", 0.95, 0.1, 9.0, 78.5), True),  # 15 more: not chance
+        (LevelResult("default", 1.0, 0.1, math.inf, 80.0), True),
+    ],
+)
+def test_what_is_sound(result, is_problem):
+    top1 = None if result.top1 is None else 80.0
+    assert (_find_problem(result, top1, 1000) is not None) == is_problem
+
+
+@pytest.mark.parametrize("container", ["int8", "packed"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_openvino_computes_the_same(made, tmp_path, container, bits):
+    pytest.importorskip("openvino", reason="OpenVINO is an extra")
+    _, _, images, _ = made
+    quantized = quantize_by_hand(randomise_norms(ResidualNet()), images, bits)
+    path = infoq_fx.export_onnx(quantized, tmp_path / "m.onnx", container=container, target="openvino")
+    found = infoq_fx.verify_onnx(path, quantized, images, target="openvino")
+    assert found.target.startswith("OpenVINO ")
+    assert [result.level for result in found.levels] == ["default"]
+    assert found.is_sound, found
+
+
+def test_a_verification_is_a_value(made):
+    quantized, path, images, labels = made
+    found = infoq_fx.verify_onnx(path, quantized, (images, labels))
+    assert dataclasses.asdict(found)["levels"][0]["level"] == "off"
+    assert found == infoq_fx.verify_onnx(path, quantized, (images, labels))

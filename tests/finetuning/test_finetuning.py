@@ -1,0 +1,912 @@
+import copy
+import dataclasses
+import functools
+import io
+import logging
+import math
+import pickle
+import re
+
+import onnxruntime
+import pytest
+import torch
+from networks import Attention, NormFirst, ResidualNet, randomise_norms
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import infoq_fx
+from infoq_fx.conversion.quantized import provenance_of
+from infoq_fx.demo import digits, train_digits_net
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.finetuning import training_loop as loop
+from infoq_fx.finetuning.finetuning import _count_returns, finetune
+from infoq_fx.finetuning.retraining import BiasQuantizer, TrainableModule, to_quantized, to_trainable
+from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy
+from infoq_fx.finetuning.training_data import Form, Samples, open_source
+from infoq_fx.quantization import numerics
+from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
+from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
+from infoq_fx.types import Allocation, QParams, QuantSite, QuantSpec
+
+IMAGES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the head too, and a layer that is to stay in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix, self.left = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.left(functional.gelu(self.mix(self.table(x)))).mean(1)
+        return functional.linear(x, self.table.weight)
+
+
+CASES = {
+    "residual": (ResidualNet, IMAGES, {}),
+    "attention": (Attention, torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(6)), {}),
+    "norm_first": (NormFirst, IMAGES, {}),
+    "weights_only": (ResidualNet, IMAGES, {"activation_bits": None}),
+    "tied": (Tied, torch.randint(0, 11, (40, 5), generator=torch.Generator().manual_seed(7)), {"ignore": ["left"]}),
+}
+
+
+def convert(prepared, weight_bits=2, activation_bits=4):
+    bits = {}
+    for index, site in enumerate(prepared.inventory.sites):
+        wanted = activation_bits if site.kind == "activation" else weight_bits if index % 3 else 8
+        bits[site.name] = wanted if wanted in site.bits else 8
+    return infoq_fx.convert(prepared, Allocation(bits=bits))
+
+
+@functools.cache
+def prepared_of(name):
+    torch.manual_seed(3)
+    build, x, options = CASES[name]
+    model = randomise_norms(build()).eval()
+    return model, x, infoq_fx.prepare(model, x, **{"bits": (2, 3, 8), "activation_bits": (4, 8), **options})
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    _, x, prepared = prepared_of(request.param)
+    return convert(prepared), x, prepared
+
+
+@functools.cache
+def digits_of():
+    """A trained network, images, labels and a conversion to 2 bits that loses nearly everything."""
+    (images, labels), (test_images, test_labels) = digits()
+    model = train_digits_net(images, labels, epochs=2)
+    prepared = infoq_fx.prepare(model, images[:256], bits=(2, 8))
+    bits = {site.name: 2 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
+    return model, infoq_fx.convert(prepared, Allocation(bits=bits)), (images, labels), (test_images, test_labels)
+
+
+@pytest.fixture
+def residual():
+    return convert(prepared_of("residual")[2])
+
+
+def reload(quantized):
+    return pickle.loads(pickle.dumps(quantized))
+
+
+def constants(module):
+    return sorted(n.args[1:] for n in module.graph.nodes if n.target is quantize_dequantize_op)
+
+
+def assert_same(first, second):
+    """The same numbers under the same names."""
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype, name
+        assert torch.equal(value, b[name]), name
+    assert constants(first) == constants(second)
+    assert infoq_fx.allocation_of(first).bits == infoq_fx.allocation_of(second).bits
+
+
+def train(module, x, steps=6, lr=0.02):
+    """A loop of one's own, towards another function."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(x).cos().sum().backward()
+        optimizer.step()
+    return module
+
+
+# From the quantized module to the trainable one and back.
+
+
+@pytest.mark.parametrize("read", [lambda q: q, reload], ids=["converted", "read"])
+def test_a_trainable_module_computes_what_the_quantized_one_does_and_goes_back_to_it(read, case):
+    quantized, x, _ = case
+    before = copy.deepcopy(quantized)
+    trainable = to_trainable(read(quantized))
+    assert torch.equal(trainable(x), quantized(x))
+    again = to_quantized(trainable)
+    assert isinstance(again, infoq_fx.QuantizedModule)
+    assert_same(again, before)
+    assert_same(quantized, before)
+    assert torch.equal(again(x), quantized(x))
+    assert infoq_fx.allocation_of(again) == infoq_fx.allocation_of(quantized)
+
+
+def test_every_parameter_of_the_float_model_is_one_and_every_step(case):
+    quantized, x, prepared = case
+    trainable = to_trainable(quantized)
+    train(trainable, x, steps=1)
+    expected = set(dict(float_copy(prepared).named_parameters()))
+    # A file stores what two layers share once for each.
+    twins = {"table.weight_float", "twice.bias_of_linear_1"} & set(dict(trainable.named_parameters()))
+    steps = {f"quantizers.{site}.quantizer.scale" for site in infoq_fx.allocation_of(quantized).bits}
+    found = dict(trainable.named_parameters())
+    merged = steps - set(found)  # sites that the conversion has made one
+    assert set(found) == (expected | steps | twins) - merged
+    assert len(merged) < len(steps) / 2
+    for name, parameter in found.items():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()), name
+
+
+def test_a_tied_weight_is_trained_in_both_places():
+    _, x, prepared = prepared_of("tied")
+    quantized = convert(prepared)
+    again = to_quantized(train(to_trainable(quantized), x))
+    names = [name for name, value in quantized.state_dict().items() if not torch.equal(value, again.state_dict()[name])]
+    assert {"table.weight", "left.weight", "left.bias", "mix.bias"} <= set(names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_trained_is_what_is_exported(name):
+    _, x, prepared = prepared_of(name)
+    quantized = convert(prepared)
+    trained = train(to_trainable(quantized), x)
+    again = to_quantized(trained)
+    assert float((again(x) - quantized(x)).abs().max()) > 0.01
+    torch.testing.assert_close(again(x), trained(x), rtol=1e-4, atol=1e-5)
+    for node in again.graph.nodes:
+        if node.target is quantize_dequantize_op:
+            assert is_short(node.args[1], scale_significant_bits(node.args[3], is_weight=False))
+        if node.target is dequantize_op and node.args[3] <= 8:
+            integers, scale = (again.get_buffer(str(operand.target)) for operand in node.all_input_nodes)
+            low, high = -(2 ** (node.args[3] - 1)), 2 ** (node.args[3] - 1) - 1
+            assert integers.dtype == torch.int8
+            assert low <= int(integers.min()) <= int(integers.max()) <= high
+            terms = integers.numel() // integers.shape[node.args[2]]
+            source = next(iter(node.users)).args[0]
+            met = significant_bits_of(source.args[1]) if source.target is quantize_dequantize_op else None
+            met = 1 if met == 1 else 4  # what a learned scale may have
+            digits = scale_significant_bits(node.args[3], is_weight=True, terms=terms, of_input=met)
+            assert all(is_short(float(s), digits) for s in scale)
+
+
+def is_short(value, bits):
+    return math.frexp(value)[0] * 2**bits % 1 == 0
+
+
+TRAVELS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": reload,
+    "file": lambda m: torch.load(written(m), weights_only=False),
+    "deepcopy of pickle": lambda m: copy.deepcopy(reload(m)),
+}
+
+
+def written(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("travel", TRAVELS.values(), ids=TRAVELS)
+def test_it_goes_on_after_a_journey(travel, residual):
+    trained = train(to_trainable(residual), IMAGES, steps=2)
+    again = travel(trained)
+    assert isinstance(again, TrainableModule)
+    assert all(p.requires_grad for p in again.parameters())
+    train(trained, IMAGES, steps=2)
+    train(again, IMAGES, steps=2)
+    assert_same(to_quantized(again), to_quantized(trained))
+
+
+def test_a_state_dict_holds_what_was_learned(residual):
+    trained = train(to_trainable(residual), IMAGES)
+    fresh = to_trainable(reload(residual))
+    fresh.load_state_dict(trained.state_dict())
+    assert_same(to_quantized(fresh), to_quantized(trained))
+
+
+def test_a_state_dict_brings_its_zero_points_along():
+    site, spec = QuantSite("x", "activation", (4,), (4,)), QuantSpec(bits=4, symmetric=False)
+    one, other = (
+        LearnedStepQuantizer(site, QParams(spec, torch.tensor(0.5), torch.tensor(zero, dtype=torch.int32)))
+        for zero in (0, 9)
+    )
+    one.load_state_dict(other.state_dict())
+    x = torch.linspace(-9, 9, 50)
+    assert torch.equal(one(x), other(x))
+    assert float(one(x).detach().min()) == -4.5
+
+
+def test_it_compiles_whole_with_the_same_gradients():
+    quantized = convert(prepared_of("norm_first")[2])
+    plain, compiled = to_trainable(quantized), to_trainable(quantized)
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for module, forward in ((plain, plain), (compiled, run)):
+        module.zero_grad()
+        functional.cross_entropy(forward(IMAGES), torch.arange(40) % 4).backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert_same(to_quantized(run), quantized)
+
+
+def test_it_takes_any_memory_layout():
+    _, x, prepared = prepared_of("attention")
+    plain = to_trainable(convert(prepared))
+    assert torch.equal(plain(x.transpose(1, 2).contiguous().transpose(1, 2)), plain(x))
+
+
+def test_a_wrapped_module_is_found(residual):
+    trained = train(to_trainable(residual), IMAGES)
+    wrapped = nn.Module()
+    wrapped.module = trained
+    assert_same(to_quantized(wrapped), to_quantized(trained))
+
+
+def test_a_bias_that_would_not_fit_32_bits_gets_a_larger_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[2] *= 1e-12
+        model[0].bias[2] = 3.0
+    x = torch.randn(32, 8)
+    quantized = convert(infoq_fx.prepare(model, x, bits=(2, 8)))
+    trainable = to_trainable(quantized)
+    torch.testing.assert_close(trainable(x), quantized(x))
+    with torch.no_grad():
+        trainable.get_parameter("0.bias")[2] *= 5
+    again = to_quantized(trainable)
+    assert 2**29 < int(again.get_buffer("0.bias").abs().max()) <= 2**30 + 1
+    torch.testing.assert_close(again(x), trainable(x), rtol=1e-3, atol=1e-4)
+
+
+def test_only_a_quantized_module_becomes_trainable(residual):
+    with pytest.raises(OptionError, match="got a Linear; pass what quantize"):
+        to_trainable(nn.Linear(2, 2))
+    with pytest.raises(OptionError, match="got a TrainableModule; pass what quantize"):
+        to_trainable(to_trainable(residual))
+
+
+def test_only_a_sound_trainable_module_becomes_quantized(residual):
+    with pytest.raises(OptionError, match="got a Linear; pass what to_trainable"):
+        to_quantized(nn.Linear(2, 2))
+    broken = to_trainable(residual)
+    with torch.no_grad():
+        broken.get_parameter("head.weight")[0, 0] = math.nan
+    with pytest.raises(OptionError, match=r"'head.weight' holds NaN .* lower its learning rate"):
+        to_quantized(broken)
+
+
+def test_a_file_does_not_hold_the_float_model(residual):
+    provenance = provenance_of(residual)
+    assert provenance.prepared is prepared_of("residual")[2]
+    assert provenance_of(copy.deepcopy(residual)).prepared is provenance.prepared
+    assert provenance_of(reload(residual)).prepared is None
+    assert provenance_of(to_quantized(to_trainable(residual))).prepared is provenance.prepared
+    assert b"PreparedModel" not in pickle.dumps(residual)
+    assert b"PreparedModel" not in pickle.dumps(to_trainable(residual))
+
+
+# The quantizer, against numerics.fake_quantize_ste and by the letter.
+
+
+def layouts(x):
+    return {
+        "contiguous": x,
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.transpose(1, 3).contiguous().transpose(1, 3),
+        "strided": torch.stack([x, x], -1)[..., 0],
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "strided"])
+@pytest.mark.parametrize("gradient", ["contiguous", "channels last", "expanded"])
+@pytest.mark.parametrize(("bits", "zero"), [(2, 0), (4, 5), (8, 255)])
+def test_the_kernels_are_the_formulas(layout, gradient, bits, zero):
+    x = layouts(3 * torch.randn(5, 6, 7, 3))[layout].detach().requires_grad_()
+    spec = QuantSpec(bits=bits, symmetric=False)
+    zero_point = torch.tensor(min(zero, spec.quant_max), dtype=torch.int32)
+    module = LearnedStepQuantizer(
+        QuantSite("x", "activation", (6, 7, 3), (bits,)), QParams(spec, torch.tensor(0.25), zero_point)
+    )
+    outer = torch.randn(5, 1, 7, 3).expand(5, 6, 7, 3)
+    outer = outer if gradient == "expanded" else layouts(outer.contiguous())[gradient]
+    step = torch.tensor(0.25, requires_grad=True)
+    expected = numerics.fake_quantize_ste(x, step, zero_point, spec.quant_min, spec.quant_max)
+    wanted, wanted_step = torch.autograd.grad(expected, [x, step], outer)
+    y = module(x)
+    assert torch.equal(y, expected)
+    found, found_step = torch.autograd.grad(y, [x, module.scale], outer)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(found_step, module.gradient_scale * wanted_step, rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_step_is_rounded_and_its_gradient_passes():
+    spec = QuantSpec(bits=8, symmetric=True, channel_axis=0)
+    qparams = QParams(spec, torch.tensor([1.0, 1.4, 0.1, -1.0]), torch.zeros(4, dtype=torch.int32))
+    module = LearnedStepQuantizer(QuantSite("w", "weight", (4, 3), (8,), 0), qparams, significant_bits=2)
+    with torch.no_grad():
+        module.smallest.copy_(torch.tensor([2.0**-10, 2.0**-10, 2.0**-10, 0.75]))
+    assert module.qparams().scale.tolist() == [1.0, 1.5, 0.09375, 0.75]
+    x = torch.randn(4, 3)
+    assert torch.equal(module(x), numerics.fake_quantize(x, module.qparams()))
+    module(x).sum().backward()
+    assert bool(module.scale.grad.all())
+
+
+def test_a_bias_is_a_multiple_of_both_steps():
+    module = BiasQuantizer("b", 4, 2)
+    bias = torch.tensor([0.3, -0.7], requires_grad=True)
+    scales = torch.tensor(0.5), torch.tensor(1e-3), torch.tensor([0.25, 1.0]), torch.tensor([1e-3, 1e-3])
+    found = module(bias, *scales)
+    assert found.tolist() == [0.25, -0.5]
+    (found * torch.tensor([2.0, 3.0])).sum().backward()
+    assert bias.grad.tolist() == [2.0, 3.0]
+
+
+# finetune
+
+
+def small():
+    """A conversion that loses much, and inputs; a run takes a tenth of a second."""
+    return convert(prepared_of("residual")[2]), torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def quick(quantized, data, **options):
+    return finetune(quantized, data, **{"epochs": 2, "progress": False, **options})
+
+
+def divergence(model, quantized, x):
+    """Mean KL divergence in nats, by the formula."""
+    with torch.no_grad():
+        p, q = model(x).double().softmax(1), quantized(x).double().softmax(1)
+    return float((p * (p / q).log()).sum(1).mean())
+
+
+def top1(model, images, labels):
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).double().mean())
+
+
+def test_two_bits_learn_what_the_float_model_says(caplog):
+    model, quantized, (images, _), test = digits_of()
+    caplog.set_level(logging.INFO)
+    images, before = images[:300], copy.deepcopy(quantized)
+    tuned = finetune(quantized, images, epochs=6, batch_size=16, learning_rate=0.03, progress=False)
+    assert_same(quantized, before)
+    assert top1(quantized, *test) < 0.5
+    assert top1(tuned, *test) > 0.75
+    assert infoq_fx.allocation_of(tuned).recovered_by == ("finetune",)
+    assert infoq_fx.allocation_of(tuned).bits == infoq_fx.allocation_of(quantized).bits
+    # What the log says of the samples held back is so.
+    held = images[4::5]
+    epoch, after, first = re.search(r"epoch (\d) is the best: (\S+) nats .* (\S+) before", caplog.text).groups()
+    assert float(first) == pytest.approx(divergence(model, quantized, held), rel=1e-2)
+    assert float(after) == pytest.approx(divergence(model, tuned, held), rel=1e-2)
+    assert int(epoch) > 1
+    assert float(after) < float(first) / 2
+
+
+def test_what_was_finetuned_runs_in_onnxruntime(tmp_path):
+    _, x, prepared = prepared_of("norm_first")
+    tuned = quick(convert(prepared), x)
+    session = onnxruntime.InferenceSession(infoq_fx.export_onnx(tuned, tmp_path / "tuned.onnx"))
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert float((torch.from_numpy(found) - tuned(x)).abs().max()) < 0.01 * float(tuned(x).std())
+
+
+def test_the_same_seed_gives_the_same_numbers_with_any_threads(monkeypatch):
+    quantized, x = small()
+    monkeypatch.setattr(loop, "_RUN_BYTES", 100_000)
+    first = quick(quantized, x, seed=1, learning_rate=0.05)
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_same(quick(reload(quantized), x, seed=1, learning_rate=0.05, teacher=prepared_of("residual")[2]), first)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    other = quick(quantized, x, seed=2, learning_rate=0.05)
+    assert not torch.equal(other.get_buffer("head.weight_scale"), first.get_buffer("head.weight_scale")) or not (
+        torch.equal(other(x), first(x))
+    )
+
+
+def test_the_best_epoch_is_kept_and_nothing_is_made_worse(caplog):
+    quantized, x = small()
+    for rate in (50.0, 1e30):
+        kept = quick(quantized, x, learning_rate=rate)
+        assert_same(kept, quantized)
+        assert kept is not quantized
+        assert infoq_fx.allocation_of(kept) == infoq_fx.allocation_of(quantized)
+    assert "the model stays as it was" in caplog.text
+
+
+def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
+    quantized, x = small()
+    caplog.set_level(logging.INFO)
+    tuned = quick(quantized, x, learning_rate=3.0, epochs=12)
+    losses = [float(v) for v in re.findall(r"epoch \d+ of 12: (\S+) nats", caplog.text)]
+    best, first = (float(v) for v in re.search(r"best: (\S+) nats .* (\S+) before", caplog.text).groups())
+    worse = [loss > first for loss in losses]
+    assert len(losses) == 12
+    assert worse[0]
+    assert best == min(losses) < first
+    assert sum(worse[6:]) < sum(worse[:6])
+    assert infoq_fx.allocation_of(tuned).recovered_by[-1] == "finetune"
+
+
+@pytest.mark.parametrize(
+    ("later", "epochs", "returns"),
+    [
+        ([0.9, 0.8, 0.7], 20, 0),
+        ([1.2, 1.2, 0.9, 1.2, 1.2], 20, 0),  # two bad epochs in a row have time to be made good, three have not
+        ([1.2, 1.2, 1.2], 20, 1),
+        ([1.2] * 6, 20, 2),
+        ([1.5], 20, 1),  # 1.5 times the first at once
+        ([1.2, math.nan, 1.2, 1.2], 20, 1),
+        ([1.2, 0.9, 1.02], 8, 2),  # an eighth of 8 epochs is one
+        ([1.009] * 8, 8, 0),  # no worse to speak of
+    ],
+)
+def test_the_best_numbers_are_put_back_where_it_is_no_use_to_go_on(later, epochs, returns):
+    assert _count_returns((1.0, *later), epochs) == returns
+
+
+class Stop:
+    """Interrupts a run in a later epoch."""
+
+    def __init__(self, monkeypatch, after):
+        measure, self.calls = loop.measure_loss, 0
+
+        def count(*arguments):
+            self.calls += 1
+            if self.calls > after:
+                raise KeyboardInterrupt
+            return measure(*arguments)
+
+        monkeypatch.setattr("infoq_fx.finetuning.finetuning.measure_loss", count)
+
+
+def loader_of(x):
+    return DataLoader(TensorDataset(x), batch_size=25, shuffle=True)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, loader_of], ids=["tensor", "loader"])
+def test_a_stopped_run_goes_on_to_the_same_end(make, tmp_path, monkeypatch):
+    quantized, x = small()
+    path = tmp_path / "checkpoint.pt"
+    whole = quick(quantized, make(x), epochs=3)
+    with monkeypatch.context() as patch:
+        Stop(patch, after=3)  # once before, and the first two epochs
+        with pytest.raises(KeyboardInterrupt, match=r"after 2 of 3 epochs; the same call with checkpoint=.* goes on"):
+            quick(quantized, make(x), epochs=3, checkpoint=path)
+    torch.manual_seed(99)
+    counted = Stop(monkeypatch, after=99)
+    again = quick(convert(prepared_of("residual")[2]), make(x), epochs=3, checkpoint=path)
+    assert counted.calls == 1
+    assert_same(again, whole)
+    assert_same(quick(quantized, make(x), epochs=3, checkpoint=path), whole)
+    assert counted.calls == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_without_a_checkpoint_a_stopped_run_says_what_would_have_helped(monkeypatch):
+    quantized, x = small()
+    Stop(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 2 epochs; a call with checkpoint could have gone on"):
+        quick(quantized, x)
+
+
+def test_a_checkpoint_of_another_call_is_refused(tmp_path):
+    quantized, x = small()
+    path = tmp_path / "checkpoint.pt"
+    quick(quantized, x, epochs=1, checkpoint=path)
+    before = path.read_bytes()
+    other = convert(prepared_of("residual")[2], weight_bits=3)
+    for data, options, named in (
+        (x, {"epochs": 2}, r"other: epochs=1 in place of 2; repeat that call"),
+        (x, {"learning_rate": 0.1, "seed": 3}, r"learning_rate=0.01 in place of 0.1, seed=0 in place of 3"),
+        (x + 1, {}, "other: the data"),
+        (x, {"teacher": randomise_norms(ResidualNet()).eval()}, "other: the float model"),
+    ):
+        with pytest.raises(OptionError, match=named):
+            quick(quantized, data, **{"epochs": 1, "checkpoint": path, **options})
+    with pytest.raises(OptionError, match="other: the quantized model"):
+        quick(other, x, epochs=1, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "cannot read"), (b"text", "cannot read"), ({"format": "other"}, "no checkpoint of finetune"), (None, None)],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(content, message, tmp_path):
+    quantized, x = small()
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        with pytest.raises(OptionError, match="there is no folder"):
+            quick(quantized, x, checkpoint=tmp_path / "nowhere" / "checkpoint.pt")
+        return
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(OptionError, match=message):
+        quick(quantized, x, checkpoint=path)
+
+
+def test_a_teacher_may_be_the_model_itself_or_a_prepared_one(caplog):
+    model, x, prepared = prepared_of("residual")
+    read = reload(convert(prepared))
+    with pytest.raises(OptionError, match=r"the float model is not known: .* give teacher=model"):
+        quick(read, x)
+    with pytest.raises(OptionError, match="teacher is a int; give the float"):
+        quick(read, x, teacher=3)
+    with pytest.raises(OptionError, match=r"the teacher's output for \d samples is .*, the quantized model's"):
+        quick(read, x, teacher=nn.Flatten())
+    model.train()
+    rate = {"learning_rate": 0.05}
+    ours, theirs = quick(read, x, teacher=prepared, **rate), quick(read, x, teacher=model, **rate)
+    assert model.training
+    model.eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0.05, atol=0.05)
+    changed = dataclasses.replace(prepared_of("norm_first")[2], origin=prepared)
+    assert_same(quick(read, x, teacher=changed, **rate), ours)
+    assert divergence(model, ours, x) < divergence(model, read, x)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, left, right):
+        return {"logits": self.head((self.a(left) + self.b(right)).relu()), "hidden": self.b(right)}
+
+
+def test_inputs_go_by_name_or_in_order():
+    model = TwoInputs().eval()
+    left, right = torch.randn(60, 6), torch.randn(60, 4)
+    prepared = infoq_fx.prepare(model, {"left": left, "right": right}, bits=(2, 8))
+    read = reload(convert(prepared))
+    by_name = quick(read, {"right": right, "left": left}, teacher=model)
+    in_order = quick(read, [((left, right), None)], teacher=model)
+    assert_same(by_name, in_order)
+    assert not torch.equal(by_name.get_buffer("a.weight_scale"), read.get_buffer("a.weight_scale")) or not torch.equal(
+        by_name(left, right)["logits"], read(left, right)["logits"]
+    )
+
+
+class PerPixel(nn.Module):
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, outputs, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "data", "is_fixed"),
+    [
+        (PerPixel, Tensor.clone, True),
+        (PerPixel, loader_of, True),
+        (PerPixel, Tensor.clone, False),
+        (Regression, Tensor.clone, False),
+    ],
+    ids=["fixed batch", "fixed batch, loader", "pixels", "a single number"],
+)
+def test_other_kinds_of_models_learn_too(build, data, is_fixed, caplog):
+    model, x = build(), torch.randn(400 if build is Regression else 100, 1, 8, 8)
+    program = torch.export.export(model.eval(), (x[:4],)) if is_fixed else model
+    quantized = convert(infoq_fx.prepare(program, x, bits=(2, 8)))
+    caplog.set_level(logging.INFO)
+    tuned = quick(quantized, data(x), epochs=20 if build is Regression else 6)
+    first, after = (float(v) for v in re.search(r"best: (\S+) nats .* (\S+) before", caplog.text).groups()[::-1])
+    assert after < first
+    # By formulas of its own on all samples: for a single number the squared error, for pixels their mean divergence.
+    with torch.no_grad():
+        found = [torch.cat([m(part) for part in x.split(4)]) for m in (model, quantized, tuned)]
+    if isinstance(model, Regression):
+        before, now = ((found[0] - y).square().mean() for y in found[1:])
+    else:
+        p = found[0].softmax(1)
+        before, now = ((p * (p.log() - y.log_softmax(1))).sum(1).mean() for y in found[1:])
+    assert now < before
+
+
+def test_labels_teach_where_they_are_asked_for():
+    _, quantized, (images, labels), test = digits_of()
+    read, options = reload(quantized), {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}
+    alone = quick(read, (images[:200], labels[:200]), label_weight=1, **options)
+    mixed = quick(quantized, (images[:200], labels[:200]), label_weight=0.5, **options)
+    wrong = quick(read, (images[:200], (labels[:200] + 1) % 10), label_weight=1, **options)
+    before, *after = (top1(m, *test) for m in (quantized, alone, mixed, wrong))
+    assert min(after[:2]) > before + 0.2
+    assert after[2] < after[0] - 0.2
+
+
+class Growing(Dataset):
+    """Remembers how often each sample was asked for, and gives another version every time."""
+
+    def __init__(self, x):
+        self.x, self.asked = x, [0] * len(x)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.asked[index] += 1
+        return self.x[index] + 1e-3 * torch.rand(())
+
+
+def test_a_loader_is_iterated_again_every_epoch():
+    quantized, x = small()
+    dataset = Growing(x)
+    state = torch.get_rng_state()
+    tuned = quick(quantized, DataLoader(dataset, batch_size=30), epochs=3)
+    assert dataset.asked == [4] * 100  # in advance, and every epoch
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(tuned, quick(quantized, DataLoader(Growing(x), batch_size=30), epochs=3))
+    dataset = Growing(x)
+    quick(quantized, DataLoader(dataset, batch_size=30), epochs=3, validation_data=x[:20])
+    assert dataset.asked == [3] * 100
+
+
+def test_a_generator_is_read_once():
+    quantized, x = small()
+    assert_same(quick(quantized, (part for part in x.split(30))), quick(quantized, x))
+
+
+def rows(samples):
+    return set(samples.inputs["x"][:, 0].int().tolist())
+
+
+def open_numbers(count, make=lambda x: x, **options):
+    x = torch.arange(float(count))[:, None]
+    form = Form({"x": x[:2]}, needs_labels=False)
+    return open_source(make(x), options.pop("validation", None), form, batch_size=32, seed=0, **options)
+
+
+@pytest.mark.parametrize(("count", "held"), [(5, 1), (63, 12), (64, 16), (79, 19), (80, 16), (101, 20)])
+def test_evenly_spread_samples_are_held_back(count, held):
+    source = open_numbers(count)
+    kept = sorted(rows(source.held_back))
+    assert len(kept) == held
+    assert len(set(map(int.__sub__, kept[1:], kept))) <= 1
+    assert rows(source.training) == set(range(count)) - set(kept)
+    batches = list(source.batches(0))
+    assert len(batches) == source.steps
+    assert {batch.count for batch in batches} == {min(32, count - held)}
+    shuffled = [b.inputs["x"][:, 0].tolist() for b in batches]
+    assert shuffled == [b.inputs["x"][:, 0].tolist() for b in source.batches(0)]
+    assert shuffled != [b.inputs["x"][:, 0].tolist() for b in source.batches(1)] or count == 5
+
+
+@pytest.mark.parametrize("whole", [1, 4])
+def test_what_a_loader_gives_in_order_is_held_back_in_every_epoch(whole):
+    source = open_numbers(103, lambda x: DataLoader(TensorDataset(x), batch_size=24), whole=whole)
+    held = rows(source.held_back)
+    assert held == set(range(4, 103, 5))
+    for epoch in (0, 1):
+        batches = list(source.batches(epoch))
+        seen = set.union(*(rows(batch) for batch in batches))
+        assert not seen & held
+        assert len(seen) >= 80 - 4 * whole
+        assert all(batch.count % whole == 0 for batch in batches)
+
+
+def test_of_a_long_loader_few_samples_are_held_back():
+    source = open_numbers(11_000, lambda x: DataLoader(TensorDataset(x), batch_size=500))
+    kept = sorted(rows(source.held_back))
+    assert kept == list(range(9, 11_000, 10))
+
+
+def test_validation_data_is_what_is_held_back():
+    source = open_numbers(40, validation=torch.full((7, 1), 5.0))
+    assert source.held_back.count == 7
+    assert source.training.count == 40
+
+
+def test_data_that_cannot_be_used_is_refused():
+    quantized, x = small()
+    labels = torch.arange(100) % 5
+    for data, options, message in (
+        (x[:, :, :4], {}, r"input 'x' takes torch.float32 \['samples', 1, 8, 8\], the data has .* resize"),
+        (x.double(), {}, "float64"),
+        (x[:4], {}, "too few samples: every fifth is held back"),
+        ([], {}, "empty"),
+        (DataLoader(TensorDataset(x[:4])), {}, "too few samples"),
+        (x, {"label_weight": 0.5}, "asks for labels and the data has none"),
+        ((x, labels + 1), {"label_weight": 0.5}, "labels range from 1 to 5, but the model has 5 classes"),
+        (x, {"validation_data": x.double()}, "float64"),
+        (3, {}, "calibration data is a int"),
+    ):
+        with pytest.raises(CalibrationDataError, match=message):
+            quick(quantized, data, **options)
+    single = convert(infoq_fx.prepare(Regression().eval(), x, bits=(2, 8)))
+    with pytest.raises(OptionError, match="a single output"):
+        quick(single, (x, labels), label_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.inf},
+        {"temperature": 0.0},
+        {"label_weight": -0.1},
+        {"label_weight": 1.5},
+        {"label_weight": True},
+    ],
+)
+def test_options_out_of_range_are_refused(options, residual):
+    name, value = next(iter(options.items()))
+    with pytest.raises(OptionError, match=f"{name}={value!r}; give"):
+        quick(residual, IMAGES, **options)
+
+
+def test_only_a_quantized_module_is_finetuned():
+    with pytest.raises(OptionError, match="pass what quantize"):
+        quick(nn.Linear(2, 2), IMAGES)
+
+
+def test_a_bar_shows_where_it_is(capsys):
+    quantized, x = small()
+    quick(quantized, x, progress=True)
+    assert "4/4" in capsys.readouterr().err
+    quick(quantized, x)
+    assert capsys.readouterr().err == ""
+
+
+# The updates.
+
+
+def training_of(student, settings, steps=8):
+    source = open_numbers(40)
+    source = type(source)(**{**vars(source), "steps": steps})
+    return loop.Training(student, loop.list_learned(student, 1.0), source, settings, None, torch.zeros(1), 8)
+
+
+def test_updates_are_adams(residual):
+    student, other = to_trainable(residual), to_trainable(residual)
+    training = training_of(student, loop.Settings(1, 1.0, 32, 0.0, 0), steps=8)
+    ones = [loop.Learned(o.parameter, torch.tensor(0.01), o.is_step) for o in training.learned]
+    training = type(training)(**{**vars(training), "learned": ones})
+    ours = loop.begin_optimizer(training.learned)
+    adam = torch.optim.Adam(other.parameters(), lr=1.0, betas=(0.9, 0.99), eps=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for done in range(8):
+        adam.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * done / 8)) / 2
+        gradients = [1e-4 * torch.randn(p.shape, generator=generator) for p in student.parameters()]
+        for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        adam.step()
+        with torch.no_grad():
+            loop.update(training, ours, gradients, done)
+    for mine, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_large_gradients_are_clipped_by_norm_those_of_steps_apart(residual):
+    moved = []
+    for factor in (1e6, 1.0, 1e-6):
+        training = training_of(to_trainable(residual), loop.Settings(1, 1.0, 32, 0.0, 0))
+        optimizer = loop.begin_optimizer(training.learned)
+        gradients = [torch.full_like(o.parameter, factor if o.is_step else 10.0) for o in training.learned]
+        with torch.no_grad():
+            loop.update(training, optimizer, [gradient.clone() for gradient in gradients], 0)
+        means = [optimizer.adam.state[unit]["exp_avg"] for unit in optimizer.units]
+        for is_step in (True, False):
+            chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
+            before, after = (
+                float(torch.cat([found[i].flatten() for i in chosen]).norm()) for found in (gradients, means)
+            )
+            assert after == pytest.approx(0.1 * min(1.0, before), rel=1e-4)
+        moved.append(training.student.get_parameter("head.weight").detach().clone())
+    assert torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[0], moved[2])
+
+
+def test_reaches_are_in_units_that_suit_a_parameter():
+    student = to_trainable(convert(prepared_of("norm_first")[2]))
+    named = {name: o for (name, _), o in zip(student.named_parameters(), loop.list_learned(student, 0.1), strict=True)}
+    steps = {f"{name}.scale": m for name, m in student.named_modules() if isinstance(m, LearnedStepQuantizer)}
+    for name, learned in named.items():
+        assert learned.is_step == (name in steps)
+        if learned.is_step:
+            torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
+    weight = named["conv.weight"]
+    scale = steps["quantizers.conv.weight.quantizer.scale"].qparams().scale
+    rms = float(weight.parameter.detach().square().mean().sqrt())
+    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(float(s), rms) for s in scale])
+    norm = named["norm.weight"]
+    assert float(norm.reach) == pytest.approx(0.03 * float(norm.parameter.detach().abs().mean()))
+
+
+def test_averages_look_back_over_an_epoch(residual):
+    training = training_of(to_trainable(residual), loop.Settings(3, 0.1, 32, 0.0, 0), steps=4)
+    optimizer = loop.begin_optimizer(training.learned)
+    index = max(range(len(training.learned)), key=lambda i: training.learned[i].parameter.numel())
+    generator, expected = torch.Generator().manual_seed(0), torch.zeros(())
+    for done in range(12):
+        gradients = [torch.randn(o.parameter.shape, generator=generator) for o in training.learned]
+        with torch.no_grad():
+            loop.update(training, optimizer, gradients, done)
+        now = training.learned[index].parameter.detach().clone()
+        share = 1 / (done + 1) if done < 4 else 1 / 4  # of the first epoch the plain mean
+        expected = (1 - share) * expected + share * now
+        torch.testing.assert_close(optimizer.average[index], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(now, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual, temperature):
+    student = to_trainable(residual)
+    source = open_numbers(40)
+    x = torch.randn(20, 1, 8, 8)
+    with torch.no_grad():
+        reference = prepared_of("residual")[0](x)
+    batch = Samples({"x": x}, torch.arange(20) % 5, reference)
+    settings = loop.Settings(1, 1.0, 32, 0.25, 0, temperature)
+    found = []
+    for size in (20, 6):
+        training = loop.Training(
+            student, loop.list_learned(student, 1.0), source, settings, lambda samples: None, torch.ones(5), size
+        )
+        found.append(loop.compute_gradients(training, batch, map))
+    out = student(x)
+    logs, shares = (out / temperature).log_softmax(1), (reference / temperature).softmax(1)
+    loss = 0.75 * temperature**2 * functional.kl_div(logs, shares, reduction="batchmean")
+    loss = loss + 0.25 * functional.cross_entropy(out, batch.labels)
+    for a, b, c in zip(*found, torch.autograd.grad(loss, list(student.parameters())), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(b, c, rtol=1e-3, atol=1e-5)
+
+
+def test_a_recovered_model_becomes_trainable_as_it_is():
+    # Recovery gives scales of few terms more significant bits than calibration does.
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(40, 1, 8, 8)
+    prepared = infoq_fx.prepare(model.eval(), x, bits=8)
+    allocation = infoq_fx.Allocation(bits={site.name: 8 for site in prepared.inventory.sites})
+    recovered = infoq_fx.recover(prepared, allocation, x, "second_order_rounding", progress=False)
+    quantized = infoq_fx.convert(recovered, allocation)
+    scales = [value for name, value in quantized.state_dict().items() if name.endswith("weight_scale")]
+    assert any(bool((torch.frexp(scale).mantissa * 4 % 1 != 0).any()) for scale in scales)
+    trainable = to_trainable(quantized)
+    with torch.no_grad():
+        assert torch.equal(trainable(x), quantized(x))
+    assert_same(to_quantized(trainable), quantized)

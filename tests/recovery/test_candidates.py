@@ -1,0 +1,130 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from networks import ResidualNet, randomise_norms
+from torch import nn
+
+import infoq_fx
+from infoq_fx.core.data import read_data
+from infoq_fx.errors import OptionError
+from infoq_fx.quantization.numerics import dequantize
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.parameters import fork, set_parameter
+from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
+from infoq_fx.runtime.outputs import diverge, measure_spread
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(1)
+    model = randomise_norms(ResidualNet()).eval()
+    images = torch.randn(96, 1, 8, 8)
+    prepared = infoq_fx.prepare(model, images, bits=(2, 3, 8))
+    return prepared, read_data(images).named(prepared.input_names)
+
+
+def weights_of(prepared):
+    return [site for site in prepared.inventory.sites if site.kind == "weight"]
+
+
+def mean_nats(prepared, data, bits):
+    reference = compute_float_logits(prepared, data, batch_size=16)
+    return diverge(reference, compute_logits(prepared, data, bits), measure_spread(reference)).mean()
+
+
+def test_rounded_weights_are_integers_of_their_width_and_lose_less_than_the_nearest(residual):
+    prepared, data = residual
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions())
+    sites = weights_of(prepared)
+    assert set(rounded.rounded) == {(site.name, bits) for site in sites for bits in (2, 3)}
+    for (name, bits), found in rounded.rounded.items():
+        site = next(site for site in sites if site.name == name)
+        assert found.q.dtype == torch.int8
+        assert tuple(found.q.shape) == site.shape
+        assert -(1 << (bits - 1)) <= found.q.min() <= found.q.max() < 1 << (bits - 1)
+    lost = [[float(mean_nats(model, data, {site.name: 2})) for site in sites] for model in (rounded, prepared)]
+    assert sum(lost[0]) < 0.7 * sum(lost[1])
+
+
+def test_scores_are_those_of_the_rounded_weights_put_in_place(residual):
+    prepared, data = residual
+    table = infoq_fx.score(prepared, data, criterion="output_kl", progress=False)
+    nearest = infoq_fx.score(prepared, data, criterion="output_kl", recovery="none", progress=False)
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded
+    base = compute_logits(prepared, data, batch_size=16)
+    for node, quantizer in prepared.quantizer_nodes():
+        name = quantizer.site.name
+        if quantizer.site.kind != "weight":
+            continue
+        changed, found = fork(prepared), rounded[name, 2]
+        set_parameter(changed, str(node.all_input_nodes[0].target), dequantize(found.q, found.qparams))
+        own = dict(changed.quantizer_nodes())
+        (module,) = (module for module in own.values() if module.site.name == name)
+        known = {bits: module.qparams_at(bits) for bits in module.calibrated_bits}
+        module.set_qparams({**known, 2: found.qparams}, torch.device("cpu"))
+        logits = compute_logits(changed, data, {name: 2}, batch_size=16)
+        expected = float(diverge(base, logits, measure_spread(base)).mean())
+        assert table.scores[name][2].value == pytest.approx(expected, rel=1e-4)
+    assert table.scores["head.weight"][2].value < 0.7 * nearest.scores["head.weight"][2].value
+    assert table.settings["weights"] == "rounded to second order"
+    assert "weights" not in nearest.settings
+
+
+def test_a_criterion_that_runs_no_weights_is_given_none(residual, monkeypatch):
+    prepared, data = residual
+    expected = infoq_fx.score(prepared, data, criterion="mpqco", recovery="none", progress=False)
+    monkeypatch.setattr(Candidates, "round", None)  # whoever rounds fails
+    assert infoq_fx.score(prepared, data, criterion="mpqco", progress=False) == expected
+
+
+def test_a_finished_table_is_read_without_rounding_again(residual, tmp_path, monkeypatch):
+    prepared, data = residual
+    first = infoq_fx.score(prepared, data, cache_dir=tmp_path, progress=False)
+    other = infoq_fx.score(prepared, data, recovery="none", cache_dir=tmp_path, progress=False)
+    assert first.scores != other.scores  # each under a key of its own
+    monkeypatch.setattr(Candidates, "round", None)
+    assert infoq_fx.score(prepared, data, cache_dir=tmp_path, progress=False) == first
+
+
+def test_a_missing_bit_width_is_rounded_as_among_all_others(residual, tmp_path):
+    prepared, data = residual
+    whole = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions(threads=2)).rounded
+    candidates, (_, second, *_) = Candidates(prepared, data), weights_of(prepared)
+    alone = candidates.round([second], RunOptions()).rounded
+    assert {name for name, _ in alone} == {second.name}
+    for key, found in alone.items():
+        assert torch.equal(found.q, whole[key].q)
+        assert torch.equal(found.qparams.scale, whole[key].qparams.scale)
+    assert candidates.round([second], RunOptions()).rounded[second.name, 2] is alone[second.name, 2]
+    assert candidates.cpu_seconds > 0
+
+
+def test_workers_get_the_rounded_weights(residual):
+    prepared, data = residual
+    here = infoq_fx.score(prepared, data, progress=False)
+    with ThreadPoolExecutor(2) as executor:
+        assert infoq_fx.score(prepared, data, executor=executor, progress=False) == here
+
+
+def test_refine_compares_what_recovery_would_leave(residual):
+    prepared, data = residual
+    table = infoq_fx.score(prepared, data, progress=False)
+    chosen = infoq_fx.refine(prepared, table, 2.5, data)
+    rounded = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions())
+    assert chosen.lost_nats == pytest.approx(float(mean_nats(rounded, data, chosen.bits)), rel=1e-6)
+    assert chosen.lost_nats < infoq_fx.refine(prepared, table, 2.5, data, recovery="none").lost_nats
+
+
+def test_what_cannot_be_rounded_so_is_rounded_to_nearest():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(2, 4, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    images = torch.randn(32, 2, 2, 2)
+    prepared = infoq_fx.prepare(model, images, bits=(2, 8))
+    data = read_data(images).named(prepared.input_names)
+    assert {name for name, _ in Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded} == {
+        "3.weight"
+    }
+    assert infoq_fx.score(prepared, images, progress=False).scores["0.weight"][2].value > 0
+    with pytest.raises(OptionError, match=r"unknown recovery .fats.; .* .fast."):
+        infoq_fx.score(prepared, images, recovery="fats", progress=False)
