@@ -270,7 +270,7 @@ def test_alpha_is_checked(alpha: float) -> None:
 
 
 def test_alpha_weighs_activations() -> None:
-    # relu at 8 bits costs 1200 BitOps more with fc at 2 bits: dear or not, depending on alpha.
+    # relu at 8 bits costs 1200 BitOps more with fc at 2 bits: worth it or not, depending on alpha.
     budget = Budget(bitops=8 * 1000 * 3 + 300 * 16)
     assert allocate(SMALL, budget, alpha=100.0).bits["relu"] == 8
     assert allocate(SMALL, budget, alpha=1e-3).bits["relu"] == 4
@@ -530,7 +530,7 @@ def test_an_unknown_cost_says_how_to_make_it_known() -> None:
 
 
 def test_decimals_are_taken_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three times 0.1 is 0.3, which floats deny."""
+    """Three times 0.1 is 0.3, but not in floats."""
     monkeypatch.setitem(COSTS, "latency_ms", lambda *_: 0.1)
     sites = tuple(weight(f"w{i}", 10) for i in range(3))
     operations = tuple(Operation(f"op{i}", 10, None, f"w{i}") for i in range(3))

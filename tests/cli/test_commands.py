@@ -149,7 +149,7 @@ def test_the_effective_configuration_makes_the_same_file_again(folder, quantized
 
 @pytest.mark.slow
 def test_another_budget_needs_no_scoring(folder, quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", None)  # whoever scores fails
+    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", None)  # scoring would fail
     scores = json.loads(quantized[1].stdout)["scores"]
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "b.onnx", "--scores", scores]
     result = done(*files, "--budget", 7, "--recovery", "none", "--no-refine", "--no-progress")

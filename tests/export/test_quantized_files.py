@@ -14,7 +14,7 @@ from infoq_fx.types import Allocation, Cost, Score
 
 
 class TwoInputs(nn.Module):
-    """Two inputs by name, a buffer, a float layer beside a quantized one, and outputs in a dict."""
+    """Two inputs by name, a buffer, a float layer next to a quantized one, and outputs in a dict."""
 
     def __init__(self):
         super().__init__()

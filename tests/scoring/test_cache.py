@@ -1,4 +1,4 @@
-"""What was scored once is kept, and used only where it was made of the same."""
+"""Scores are cached, and reused only for the same model, data and options."""
 
 import dataclasses
 import json
@@ -185,7 +185,7 @@ def test_an_interrupt_ends_soon_and_says_how_to_go_on(tmp_path):
     took = time.monotonic() - start
     if process.returncode != 0:  # it may have been done before
         assert f"the same call with cache_dir={str(tmp_path)!r} resumes from there" in errors
-    assert took < 45  # with the end of the interpreter, which took 15 s beside three other jobs on two cores
+    assert took < 45  # includes the interpreter's exit, which took 15 s with three other jobs on two cores
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,4 +1,4 @@
-"""Criteria of the literature against their definitions, written down a second time."""
+"""Criteria of the literature against independent implementations of their definitions."""
 
 import math
 import pickle
@@ -253,7 +253,7 @@ def test_ompq_counts_a_constant_layer_as_like_no_other():
 
 
 def limpq_by_hand(model, x, labels, prepared, *, steps, rate, seed, batch):
-    """The training written down again, for ``net()`` with quantized weights only."""
+    """An independent implementation of the training, for ``net()`` with quantized weights only."""
     weights = {site: model.get_parameter(site).detach().clone().requires_grad_() for site in WEIGHTS}
     biases = [model.get_parameter(name).detach().clone().requires_grad_() for name in ("0.bias", "2.bias")]
     scales = {}
@@ -361,7 +361,7 @@ def test_alps_counts_the_accuracy_too(small):
 
 
 class Branches(nn.Module):
-    """A branch that carries the classes and one that carries next to nothing."""
+    """A branch that carries the classes and one that carries almost nothing."""
 
     def __init__(self):
         super().__init__()
