@@ -1,10 +1,10 @@
-"""Train a quantized model in a loop of your own, and get integers back.
+"""Train a quantized model in your own training loop, and convert it back to integers.
 
 Run it:  python examples/finetune_in_your_own_loop.py
 
-``infoq_fx.finetune(quantized, images)`` is one call for what follows, with a part of the images held back and
-checkpoints. A loop of your own is for losses, data and schedules of your own, or for Lightning and Accelerate: a
-trainable model is a plain ``nn.Module``, and ``torch.compile`` takes it.
+``infoq_fx.finetune(quantized, images)`` does the same in one call, with held-out images and checkpoints. Use your own
+loop for custom losses, data and schedules, or with Lightning and Accelerate: a trainable model is a plain
+``nn.Module`` and works with ``torch.compile``.
 """
 
 import tempfile
@@ -33,14 +33,14 @@ quantized = infoq_fx.quantize(model, 2.0, calibration_data=images[:256], **optio
 with torch.no_grad():
     print(f"float {top1(model(test_images)):.1f} %, quantized {top1(quantized(test_images)):.1f} %")
 
-# 2. The same model with float parameters, which each forward run quantizes. It begins where the quantized one is.
+# 2. The same model with float parameters, quantized in each forward pass. Initially the outputs are identical.
 trainable = infoq_fx.to_trainable(quantized)
 with torch.no_grad():
     assert torch.equal(trainable(test_images), quantized(test_images))
 
-# 3. Any loop. The float model is the teacher here, so that no labels are needed, and images may be shifted at will. The
-#    steps between levels are learned as well: they are few and matter much, so they go slower. Gradients are clipped:
-#    batch norms are folded, and nothing else bounds an update.
+# 3. Any training loop. Here the float model is the teacher, so that no labels are needed and images can be shifted.
+#    Step sizes are learned as well: they are few and sensitive, so their learning rate is lower. Gradients are clipped,
+#    since batch norms are folded and nothing else bounds an update.
 steps = [p for name, p in trainable.named_parameters() if name.endswith("quantizer.scale")]
 others = [p for name, p in trainable.named_parameters() if not name.endswith("quantizer.scale")]
 optimizer = torch.optim.Adam([{"params": others, "lr": 3e-3}, {"params": steps, "lr": 3e-4}])
@@ -65,7 +65,7 @@ for epoch in range(EPOCHS):
     if epoch % 3 == 2:
         print(f"epoch {epoch + 1}: {total:.3f} nats from the float model")
 
-# 4. Integers again, at the same bit-widths, and a file as from any other quantized model.
+# 4. Convert back to integers at the same bit-widths, and export like any other quantized model.
 tuned = infoq_fx.to_quantized(trainable)
 with tempfile.TemporaryDirectory() as folder:
     path = infoq_fx.export_onnx(tuned, Path(folder) / "digits.onnx")

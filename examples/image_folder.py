@@ -1,13 +1,13 @@
-"""A torchvision model and a folder of images, to an ONNX file: what ``infoq-fx quantize`` does, in Python.
+"""Quantize a torchvision model with a folder of images to an ONNX file, like ``infoq-fx quantize`` but in Python.
 
 Run it:  python examples/image_folder.py
 
-On the command line the same is
+The same on the command line:
 
     infoq-fx quantize 'torchvision.models:squeezenet1_1(num_classes=4)' images/ --weights model.pth \
         --image-size 64 --budget 4 -o model.onnx
 
-Here the images are drawn and the model is trained on them for seconds; put your own folder and model in their place.
+Here the images are generated and the model is trained on them for a few seconds; use your own folder and model instead.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ import infoq_fx
 
 
 def draw_images(folder: Path, count: int) -> None:
-    """Stripes of four directions in noise, a subfolder for each: the form that torchvision's ImageFolder reads."""
+    """Draw noisy stripes of four directions, with a subfolder for each as torchvision's ImageFolder expects."""
     rows, columns = np.mgrid[0:72, 0:72] / 4
     waves = {"across": rows, "down": columns, "falling": rows + columns, "rising": rows - columns}
     random = np.random.default_rng(0)
@@ -52,7 +52,7 @@ with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     draw_images(folder / "images", count=40)
 
-    # 1. The loader that the model was trained with serves as it is: the same preprocessing, no augmentation.
+    # 1. Use the loader that the model was trained with: the same preprocessing, without augmentation.
     preprocess = transforms.Compose(
         [
             transforms.Resize(72),
@@ -66,7 +66,7 @@ with tempfile.TemporaryDirectory() as name:
     model = squeezenet1_1(num_classes=4)
     train(model, loader, epochs=5)
 
-    # 2. Quantize and write. The first layer stays at 8 bits here: a pattern on module paths settles it.
+    # 2. Quantize and export. A pattern on module paths keeps the first layer at 8 bits.
     quantized = infoq_fx.quantize(
         model.eval(), 4.0, calibration_data=loader, bits=(2, 4, 8), pin={"features.0": 8}, progress=False
     )
@@ -81,4 +81,4 @@ with tempfile.TemporaryDirectory() as name:
             for name, logits in zip(hits, (model(batch), quantized(batch), in_runtime), strict=True):
                 hits[name] += int((logits.argmax(1) == labels).sum())
     print(", ".join(f"{name} {100 * count / len(images):.1f} %" for name, count in hits.items()))
-    print(f"{path.stat().st_size:,} bytes, {infoq_fx.allocation_of(quantized).cost.weight_bits:.2f} bits a weight")
+    print(f"{path.stat().st_size:,} bytes, {infoq_fx.allocation_of(quantized).cost.weight_bits:.2f} bits per weight")

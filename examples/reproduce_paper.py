@@ -1,11 +1,11 @@
-"""The paper's evidence on models that fit on a desk: do its figures and tables come out, and how clearly?
+"""Reproduce the paper's figures and tables on small models.
 
 Run it:  python examples/reproduce_paper.py                      a small network on handwritten digits, half a minute
-         python examples/reproduce_paper.py --model resnet20     real models, where they are (see --models-file)
-         python examples/reproduce_paper.py --full               what to do with ImageNet; --imagenet PATH does it
+         python examples/reproduce_paper.py --model resnet20     a pretrained model, if available (see --models-file)
+         python examples/reproduce_paper.py --full               the protocol for ImageNet; --imagenet PATH runs it
 
-Pictures (PNG) and tables (CSV and Markdown) go to the folder --out. Scores are kept there too: a run that was stopped
-goes on. Needs matplotlib: pip install "infoq-fx[plots]".
+Figures (PNG) and tables (CSV and Markdown) are written to the folder --out. Scores are kept there too, so that an
+interrupted run resumes. Needs matplotlib: pip install "infoq-fx[plots]".
 """
 
 import argparse
@@ -40,14 +40,14 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A trained model, images to calibrate on, others to evaluate on, and what is tried with them."""
+    """A trained model, calibration and evaluation images, and the settings to try."""
 
     name: str
     model: torch.nn.Module
     calibration: CalibrationData
     evaluation: Batches
-    budgets: tuple[float, ...]  # mean bits a weight
-    tight: float  # the one at which criteria differ
+    budgets: tuple[float, ...]  # mean bits per weight
+    tight: float  # a budget at which criteria differ
     bits: tuple[int, ...] = BITS
     slices: int = 256
     encoder: infoq_fx.scoring.information.encoders.Encoder | None = None
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A line of the paper's Tables 2 to 4; its top-1 is that after training with the found bit-widths."""
+    """A row of the paper's Tables 2 to 4, whose top-1 is after training with the bit-widths found."""
 
     table: str
     network: str
@@ -72,27 +72,27 @@ class PaperRow:
 PAPER = (
     PaperRow("Table 2", "resnet18", Budget(weight_bits=3.0), 8, 1.0, 4800, 70.94, 70.60),
     PaperRow("Table 2", "resnet18", Budget(bitops=23.04e9), BITS, 0.1, 4800, 69.99, 70.60),
-    # BitOps of 3/4 bits, first and last layer 8/8, as its rivals count them.
+    # BitOps of 3/4 bits, first and last layer 8/8, as counted by the methods compared in the table.
     PaperRow("Table 3", "resnet50", Budget(compression=12.2, bitops=55.31e9), BITS, 2.0, 6000, 77.03, 77.37),
     PaperRow("Table 4", "mobilenet_v2", Budget(compression=14.0), 8, 1.0, 1024, 69.83, 72.02),
 )
 
-# What a criterion looks at, whether it trains, its forward and its backward passes, and what labels are to it.
-GLOBAL, LOCAL, GUESSED = "whole network", "the layer alone", "its own predictions without"
+# What a criterion looks at, whether it trains, its forward and backward passes, and its use of labels.
+GLOBAL, LOCAL, GUESSED = "whole network", "the layer only", "its own predictions without"
 FACTS = {
-    "infoq": (GLOBAL, "no", "one a (layer, bits)", "none", "not used"),
-    "infoq_paper": (GLOBAL, "no", "one a (layer, bits)", "none", GUESSED),
+    "infoq": (GLOBAL, "no", "one per (layer, bits)", "none", "not used"),
+    "infoq_paper": (GLOBAL, "no", "one per (layer, bits)", "none", GUESSED),
     "eagl": (LOCAL, "no", "none", "none", "not used"),
     "weight_mse": (LOCAL, "no", "none", "none", "not used"),
-    "output_sqnr": (GLOBAL, "no", "one a (layer, bits)", "none", "not used"),
-    "output_kl": (GLOBAL, "no", "one a (layer, bits)", "none", "not used"),
-    "loss": (GLOBAL, "no", "one a (layer, bits)", "none", GUESSED),
-    "accuracy": (GLOBAL, "no", "one a (layer, bits)", "none", GUESSED),
+    "output_sqnr": (GLOBAL, "no", "one per (layer, bits)", "none", "not used"),
+    "output_kl": (GLOBAL, "no", "one per (layer, bits)", "none", "not used"),
+    "loss": (GLOBAL, "no", "one per (layer, bits)", "none", GUESSED),
+    "accuracy": (GLOBAL, "no", "one per (layer, bits)", "none", GUESSED),
     "hawq_v2": ("the layer's block of the Hessian", "no", "one", "probes x layers, of second order", GUESSED),
-    "mpqco": ("the layer's block of the Hessian", "no", "one", "one a sample", GUESSED),
-    "ompq": ("likeness of layers' outputs", "no", "one", "none", "not used"),
-    "limpq": (LOCAL, "yes: its step sizes", "bits + 1 a step", "bits + 1 a step", GUESSED),
-    "alps": (GLOBAL, "yes: each (layer, bits)", "steps a (layer, bits)", "steps a (layer, bits)", GUESSED),
+    "mpqco": ("the layer's block of the Hessian", "no", "one", "one per sample", GUESSED),
+    "ompq": ("similarity of layers' outputs", "no", "one", "none", "not used"),
+    "limpq": (LOCAL, "yes: its step sizes", "bits + 1 per step", "bits + 1 per step", GUESSED),
+    "alps": (GLOBAL, "yes: each (layer, bits)", "steps per (layer, bits)", "steps per (layer, bits)", GUESSED),
 }
 
 
@@ -103,30 +103,30 @@ def main(given: list[str] | None = None) -> None:
     if arguments.full:
         print(write_protocol(out))
         if arguments.imagenet is None:
-            print("With --imagenet PATH (a folder with train/ and val/) this runs; it takes hours on a --device cuda.")
+            print("Add --imagenet PATH (a folder with train/ and val/) to run it; this takes hours with --device cuda.")
             return
     for case in load_cases(arguments):
-        # Quantizers that can be switched: the paper lowers one layer at a time and leaves all others at 8 bits.
+        # A model with configurable quantizers: the paper lowers one layer at a time and leaves the others at 8 bits.
         print(f"\n{case.name}: float top-1 {evaluate(case, case.model)[0]:.1f} %, {case.calibration.samples} images")
         lab = Laboratory(case, out / case.name, arguments.cache_dir)
         prepared = lab.prepare()
 
-        # 1. Information that is lost at some place inside goes with accuracy that is lost at the end. Where?
+        # 1. At which observer does the loss of information correlate best with the loss of accuracy?
         show_correlations(lab, prepared)
-        # 2. So layers differ in what they can bear. That is the table which an integer program reads.
+        # 2. Layers differ in sensitivity. These tables are the input of the integer program.
         tables = {name: lab.score(prepared, name) for name in dict.fromkeys((*OURS, *arguments.criteria))}
         show_profiles(lab, prepared, tables)
-        # 3. What the scores are for: more accuracy at the same size, without any training.
+        # 3. The purpose of the scores: more accuracy at the same size, without training.
         show_sizes(lab, prepared, tables)
-        # 4. And how many images they take.
+        # 4. How many images the scores need.
         show_image_counts(lab, prepared)
-        # 5. The rows of the paper's tables, where there is the data for them.
+        # 5. The rows of the paper's tables, if the data is available.
         show_paper_rows(lab, [row for row in PAPER if arguments.imagenet and row.network == case.name])
-    print(f"\nPictures and tables are in {out}")
+    print(f"\nFigures and tables are in {out}")
 
 
 class Laboratory:
-    """A case, the folder for what is found, and scores that are computed only once."""
+    """A case with a folder for results, and scores that are computed only once."""
 
     def __init__(self, case: Case, folder: Path, cache_dir: str | None) -> None:
         self.case, self.folder = case, folder
@@ -134,23 +134,23 @@ class Laboratory:
         self.resources = Resources(cache_dir=cache_dir or folder / "scores", progress=sys.stderr.isatty())
 
     def prepare(self, images: int = sys.maxsize, activation_bits: int | tuple[int, ...] = 8) -> Prepared:
-        """The model with quantizers, calibrated with so many images."""
+        """Prepare the model, calibrated with at most ``images`` images."""
         case, data = self.case, self.case.calibration.spread(images)
         return infoq_fx.prepare(case.model, data, bits=case.bits, activation_bits=activation_bits, device=case.device)
 
     def measure(self, prepared: Prepared, criterion: infoq_fx.Criterion, images: int = sys.maxsize) -> tuple:
-        """The table of a criterion and the measurements behind it, from so many images."""
+        """Measure the table of a criterion with its measurements, from at most ``images`` images."""
         data = self.case.calibration.spread(images).named(prepared.input_names).to(self.case.device)
         return measure_sensitivity(prepared, data, criterion, self.resources)
 
     def score(self, prepared: Prepared, name: str, images: int = sys.maxsize) -> infoq_fx.SensitivityTable:
-        """The table of a criterion by its name."""
+        """Compute the table of a criterion by name."""
         paper = InfoQPaper(slices=self.case.slices, encoder=self.case.encoder)
         return self.measure(prepared, paper if name == paper.name else CRITERIA[name](), images)[0]
 
 
 def evaluate(case: Case, model: torch.nn.Module) -> tuple[float, float]:
-    """Top-1 in percent with its standard error."""
+    """Return the top-1 accuracy in percent and its standard error."""
     model = model.to(case.device).eval()
     with torch.no_grad():
         found = [model(images.to(case.device)).argmax(1).cpu() == labels for images, labels in case.evaluation]
@@ -159,7 +159,7 @@ def evaluate(case: Case, model: torch.nn.Module) -> tuple[float, float]:
 
 
 def show_correlations(lab: Laboratory, prepared: Prepared) -> None:
-    """Figure 1: SMI at every named place against the accuracy, for every layer at every bit-width."""
+    """Figure 1: correlation of SMI at every observer with accuracy, over every layer at every bit-width."""
     criterion = InfoQPaper(observers="auto", slices=lab.case.slices, encoder=lab.case.encoder)
     measurements = [m for m in lab.measure(prepared, criterion)[1] if m.bits < 8]
     found = criterion.correlations(measurements)
@@ -172,16 +172,16 @@ def show_correlations(lab: Laboratory, prepared: Prepared) -> None:
         runs = [m for m in measurements if f"{key}:change" in m.values]
         row = {"information": measure, "place": place, "runs upstream": len(runs)}
         rows.append(row | {"r": found[key], "r, 2 to 4 bits": low.get(key, math.nan)})
-        # Near the input hardly any layer is upstream, and a few points correlate easily: the best is one of the others.
+        # Observers with fewer than five layers upstream are excluded, since a few points correlate by chance.
         if len({m.site for m in runs}) >= 5 and found[key] > found.get(best.get(measure), -1):
             best[measure] = key
     if not best:
-        print("  Figure 1: no single layer costs any accuracy on these images; take more of them")
+        print("  Figure 1: no single layer loses accuracy on these images; use more of them")
         return
     write_table(lab.folder, "figure1_correlations", rows)
     chosen = {best[measure]: found[best[measure]] for measure in ("task", "input") if measure in best}
     for key, r in chosen.items():
-        print(f"  Figure 1: {key.replace(':', ' information goes with accuracy best at ')}, r = {r:.2f}")
+        print(f"  Figure 1: {key.replace(':', ' information correlates best with accuracy at ')}, r = {r:.2f}")
     draw_correlations(lab, rows, chosen, measurements)
 
 
@@ -195,7 +195,7 @@ def draw_correlations(lab: Laboratory, rows: list[dict], best: dict[str, float],
         bars.bar(positions, [row["r"] for row in mine], 0.4, color=colour, label=f"{measure} information")
     bars.axhline(0.7, color="black", linewidth=0.8, linestyle="--", label="the paper's threshold, 0.70")
     bars.set_xticks(range(len(places)), places, rotation=90, fontsize=6 if len(places) > 25 else 8)
-    bars.set(ylabel="Pearson r with the accuracy drop", title="every place, input to output", xlim=(-1, len(places)))
+    bars.set(ylabel="Pearson r with the accuracy drop", title="every observer, input to output", xlim=(-1, len(places)))
     figure.legend(*bars.get_legend_handles_labels(), fontsize=8, loc="outside upper left", ncols=3)
     for panel, (key, r) in zip(panels, best.items(), strict=True):
         shown = [m for m in measurements if f"{key}:change" in m.values]
@@ -237,7 +237,7 @@ def show_profiles(lab: Laboratory, prepared: Prepared, tables: dict[str, infoq_f
 
 
 def show_image_counts(lab: Laboratory, prepared: Prepared) -> None:
-    """Figure 3: top-1 at one budget where so many images were seen; ``prepared`` has seen all."""
+    """Figure 3: top-1 at one budget over the number of calibration images; ``prepared`` was calibrated with all."""
     most, rows = lab.case.calibration.samples, []
     for images in [most, *(count for count in lab.case.image_counts if count < most)]:
         if images < most:
@@ -254,7 +254,7 @@ def show_image_counts(lab: Laboratory, prepared: Prepared) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(sorted({row["images"] for row in rows}), sorted({row["images"] for row in rows}))
     panel.minorticks_off()
-    panel.set(xlabel="calibration images", ylabel="top-1 [%]", title=f"a mean of {lab.case.tight:g} bits a weight")
+    panel.set(xlabel="calibration images", ylabel="top-1 [%]", title=f"a mean of {lab.case.tight:g} bits per weight")
     panel.legend()
     figure.savefig(lab.folder / "figure3_images.png", dpi=130)
     for images in sorted({row["images"] for row in rows}):
@@ -263,7 +263,7 @@ def show_image_counts(lab: Laboratory, prepared: Prepared) -> None:
 
 
 def show_sizes(lab: Laboratory, prepared: Prepared, tables: dict) -> None:
-    """Figure 4, top: top-1 without training against the size of all weights, of criteria and uniform bit-widths."""
+    """Figure 4, top: top-1 without training over the size of all weights, for criteria and uniform bit-widths."""
     allocations = [(name, infoq_fx.allocate(t, b)) for name, t in tables.items() for b in lab.case.budgets]
     rows = []
     for bits in set(lab.case.budgets) & set(lab.case.bits):
@@ -287,7 +287,7 @@ def show_sizes(lab: Laboratory, prepared: Prepared, tables: dict) -> None:
 
 
 def show_paper_rows(lab: Laboratory, rows: list[PaperRow]) -> None:
-    """Tables 2 to 4 with their budgets, here without the training that follows in the paper."""
+    """Tables 2 to 4 with the paper's budgets, without the training that the paper adds."""
     found = []
     for row in rows:
         prepared = lab.prepare(row.images, row.activation_bits)
@@ -310,7 +310,7 @@ def show_paper_rows(lab: Laboratory, rows: list[PaperRow]) -> None:
 
 
 def write_properties(out: Path) -> None:
-    """Table 1 as it holds here; every criterion ends in the same integer program, so none of them searches."""
+    """Write Table 1 for this package; all criteria use the same integer program, so none of them searches."""
     rows = []
     for name, make in CRITERIA.items():
         criterion = make()
@@ -324,7 +324,7 @@ def write_properties(out: Path) -> None:
 
 
 def write_protocol(out: Path) -> str:
-    """What the paper measured on ImageNet, and what of it can be compared with runs of this package."""
+    """Write the paper's experiments on ImageNet, and which of them can be compared with this package."""
     lines = [
         "# The paper's experiments on ImageNet",
         "",
@@ -335,9 +335,9 @@ def write_protocol(out: Path) -> str:
         "4. Evaluation: all 50,000 validation images.",
         "5. Figures 1 and 2: ResNet-50 and ResNet-18. The paper finds r = 0.95 at global pooling for task information.",
         "6. Figure 4, top: ResNet-18, 34 and 50 without training, down to about 3 bits (4.5 MB for ResNet-18), where",
-        "   the paper's criterion leads its rivals by up to 25 points. This is what compares directly.",
+        "   the paper's criterion leads others by up to 25 points. These results can be compared directly.",
         "7. Tables 2 to 4 are after training (LSQ) with the bit-widths found. This package does not train: its top-1",
-        "   is where such a training would start. Budgets are the paper's:",
+        "   is the starting point of such a training. Budgets are the paper's:",
         "",
         "| table | network | budget | activation bits | alpha | images | paper: top-1 (float) |",
         "|---|---|---|---|---|---|---|",
@@ -355,7 +355,7 @@ def write_protocol(out: Path) -> str:
 
 
 def write_table(folder: Path, name: str, rows: list[dict]) -> None:
-    """The same rows as CSV, in full, and as Markdown, to read."""
+    """Write the rows as CSV in full precision, and as Markdown rounded."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -369,7 +369,7 @@ def write_table(folder: Path, name: str, rows: list[dict]) -> None:
 
 
 def draw_lines(panel: Axes, rows: list[dict], x: str) -> None:
-    """Top-1 with its standard error over a column, a line a criterion; the uniform allocation in black."""
+    """Draw top-1 with its standard error over a column, a line per criterion, the uniform allocation in black."""
     for index, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
         mine = sorted((row for row in rows if row["criterion"] == name), key=lambda row: row[x])
         columns = ([row[key] for row in mine] for key in (x, "top-1", "standard error"))
@@ -400,7 +400,7 @@ def load_cases(arguments: argparse.Namespace) -> Iterable[Case]:
 
 def load_real(name: str, path: Path, images: int) -> Case:
     if not path.exists():
-        sys.exit(f"{path} is not there: give --models-file, or leave --model out for the digits that come along")
+        sys.exit(f"{path} does not exist: give --models-file, or leave --model out for the built-in digits")
     spec = importlib.util.spec_from_file_location("real_models", path)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
@@ -417,7 +417,7 @@ def load_real(name: str, path: Path, images: int) -> Case:
 
 
 def load_imagenet(name: str, path: Path, images: int, device: str) -> Case:
-    """A torchvision network, ``images`` of ``path/train`` evenly spread over its classes, and all of ``path/val``."""
+    """Load a torchvision network, ``images`` of ``path/train`` evenly spread over classes, and all of ``path/val``."""
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     train, val = (torchvision.datasets.ImageFolder(path / part, weights.transforms()) for part in ("train", "val"))
     most = min(len(train), max(images, *(row.images for row in PAPER if row.network == name), 0))
@@ -425,7 +425,7 @@ def load_imagenet(name: str, path: Path, images: int, device: str) -> Case:
     data = read_data(DataLoader(chosen, batch_size=64, num_workers=4))
     evaluation = DataLoader(val, batch_size=64, num_workers=4)
     model = torchvision.models.get_model(name, weights=weights).eval()
-    dinov2 = infoq_fx.load_dinov2()  # on the CPU, wherever the network is
+    dinov2 = infoq_fx.load_dinov2()  # on the CPU, also if the network is not
     case = Case(name, model, data, evaluation, (2.5, 3, 3.5, 4, 5, 6), 3, device=device)
     return replace(case, encoder=lambda batch: dinov2(batch.cpu()))
 
@@ -433,14 +433,14 @@ def load_imagenet(name: str, path: Path, images: int, device: str) -> Case:
 def read_arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits", choices=["digits", "resnet20", "mobilenet_v2", "vit"])
-    parser.add_argument("--models-file", default=MODELS_FILE, help="where the real models are loaded from")
-    parser.add_argument("--images", type=int, help="for calibration; by default what suits the model")
+    parser.add_argument("--models-file", default=MODELS_FILE, help="Python file that loads the pretrained models")
+    parser.add_argument("--images", type=int, help="number of calibration images; the default depends on the model")
     parser.add_argument("--criteria", nargs="+", default=CHEAP, choices=CRITERIA, metavar="NAME", help="for Figure 4")
-    parser.add_argument("--out", default="reproduction", help="folder for pictures and tables")
-    parser.add_argument("--cache-dir", help="folder for scores; by default beside the pictures")
+    parser.add_argument("--out", default="reproduction", help="folder for figures and tables")
+    parser.add_argument("--cache-dir", help="folder for scores; by default in the folder --out")
     parser.add_argument("--full", action="store_true", help="write the protocol for ImageNet")
-    parser.add_argument("--imagenet", help="with --full: a folder with train/ and val/, and the protocol is run")
-    parser.add_argument("--device", default="cpu", help="for --imagenet: where the work is done")
+    parser.add_argument("--imagenet", help="with --full: folder with train/ and val/ to run the protocol on")
+    parser.add_argument("--device", default="cpu", help="for --imagenet: device of the computations")
     arguments = parser.parse_args(given)
     return arguments if arguments.full or not arguments.imagenet else parser.error("--imagenet goes with --full")
 

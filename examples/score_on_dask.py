@@ -1,9 +1,9 @@
-"""Scoring on a Dask cluster: the same scores as here, to the last digit.
+"""Score on a Dask cluster, with exactly the same scores as on one machine.
 
 Run it:  python examples/score_on_dask.py    (``pip install "infoq-fx[dask]"``)
 
-A Dask client gives a plain ``concurrent.futures.Executor``, which is all that scoring asks for. Here the cluster is two
-processes of this machine; in earnest it is ``Client("tcp://scheduler:8786")``, with infoq-fx installed on its workers.
+A Dask client provides a ``concurrent.futures.Executor``, which is all that scoring needs. Here the cluster is two local
+processes; for a real one use ``Client("tcp://scheduler:8786")``, with infoq-fx installed on its workers.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ def main() -> None:
     data = images[:128], labels[:128]
     prepared = infoq_fx.prepare(model, data, bits=(2, 4, 8))
     with (
-        tempfile.TemporaryDirectory() as folder,  # in earnest a folder that stays: nothing finished is ever lost
+        tempfile.TemporaryDirectory() as folder,  # use a permanent folder to keep finished scores
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=folder) as cluster,
         Client(cluster) as client,
     ):

@@ -1,6 +1,6 @@
-"""Score once, with several processes and a folder that keeps every score; then try budgets for nothing.
+"""Score once, with several processes and a folder for finished scores, and then try several budgets.
 
-Stop it in the middle and start it again: it goes on where it was. For a cluster, give the executor of a Dask client:
+With a permanent folder, an interrupted run resumes when it is started again. For a cluster, pass a Dask executor:
 ``executor=distributed.Client("scheduler:8786").get_executor()`` (``pip install "infoq-fx[dask]"``).
 """
 
@@ -18,11 +18,11 @@ def main() -> None:
     data = images[:256], labels[:256]
     prepared = infoq_fx.prepare(model, data, bits=(2, 3, 4, 8))
     with (
-        tempfile.TemporaryDirectory() as folder,  # in earnest a folder that stays
+        tempfile.TemporaryDirectory() as folder,  # use a permanent folder to resume and reuse scores
         ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor,
     ):
         table = infoq_fx.score(prepared, data, executor=executor, cache_dir=folder, progress=False)
-        # Nothing is measured again, whoever asks: another process, another day.
+        # All scores are read from the folder; nothing is measured again.
         assert infoq_fx.score(prepared, data, cache_dir=folder, progress=False) == table
     for mean_bits in (6, 5, 4, 3):
         allocation = infoq_fx.allocate(table, mean_bits)

@@ -1,10 +1,10 @@
-"""A transformer: what is quantized in it, and what stays in float.
+"""Quantize a transformer, and show what is quantized and what stays in float.
 
 Run it:  python examples/transformer.py
 
 Linear layers and the two matrix products of attention are sites; softmax, layer norms and embeddings stay in float.
-The model reads each row of a digit as a token. Any model that ``torch.export`` takes goes the same way, also one that
-takes a dict of inputs: then batches are dicts.
+The model reads each row of a digit as a token. Any model that ``torch.export`` can capture works in the same way. If a
+model has named inputs, batches are dicts.
 """
 
 import torch
@@ -56,7 +56,7 @@ def top1(model):
 prepared = infoq_fx.prepare(model, images[:256], bits=(2, 3, 4, 8))
 print(prepared)
 
-# 2. The classifier is small and reads everything: leaving it in float costs little. ``ignore`` takes patterns.
+# 2. The classifier is small, so that leaving it in float costs little. ``ignore`` takes glob patterns.
 quantized = infoq_fx.quantize(
     model, 4.0, calibration_data=images[:256], bits=(2, 3, 4, 8), ignore=["head"], progress=False
 )

@@ -1,9 +1,9 @@
-"""A cost of your own: latencies measured on a device, layer by layer, as a limit of the budget.
+"""Define a custom cost: latencies measured on a device, layer by layer, as a limit of the budget.
 
 Run it:  python examples/your_own_cost.py
 
 A cost is a function of one operation and the bits of its two operands; the cost of a model is the sum over its
-operations. Put it into ``infoq_fx.COSTS`` under a name, and a budget can limit that name beside everything else.
+operations. Register it in ``infoq_fx.COSTS`` under a name, and a budget can limit that name like any other cost.
 """
 
 import infoq_fx
@@ -15,10 +15,9 @@ data = images[:256], labels[:256]
 prepared = infoq_fx.prepare(model, data, bits=(2, 3, 4, 6, 8))
 table = infoq_fx.score(prepared, data, progress=False)
 
-# 1. Latencies in microseconds, by layer and by bits of the weight. In earnest they come from a device: a benchmark of
-#    every layer at every bit-width, read from a file. Here a device is made up on which 4 and 8 bits have kernels of
-#    their own, and other bit-widths are unpacked into the next one first. So 3 bits are slower than 4: nothing is
-#    assumed of how a cost changes with the bits.
+# 1. Latencies in microseconds, by layer and by bits of the weight. For a real device, benchmark every layer at every
+#    bit-width and read the results from a file. This invented device has kernels for 4 and 8 bits, and first unpacks
+#    other bit-widths to the next of these. So 3 bits are slower than 4: a cost can depend on the bits in any way.
 latency_us = {
     operation.name: {
         8: 2 + operation.macs // 4_000,
@@ -32,13 +31,13 @@ latency_us = {
 
 
 def latency(operation, left_bits, right_bits):
-    """The left operand is the weight; the right one, the activation, is at 8 bits throughout."""
+    """Return the latency of an operation; the left operand is the weight, the right one always has 8 bits."""
     return latency_us[operation.name][left_bits]
 
 
 infoq_fx.COSTS["latency_us"] = latency
 
-# 2. Limits of your own stand beside the others. The optimum is exact, as with all limits.
+# 2. Custom limits are combined with the built-in ones. The optimum is exact, as with all limits.
 slowest = sum(by_bits[6] for by_bits in latency_us.values())
 print(f"all at 6 bits take {slowest} us, all at 4 bits {sum(by_bits[4] for by_bits in latency_us.values())} us")
 for name, budget in (
@@ -50,7 +49,7 @@ for name, budget in (
     spent = sum(latency_us[op.name][allocation.bits[op.left]] for op in table.inventory.operations)
     print(f"{name}: bits {bits}, {spent} us, score {allocation.score:.3g}")
 
-# 3. Where a limit cannot be met the message says what can.
+# 3. If a limit cannot be met, the message says what can.
 try:
     infoq_fx.allocate(table, infoq_fx.Budget(costs={"latency_us": 10.0}))
 except infoq_fx.InfeasibleBudgetError as error:

@@ -1,9 +1,9 @@
-"""A criterion of your own, measured against those that are here.
+"""Define custom criteria, and compare them with a built-in one.
 
 Run it:  python examples/your_own_criterion.py
 
-A criterion says how sensitive a site is to a bit-width. It is a function (prepared, data, site, bits) -> score; smaller
-is less sensitive. The integer program takes the sum over the sites, and only how scores compare matters.
+A criterion measures how sensitive a site is to a bit-width. It is a function (prepared, data, site, bits) -> score;
+smaller is less sensitive. The integer program minimizes the sum over the sites, so the unit of scores does not matter.
 """
 
 import infoq_fx
@@ -16,7 +16,7 @@ model = train_digits_net(images, labels, epochs=4)
 data = images[:256], labels[:256]
 
 
-# 1. From a run of the model: how far the margin of the winning class shrinks with this one site at these bits.
+# 1. From a run of the model: how much the margin of the top class shrinks with one site at a bit-width.
 def margins(prepared, data, bits):
     best = compute_logits(prepared, data, bits).topk(2, dim=1).values
     return best[:, 0] - best[:, 1]
@@ -26,28 +26,28 @@ baseline = []
 
 
 def shrunken_margin(prepared, data, site, bits):
-    """The mean loss of margin, in logits, against the model at 8 bits."""
+    """Return the mean decrease of the margin, in logits, from the model at 8 bits."""
     if not baseline:
         baseline.append(margins(prepared, data, {}))
     return float((baseline[0] - margins(prepared, data, {site.name: bits})).clamp(min=0).mean())
 
 
-# 2. From the weights alone: such a criterion needs no data, which the object around the function says. A version names
-#    all that decides its values, and scores can then be kept in a cache_dir.
+# 2. From the weights only: FunctionCriterion declares that the function needs no data. With a version, which must
+#    change with everything that affects the values, scores can be kept in a cache_dir.
 def outliers(prepared, data, site, bits):
-    """The largest weight in units of their spread, over the number of levels: what one step is worth."""
+    """Return the largest weight over the standard deviation, divided by the number of levels."""
     _, _, weight = next(read_weights(prepared, [site]))
     return float(weight.abs().max() / weight.std()) / 2**bits
 
 
 from_weights = infoq_fx.FunctionCriterion(outliers, version="1", needs_data=False, kinds=("weight",))
 
-# 3. A criterion is passed where a name would be, and its table is one as any other.
+# 3. Pass a criterion in place of a name; its table works like any other.
 prepared = infoq_fx.prepare(model, data, bits=(2, 3, 4, 8))
 table = infoq_fx.score(prepared, data, criterion=shrunken_margin, progress=False)
 print(infoq_fx.summarize(infoq_fx.allocate(table, 3.0), table.inventory))
 
-# 4. Whether it is any good: on samples that no criterion saw, behind the same integer program.
+# 4. Compare criteria on held-out samples, with the same integer program.
 compared = infoq_fx.audit(
     model,
     data,

@@ -1,4 +1,4 @@
-"""The public calls: the whole pipeline in one call, and the same in stages."""
+"""The public API: the whole pipeline in one call, and the same in stages."""
 
 from __future__ import annotations
 
@@ -74,48 +74,49 @@ def quantize(
     """Find every layer's bit-width under a budget and return the quantized model.
 
     Args:
-        model: trained; an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
+        model: trained ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
         budget: mean weight bit-width, or a :class:`Budget` with any number of limits.
-        calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels the model's own
-            predictions serve. None: weights only, by their relative error, with a warning.
+        calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels, the model's own
+            predictions are used. None quantizes only weights, scored by their relative error, with a warning.
         example_inputs: a batch for capture; needed only without data and without an exported program.
-        bits: candidate bit-widths of weights, 2 to 8. None for all, or those that the budget's container stores.
-        activation_bits: candidate bit-widths of activations; one is fixed, several are searched jointly; None
-            leaves activations in float.
-        criterion: how sensitivity is scored: a registered name, an object (which brings its own options and seed) or a
-            function of your own, see :class:`infoq_fx.FunctionCriterion`.
+        bits: candidate bit-widths of weights, 2 to 8. None for all, or for those that the budget's container stores.
+        activation_bits: candidate bit-widths of activations: a single one is used for all, several are searched
+            together with the weights'; None leaves activations in float.
+        criterion: sensitivity criterion: a registered name, an object with its own options and seed, or a function, see
+            :class:`infoq_fx.FunctionCriterion`.
         observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQ` and
             :class:`infoq_fx.InfoQPaper`.
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
-        alpha: weight of activation scores against weight scores (Eq. 5).
-        refine: choose among a few allocations by running them, see :func:`refine`; needs data.
-        recovery: what is done for the accuracy at these bit-widths, see :func:`recover`; needs data.
-        ignore: glob patterns on module paths, layers to leave in float (everything below a matching module).
-        pin: glob pattern on module paths or site names, to the bit-width it must have.
-        seed: of everything random; the same seed gives the same result.
-        device: where the work is done and the result lives.
-        executor: workers for the scoring, any ``concurrent.futures.Executor``; None for threads of this process.
-        cache_dir: folder that keeps every finished score: a run that was stopped goes on, and a run with another
-            budget or one more bit-width pays only for what is new.
-        memory_limit: bytes that scoring may take in a process, above model and data; None for half of what is free.
+        alpha: factor on activation scores relative to weight scores (Eq. 5).
+        refine: run a few allocations and choose the best, see :func:`refine`; needs data.
+        recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
+        ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
+        pin: fixed bit-widths by glob pattern on module paths or site names.
+        seed: of all random numbers; the same seed gives the same result.
+        device: of the computations and of the result.
+        executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
+        cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
+            more bit-width computes only new scores.
+        memory_limit: memory in bytes that scoring may take per process, in addition to model and data; None for half
+            of the free memory.
         progress: show a progress bar on standard error.
 
     Returns:
-        A graph module that takes the model's inputs, with integer weights; :func:`infoq_fx.allocation_of` reads
-        the allocation, :func:`infoq_fx.export_onnx` writes the file.
+        A graph module with the model's inputs and integer weights. :func:`infoq_fx.allocation_of` returns its
+        allocation, :func:`infoq_fx.export_onnx` writes it to a file.
 
     Raises:
         UnsupportedModelError: the model cannot be captured, or has nothing to quantize.
         CalibrationDataError: the data cannot be used.
-        OptionError: an argument cannot be used.
-        InfeasibleBudgetError: no allocation fits; known before anything is scored.
+        OptionError: an argument is invalid.
+        InfeasibleBudgetError: no allocation fits the budget; raised before scoring.
     """
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
         warnings.warn(
             "no calibration data: weights are scored by their own relative error and activations stay in float; "
-            "about 1,000 samples, without labels too, make a far better allocation",
+            "give about 1,000 samples, with or without labels, for a much better allocation",
             stacklevel=2,
         )
         chosen = make_criterion("weight_mse", seed=seed)
@@ -147,25 +148,25 @@ def quantize_prepared(
     refine: bool = True,
     keep_scores: Callable[[SensitivityTable], None] | None = None,
 ) -> QuantizedModule:
-    """Score, allocate, refine, recover and convert: what :func:`quantize` does behind :func:`prepare`.
+    """Score, allocate, refine, recover and convert: the steps of :func:`quantize` after :func:`prepare`.
 
-    Weights are rounded once, for the scores and for the refinement.
+    Weights are rounded once, for both scoring and refinement.
 
     Args:
         prepared: calibrated.
         budget: mean weight bit-width, or a :class:`Budget`.
         data: by the model's input names, on its device (:func:`infoq_fx.graph.model_inputs.fit_data`); None for a
-            criterion that needs none: then nothing is refined or recovered.
-        scores: a criterion, or scores of this model that were found before.
+            criterion that needs no data, without refinement and recovery.
+        scores: a criterion, or a table of scores of this model.
         steps: of recovery, in order.
-        resources: of the scoring; its ``cache_dir`` and ``progress`` serve recovery too.
-        alpha: weight of activation scores against weight scores (Eq. 5).
-        refine: choose among a few allocations by running them.
-        keep_scores: called with the table as soon as the scoring is done.
+        resources: of scoring; its ``cache_dir`` and ``progress`` also apply to recovery.
+        alpha: factor on activation scores relative to weight scores (Eq. 5).
+        refine: run a few allocations and choose the best.
+        keep_scores: called with the table as soon as scoring is done.
 
     Raises:
-        OptionError: an argument cannot be used.
-        InfeasibleBudgetError: a limit is out of reach.
+        OptionError: an argument is invalid.
+        InfeasibleBudgetError: a limit cannot be met.
     """
     candidates = None if data is None else find_candidates(prepared, data, steps)
     if isinstance(scores, SensitivityTable):
@@ -199,8 +200,8 @@ def prepare(
 ) -> PreparedModel:
     """Capture a model, insert configurable quantizers and observers, and calibrate them for every bit-width.
 
-    Arguments and errors are those of :func:`quantize`; ``budget``, where given, is only checked for being within
-    reach before the calibration.
+    Arguments and errors are those of :func:`quantize`; ``budget``, if given, is only checked to be feasible, before
+    calibration.
     """
     weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
@@ -251,13 +252,14 @@ def score(
 ) -> SensitivityTable:
     """Score every searched site at every bit-width; see :func:`quantize` for arguments and errors.
 
-    ``recovery`` is what will be done at the bit-widths chosen, see :func:`recover`: where that rounds weights to second
-    order, criteria that run weights (``"infoq"``, ``"output_kl"``, ``"output_sqnr"``, ``"loss"``, ``"accuracy"``) are
-    given weights rounded so (see ``infoq_fx.recovery.candidates``), since what is lost to nearest rounding is no
-    measure of what recovery leaves. With ``"none"`` weights are rounded to nearest.
+    ``recovery`` is the recovery planned for the chosen bit-widths, see :func:`recover`. If it includes second-order
+    rounding, criteria that run the quantized model (``"infoq"``, ``"output_kl"``, ``"output_sqnr"``, ``"loss"``,
+    ``"accuracy"``) use weights rounded in the same way (see ``infoq_fx.recovery.candidates``), since the loss with
+    rounding to nearest does not predict the loss after recovery. With ``"none"``, weights are rounded to nearest.
 
-    The same scores to the last digit, whatever the executor, the threads, the cache and (from 1 GiB on) the memory.
-    Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
+    Scores do not depend on the executor, the number of threads, the cache or, from 1 GiB on, the memory limit, to the
+    last digit. Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to
+    resume.
     """
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
@@ -276,30 +278,30 @@ def refine(
     pin: Mapping[str, int] | None = None,
     recovery: AnyRecovery = "fast",
 ) -> Allocation:
-    """The best of a few allocations within the budget, by running them on calibration data.
+    """Choose the best of a few allocations within the budget by running them on calibration data.
 
-    :func:`infoq_fx.allocate` trusts that the damage of single sites adds up; this does not. The allocations are those
-    of least total of the scores, of their powers 0.75, 0.5 and 0.25, and of the weights' relative errors, and the
-    uniform one; the best is that whose outputs diverge least from the float model's, in nats a sample: ``lost_nats`` of
-    the result.
+    :func:`infoq_fx.allocate` assumes that the damages of single sites add up; this function does not. The allocations
+    are those with the least total of the scores, of their powers 0.75, 0.5 and 0.25, and of the weights' relative
+    errors, and the uniform allocation. The best is the one whose outputs diverge least from the float model's, in nats
+    per sample: ``lost_nats`` of the result.
 
-    Weights are rounded as :func:`score` has them for the same ``recovery``.
+    Weights are rounded as by :func:`score` for the same ``recovery``.
 
-    Cost: at most seven forward passes over at most 512 samples, no labels; and that of the rounding.
+    Cost: at most seven forward passes over at most 512 samples, without labels, and the rounding of weights.
 
     Args:
-        prepared: what the table was scored on.
+        prepared: the prepared model of the table.
         table: scores of any criterion.
         budget: mean weight bit-width, or a :class:`Budget`.
         calibration_data: see :func:`quantize`.
-        alpha: weight of activation scores against weight scores (Eq. 5).
-        pin: bit-widths fixed beforehand, by site name.
-        recovery: what will be done at these bit-widths.
+        alpha: factor on activation scores relative to weight scores (Eq. 5).
+        pin: fixed bit-widths by site name.
+        recovery: planned for the chosen bit-widths, see :func:`score`.
 
     Raises:
-        OptionError: an argument cannot be used, or a candidate has no score.
+        OptionError: an argument is invalid, or a candidate has no score.
         CalibrationDataError: the data cannot be used.
-        InfeasibleBudgetError: a limit is out of reach.
+        InfeasibleBudgetError: a limit cannot be met.
     """
     data = fit_data(prepared, read_data(calibration_data))
     candidates = find_candidates(prepared, data, find_steps(recovery))
@@ -315,29 +317,30 @@ def recover(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PreparedModel:
-    """Win back accuracy at the bit-widths of an allocation: the same graph with better weights, biases and scales.
+    """Recover accuracy at the bit-widths of an allocation, by better weights, biases and scales in the same graph.
 
-    The ladder: ``"none"``; ``"fast"``, second-order rounding with the mean error taken by the biases (the default of
-    :func:`quantize`); ``"best"``, block reconstruction and output tuning on top of it. Or the name of a step in
-    :data:`infoq_fx.RECOVERY_STEPS`, a step with options of your own, or a list of these, taken in order.
+    Levels of ``recovery`` are ``"none"``; ``"fast"``, second-order rounding with the mean error compensated by the
+    biases (the default of :func:`quantize`); and ``"best"``, which adds block reconstruction and output tuning. It can
+    also be the name of a step in :data:`infoq_fx.RECOVERY_STEPS`, a step object with its own options, or a list of
+    these, which run in order.
 
-    Nothing is made worse: a step that lowers the agreement with the float model, measured as the mean KL divergence of
-    the outputs over every fifth sample (at most 256), which no step sees, is undone; the log tells.
+    A step is undone, and this is logged, if it does not bring the outputs closer to the float model's. The distance is
+    the mean KL divergence of the outputs over every fifth sample (at most 256), which no step sees.
 
     Args:
-        prepared: calibrated; it stays as it is and serves for the next allocation.
+        prepared: calibrated; it is not changed and can be used with other allocations.
         allocation: bit-widths of all sites.
         calibration_data: see :func:`quantize`; labels are not read.
-        recovery: what to do.
-        cache_dir: folder where long steps keep what is finished, so that a run that was stopped goes on.
-        progress: show a bar on standard error.
+        recovery: a level, a step, or a list of steps.
+        cache_dir: folder for finished parts of long steps, from which an interrupted run resumes.
+        progress: show a progress bar on standard error.
 
     Returns:
-        For :func:`convert` with the same allocation. Its ``recovered_by`` are the steps that helped; another
-        ``recover`` goes on from there, and measures against the same float model.
+        The prepared model for :func:`convert` with the same allocation. Its ``recovered_by`` names the steps that
+        helped. ``recover`` can be called on it again, and still measures against the same float model.
 
     Raises:
-        OptionError: an unknown step, an option out of range, or an allocation of another model.
+        OptionError: a step is unknown, an option is out of range, or the allocation is of another model.
         CalibrationDataError: the data cannot be used.
     """
     steps = find_steps(recovery)
@@ -348,7 +351,7 @@ def recover(
 
 
 def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
-    """The quantized model of an allocation; ``prepared`` stays as it is and serves for the next allocation.
+    """Convert a prepared model to the quantized model of an allocation; ``prepared`` is not changed.
 
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
@@ -357,7 +360,10 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
 
 
 def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
-    """Bit-widths that make a difference: in a container of 4 and 8 bits, 3 take the place of 4 and are worse."""
+    """Return the default candidates of weights: all, or the bit-widths of the budget's container.
+
+    In a container of 4 and 8 bits, 3 bits take as much space as 4, and are worse.
+    """
     container = budget.container if isinstance(budget, Budget) else None
     return DEFAULT_BITS if container is None else find_container(container).weight_widths
 
@@ -368,13 +374,13 @@ def make_criterion(
     encoder: Encoder | str | None = None,
     seed: int = 0,
 ) -> Criterion:
-    """Make the criterion of :func:`quantize`'s options.
+    """Create the criterion from the options of :func:`quantize`.
 
     Raises:
-        OptionError: an unknown criterion, or observers or an encoder for one that has none.
+        OptionError: the criterion is unknown, or observers or an encoder are given for one that has none.
     """
     if criterion == "infoq" and observers is None and encoder is not None:
-        raise OptionError("encoder serves SMI(X; L) at observers: name observers too, or take criterion='infoq_paper'")
+        raise OptionError("encoder needs observers, for SMI(X; L): name observers too, or take criterion='infoq_paper'")
     if criterion == "infoq":
         return InfoQ(observers=observers, encoder=encoder, seed=seed)
     if criterion == "infoq_paper":

@@ -1,4 +1,4 @@
-"""The demo: a small residual network on scikit-learn's handwritten digits, from training to a file that runs."""
+"""The demo: trains, quantizes and exports a small residual network on scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """A residual network of 11 layers for images [samples, 1, 8, 8]; logits [samples, 10]."""
+    """Residual network of 11 layers for images ``[samples, 1, 8, 8]``, with logits ``[samples, 10]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images."""
+        """Compute the logits of a batch of images."""
         x = self.blocks(functional.relu(self.norm(self.stem(x))))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: the quantized module, top-1 in percent on unseen digits, and sizes of files in bytes.
+    """Result of the demo: the quantized module, top-1 in percent on test digits, and file sizes in bytes.
 
-    The float file is a checkpoint of the parameters; the others are ONNX files with their graphs.
+    The float file is a checkpoint of the parameters; the others are ONNX files, graph included.
     """
 
     quantized: QuantizedModule
@@ -76,9 +76,9 @@ class DemoResult:
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test digits: images float32 [samples, 1, 8, 8] of zero mean, labels int64 [samples].
+    """Load training and test digits: images float32 ``[samples, 1, 8, 8]`` of zero mean, labels int64 ``[samples]``.
 
-    Real data of scikit-learn: 1,797 digits written by 43 people (UCI, Alpaydin and Kaynak 1998).
+    The data comes with scikit-learn: 1,797 digits written by 43 people (UCI, Alpaydin and Kaynak 1998).
     """
     loaded = load_digits()
     images = (torch.from_numpy(loaded.images).float().unsqueeze(1) - 4.88) / 6.0
@@ -89,7 +89,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def train_digits_net(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: int = 0) -> DigitsNet:
-    """Train the network; about ten seconds. The caller's random state is left as it was."""
+    """Train the network in about ten seconds, without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitsNet().train()
@@ -106,10 +106,10 @@ def train_digits_net(images: Tensor, labels: Tensor, *, epochs: int = 30, seed: 
 
 
 def run_demo(folder: Path, *, budget: float = 3.0, progress: bool = True) -> DemoResult:
-    """Train, quantize at a mean weight bit-width, export and run in onnxruntime.
+    """Train the network, quantize it at a mean weight bit-width, export it and run it in onnxruntime.
 
     Args:
-        folder: where ``digits.onnx`` and ``scores.json``, the table of scores, are written; it exists.
+        folder: existing folder for ``digits.onnx`` and ``scores.json``, the table of scores.
         budget: mean weight bit-width.
         progress: show progress bars.
     """

@@ -1,4 +1,4 @@
-"""Shared by all tests: small models, one thread where the test itself is small, and the real data if it is there."""
+"""Shared by all tests: small models, one thread for small tests, and pretrained models if they are available."""
 
 import os
 
@@ -26,7 +26,7 @@ def _seeded():
 def real_models() -> ModuleType:
     """Pretrained models and real images that are not part of the project."""
     if not REAL_MODELS.exists():
-        pytest.skip(f"real models are not here: no {REAL_MODELS.parent.name}/{REAL_MODELS.name} beside the project")
+        pytest.skip(f"pretrained models missing: no {REAL_MODELS.parent.name}/{REAL_MODELS.name} next to the project")
     spec = importlib.util.spec_from_file_location("real_models", REAL_MODELS)
     module = importlib.util.module_from_spec(spec)
     sys.modules["real_models"] = module

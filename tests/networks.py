@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class ResidualNet(nn.Module):
-    """Two residual blocks on 8x8 images of one channel, 5 classes, dropout; the tests' work-horse."""
+    """Two residual blocks on 8x8 images of one channel, 5 classes, dropout; used by most tests."""
 
     def __init__(self, channels=6, classes=5):
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 class NormFirst(nn.Module):
-    """A batch norm that nothing can take in."""
+    """A batch norm that cannot be folded into a layer."""
 
     def __init__(self):
         super().__init__()

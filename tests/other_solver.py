@@ -1,4 +1,4 @@
-"""Eq. 5 written down a second time, for HiGHS; and budgets on a table of ResNet-50's size."""
+"""An independent formulation of Eq. 5 for HiGHS; and budgets on a table of ResNet-50's size."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def meets(cost: Cost, budget: Budget) -> bool:
 
 
 def solve_with_highs(table: SensitivityTable, limits: Mapping[str, float]) -> float:
-    """Eq. 5 with fixed activations by HiGHS: size_bytes and bitops, written down anew."""
+    """Eq. 5 with fixed activations by HiGHS: size_bytes and bitops, formulated independently."""
     inventory = table.inventory
     macs = {operation.right: operation.macs for operation in inventory.operations}
     columns = [(i, s, b) for i, s in enumerate(inventory.sites) if s.kind == "weight" for b in s.bits]

@@ -1,4 +1,4 @@
-"""The whole route by its public face, and every kind of bad input at its door."""
+"""The whole pipeline through the public API, and every kind of invalid input."""
 
 import itertools
 from dataclasses import replace

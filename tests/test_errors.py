@@ -18,7 +18,7 @@ from infoq_fx.types import check_bits
 PACKAGE = Path(infoq_fx.__file__).parent
 KINDS = {name for name in errors.__all__ if name.endswith("Error")}
 VERBS = (
-    "add|allocate|allow|call|check|choose|clean|compile|correct|export|fix|give|go|install|leave|load|look|lower|make|mend|"
+    "add|allocate|allow|call|check|choose|clean|compile|correct|export|fix|give|go|install|leave|load|look|lower|make|"
     "move|name|pass|prepare|pin|pip|put|quantize|raise|remove|repeat|report|resize|return|rewrite|run|save|score|set|take|"
     "try|use|write"
 )
@@ -50,7 +50,7 @@ def written(message):
         if isinstance(value, ast.Constant):
             parts.append(value.value)
         else:
-            # A remedy that several messages share stands under one of these names.
+            # A remedy that several messages share is in a variable of one of these names.
             name = ast.unparse(value.value)
             parts.append("give {}" if name in ("advice", "remedy", "_FORMS") else "{}")
     return "".join(parts)

@@ -82,7 +82,7 @@ def test_the_reproduction_writes_the_protocol_for_imagenet(tmp_path, capsys):
 
 def test_the_reproduction_says_where_it_looked_for_real_models(tmp_path):
     missing = tmp_path / "real_models.py"
-    with pytest.raises(SystemExit, match=re.escape(f"{missing} is not there: give --models-file")):
+    with pytest.raises(SystemExit, match=re.escape(f"{missing} does not exist: give --models-file")):
         run_reproduction("--model", "vit", "--models-file", missing, "--out", tmp_path)
 
 
@@ -104,12 +104,12 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 
 def test_the_map_of_the_code_names_every_file():
-    """And no other, in the order of the rooms that the README has too."""
+    """And no other file, in the same order of rooms as in the README."""
     text = (ROOT / "docs" / "code_map.md").read_text()
     package = ROOT / "infoq_fx"
     files = [path.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"]
     named = set(re.findall(r"`([\w./]+)`", "".join(re.findall(r"^\| ?\d* ?\| .*", text, re.MULTILINE))))
-    # A folder of its own stands for its files.
+    # The name of a subfolder stands for its files.
     missing = [path for path in files if not named & {path.name, *(f"{folder.name}/" for folder in path.parents[:-2])}]
     assert not missing
     known = {path.name + "/" * path.is_dir() for path in package.rglob("*")}

@@ -1,4 +1,4 @@
-"""The sensitivity table: exact round trips, honest refusals."""
+"""The sensitivity table: exact round trips, and errors for files that cannot be read."""
 
 import json
 import re

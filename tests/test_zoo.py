@@ -1,4 +1,4 @@
-"""A member of every model family from capture to onnxruntime; the whole table is made by ``benchmarks/zoo.py``."""
+"""A member of every model family from capture to onnxruntime; the whole table is written by ``benchmarks/zoo.py``."""
 
 import pytest
 import torchvision

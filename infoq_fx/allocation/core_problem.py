@@ -1,7 +1,7 @@
-"""The optimum of Eq. 5, or the bit-widths that it can have, among the allocations near the bound.
+"""Finds the optimum of Eq. 5, or the candidates that it can have, by enumerating allocations near the lower bound.
 
-Only allocations that exceed the bound of :mod:`infoq_fx.allocation.lagrangian_bound` by less than a known one does are
-worth looking at, and those can mostly be listed.
+Only an allocation that exceeds the bound of :mod:`infoq_fx.allocation.lagrangian_bound` by less than the best known one
+can be better. There are usually few enough of these to enumerate.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ __all__ = ["search_core"]
 
 _Bits: TypeAlias = dict[str, int]
 
-_FIRST_OPTIONS = 24  # options beside the best that the first listing considers
+_FIRST_OPTIONS = 24  # options besides the best in the first enumeration
 _GROWTH = 1.6
-_TIED = 0.1  # options that raise the bound by less of the gap are as good as its own
-_MAX_BRANCHES = 400  # then HiGHS takes over
-_FEW_STATES = 200  # so few are cheaper to keep than to compare
-_MAX_STATES = 1 << 15  # of half the sites; splitting is quicker than longer lists
+_TIED = 0.1  # options that raise the bound by less than this share of the gap count as equally good
+_MAX_BRANCHES = 400  # beyond it HiGHS solves the rest
+_FEW_STATES = 200  # up to this many are kept without comparison, which costs more
+_MAX_STATES = 1 << 15  # of half of the sites; splitting is faster than longer lists
 _MAX_PAIRS = 1 << 23
 _CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
 class _States:
-    """Partial allocations: options of some ``sites`` with their excess over the bound, ascending."""
+    """Partial allocations: options of some ``sites``, sorted by ascending excess over the bound."""
 
     sites: tuple[int, ...]
     picks: NDArray[np.int8]  # [states, sites]
@@ -59,15 +59,15 @@ class _States:
 def search_core(
     rows: Sequence[CostRow], scores: CandidateScores, ceiling: float
 ) -> tuple[_Bits, CandidateScores | None]:
-    """The best allocation below a known score, or at least the candidates that it is made of.
+    """Find the best allocation below a known score, or at least the candidates that it can consist of.
 
     Args:
-        rows: the limits over the sites that have a choice; all costs grow with the bits.
-        scores: score of every candidate by site and bits, each site's least 0; fewest bits first.
-        ceiling: positive score of a known allocation that meets all limits and is made of these candidates.
+        rows: the limits over the sites with several candidates; all costs grow with the bits.
+        scores: score of every candidate by site and bits, fewest bits first; the least score of each site is 0.
+        ceiling: positive score of a known allocation of these candidates that meets all limits.
 
     Returns:
-        Bits of the best one found, if any, and the candidates that a better one can have; None: nothing is better.
+        Bits of the best allocation found, if any, and the candidates that a better one can have; None if there is none.
     """
     program = read_program(rows, scores)
     if program is None:
@@ -89,7 +89,7 @@ def search_core(
 
 
 def _search_branch(program: Program, ceiling: float) -> tuple[Integers, list[Program]]:
-    """The best picks found below the ceiling, and the parts in which something better is still to be looked for."""
+    """The best picks found below the ceiling, and the subproblems that remain to be searched for better ones."""
     if (site_costs(program, np.isfinite(program.scores).argmax(1)).sum(1) > program.capacity).any():
         return NO_PICKS, []
     bound, best = set_prices(program, ceiling)
@@ -112,10 +112,10 @@ def _search_branch(program: Program, ceiling: float) -> tuple[Integers, list[Pro
 
 
 def _split(program: Program, rises: Doubles, gap: float) -> list[Program]:
-    """The program with one site settled on each of its options; the most promising comes last.
+    """Split the program into one subproblem per option of a site; the most promising comes last.
 
-    Where options far apart attain the bound, mixed, nothing near it may be feasible. So the split is at the site
-    whose scores differ most among the options that hardly raise the bound.
+    The site is that whose scores differ most among the options that hardly raise the bound: if options far apart
+    attain the bound only as a mixture, there may be no feasible allocation near it.
     """
     for near in (rises <= _TIED * gap, rises <= gap):
         high, low = (np.where(near, program.scores, other) for other in (-np.inf, np.inf))
@@ -130,7 +130,7 @@ def _split(program: Program, rises: Doubles, gap: float) -> list[Program]:
 
 
 def _search_window(program: Program, bound: Bound, rises: Doubles, window: float, ceiling: float) -> Integers | None:
-    """The best picks below the ceiling whose excess is within the window; empty: none, None: too many to list."""
+    """The best picks below the ceiling with excess within the window; empty if none, None if too many to enumerate."""
     program, bound = _drop_loose_rows(program, bound, rises <= window)
     is_open = (rises <= window).sum(1) > 1
     settled = [tree for tree in program.trees if not is_open[list(tree)].any()]
@@ -146,7 +146,7 @@ def _search_window(program: Program, bound: Bound, rises: Doubles, window: float
 
 
 def _drop_loose_rows(program: Program, bound: Bound, allowed: NDArray[np.bool_]) -> tuple[Program, Bound]:
-    """The program without the unpriced limits that no allowed options can break: more states beat each other."""
+    """Drop unpriced limits that no allowed options can exceed, so that more states dominate each other."""
     steps = np.where(allowed, program.steps, 0).max(1)
     most = np.where(allowed, program.linear, 0).max(2) + program.links * steps * steps[program.parents]
     tight = (most.sum(1) > program.capacity) | (bound.prices > 0)
@@ -156,14 +156,14 @@ def _drop_loose_rows(program: Program, bound: Bound, allowed: NDArray[np.bool_])
 
 
 def _settle(program: Program, picks: Integers, sites: Sequence[int]) -> _States:
-    """The one state of sites whose trees have no choice left."""
+    """The single state of sites with one option left each."""
     chosen = np.array(sites, np.int64)
     costs, score = site_costs(program, picks)[:, chosen].sum(1), program.scores[chosen, picks[chosen]].sum()
     return _States(tuple(sites), picks[None, chosen].astype(np.int8), np.zeros(1), np.array([score]), costs[:, None])
 
 
 def _list_tree(program: Program, bound: Bound, tree: Sequence[int], window: float) -> _States | None:
-    """The allocations of a tree's sites whose excess is within the window; None: too many."""
+    """The allocations of the sites of a tree with excess within the window; None if too many."""
     states = _settle(program, bound.picks, ())
     for column, site in enumerate(tree):
         parent = int(program.parents[site])
@@ -186,7 +186,7 @@ def _list_tree(program: Program, bound: Bound, tree: Sequence[int], window: floa
 
 
 def _combine(program: Program, left: _States, right: _States, window: float) -> _States | None:
-    """The pairs of a left and a right state within the window; None: too many."""
+    """The pairs of a left and a right state with excess within the window; None if too many."""
     counts = np.searchsorted(left.excess, window - right.excess, "right")
     if counts.sum() > _MAX_STATES:
         return None
@@ -199,14 +199,14 @@ def _combine(program: Program, left: _States, right: _States, window: float) -> 
 
 
 def _spread(starts: Integers, counts: Integers) -> tuple[Integers, Integers]:
-    """Ranges of numbers one after the other, and the index of the range that each number is from."""
+    """Concatenated ranges of integers, and the index of the range that each integer is from."""
     owners = np.repeat(np.arange(counts.size), counts)
     first = np.cumsum(counts) - counts
     return np.arange(owners.size) - first[owners] + starts[owners], owners
 
 
 def _choose_states(program: Program, excess: Doubles, scores: Doubles, costs: Integers, window: float) -> Integers:
-    """The states worth keeping, by excess: within the window and the limits, and not beaten by another state."""
+    """The indices of states within the window and the limits that no other state dominates, sorted by excess."""
     kept = np.flatnonzero((excess <= window) & (costs <= program.capacity[:, None]).all(0))
     if kept.size > _FEW_STATES:
         kept = kept[~_find_beaten(scores[kept], costs[:, kept])]
@@ -214,10 +214,10 @@ def _choose_states(program: Program, excess: Doubles, scores: Doubles, costs: In
 
 
 def _find_beaten(scores: Doubles, costs: Integers) -> NDArray[np.bool_]:
-    """Most of the states that another one equals or beats in the score and every cost.
+    """Find most of the states that another one dominates: no higher score and no higher cost in any row.
 
-    States fall into the cells of a grid over the costs. One is beaten by whatever scores no more in a cell that
-    is lower in every cost, and by the best state of its own cell if that costs no more.
+    States are sorted into the cells of a grid over the costs. A state is dominated by any with no higher score in a
+    cell that is lower in every cost, and by the best state of its own cell if that has no higher costs.
     """
     count = scores.size
     low, high = costs.min(1), costs.max(1)
@@ -228,7 +228,7 @@ def _find_beaten(scores: Doubles, costs: Integers) -> NDArray[np.bool_]:
     shape = (side + 1,) * varied.size
     cells = ((costs - low[:, None])[varied] * (side / (high - low)[varied, None])).astype(np.int64)
     flat = np.ravel_multi_index(tuple(cells), shape)
-    # Of several states in a cell the last written stays: the best, of several the cheapest.
+    # The last state written to a cell stays there: the one of least score and, of several, the cheapest.
     order = np.lexsort((costs.sum(0), scores))[::-1]
     best = np.full(math.prod(shape), -1)
     best[flat[order]] = order
@@ -242,9 +242,10 @@ def _find_beaten(scores: Doubles, costs: Integers) -> NDArray[np.bool_]:
 
 
 def _join(program: Program, bound: Bound, halves: Sequence[_States], window: float, ceiling: float) -> Integers | None:
-    """The picks of the best pair that meets the limits and scores below the ceiling; empty: none, None: too many.
+    """The picks of the best pair that meets the limits, below the ceiling; empty if none, None if too many.
 
-    What a pair leaves of a priced limit adds to its score: within the window, that leaves a band of costs.
+    The unused part of a priced limit adds to the excess of a pair, so that pairs within the window have costs in a
+    narrow band below the limit.
     """
     left, right = halves
     spread = bound.prices * np.ptp(right.costs, axis=1)

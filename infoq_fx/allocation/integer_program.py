@@ -1,4 +1,4 @@
-"""The integer program over 0-1 choices, solved by HiGHS through PuLP; the only PuLP import."""
+"""Solves the integer program of 0-1 choices by HiGHS, through PuLP; the only module that imports PuLP."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from infoq_fx.types import Budget, Inventory
 
 __all__ = ["build_rows", "solve_with_highs"]
 
-# A row is scaled to this limit, so that the solver's absolute tolerance is 1e-14 of it. Rows get a little more slack
-# than rounding can take; what fits the slack alone is cut off by exact costs.
+# A row is scaled to this limit, so that the solver's absolute tolerance is 1e-14 of it. Rows have slightly more slack
+# than rounding needs; an allocation that fits only by the slack is found by its exact cost and cut off.
 _ROW_SCALE = 1e5
 _SLACK = 1e-9
 _TOLERANCE = 1e-9
-# No gap, and of equal optima always the same one. HiGHS refuses a number of threads where the process ran it before.
+# No gap, and always the same one of several equal optima. HiGHS rejects a number of threads if the process has already
+# run it.
 _HIGHS_OPTIONS: dict[str, Any] = {
     "gapRel": 0.0,
     "gapAbs": 0.0,
@@ -33,10 +34,10 @@ _HIGHS_OPTIONS: dict[str, Any] = {
 
 
 def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScores) -> dict[str, int] | None:
-    """Find one candidate a site with the least total score within every limit; None: there is no such allocation.
+    """Find one candidate per site with the least total score within every limit; None if no allocation meets them.
 
     Args:
-        inventory: what the prepared model holds.
+        inventory: of the prepared model.
         budget: the limits.
         scores: of every candidate, by site and bits.
 
@@ -48,18 +49,18 @@ def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScor
         bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
         if not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget):
             return bits
-        # Within the slack but over the budget: some site has to have fewer bits than here, or at least others.
+        # Within the slack but over the budget: at least one site needs fewer bits, or just other bits, than here.
         others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]
         problem += pulp.LpAffineExpression(others) >= 1
     if status != pulp.LpSolutionInfeasible:
         raise InfoqError(
-            f"HiGHS found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a budget near it"
+            f"HiGHS found no proven optimum ({pulp.LpSolution[status]}) for {budget}; try a slightly different budget"
         )
     return None
 
 
 def build_rows(inventory: Inventory, budget: Budget, scores: CandidateScores) -> list[CostRow]:
-    """Make a row of costs for every limit of the budget, over the sites that have a choice among the candidates."""
+    """Return a row of costs for every limit of the budget, over the sites with more than one candidate."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
     return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
 
@@ -67,7 +68,7 @@ def build_rows(inventory: Inventory, budget: Budget, scores: CandidateScores) ->
 def _build_program(
     inventory: Inventory, budget: Budget, scores: CandidateScores
 ) -> tuple[Any, dict[tuple[str, int], Any], bool]:
-    """The 0-1 program, its x[site, bits] for the sites that have a choice, and whether all costs grow with the bits."""
+    """The 0-1 program, its x[site, bits] for sites with several candidates, and whether all costs grow with bits."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
     rows = build_rows(inventory, budget, scores)
     free = {name: by_bits for name, by_bits in scores.items() if len(by_bits) > 1}
@@ -87,7 +88,7 @@ def _build_program(
 
 
 def _add_variable(problem: Any, name: str, category: str) -> Any:
-    if hasattr(problem, "add_variable"):  # PuLP 3.3 warns of the constructor, earlier ones have nothing else
+    if hasattr(problem, "add_variable"):  # PuLP 3.3 deprecates the constructor; earlier releases have nothing else
         return problem.add_variable(name, lowBound=0, cat=category)
     return pulp.LpVariable(name, lowBound=0, cat=category)
 
@@ -98,7 +99,7 @@ def _add_products(
     choices: Mapping[str, tuple[int, ...]],
     x: Mapping[tuple[str, int], Any],
 ) -> dict[tuple[str, str], dict[tuple[int, int], Any]]:
-    """Continuous z[left bits, right bits] whose rows and columns sum to x: the hull of the products."""
+    """Add continuous z[left bits, right bits] whose rows and columns sum to x: the convex hull of the products."""
     products = {}
     for index, (left, right) in enumerate(sorted(pairs)):
         z = {
@@ -120,7 +121,7 @@ def _add_row(
     x: Mapping[tuple[str, int], Any],
     z: Mapping[tuple[str, str], Mapping[tuple[int, int], Any]],
 ) -> None:
-    """The limit on what is spent above the least of every site and pair, in the largest common unit."""
+    """Add a limit on the cost above the least of every site and pair, in the largest common unit."""
     terms: list[tuple[Any, int, Any]] = [(x[item], cost, item[0]) for item, cost in row.linear.items()]
     terms += [(v, macs * i * j, pair) for pair, macs in row.pairs.items() for (i, j), v in z[pair].items()]
     terms += [(z[pair][bits], cost, pair) for pair, held in row.products.items() for bits, cost in held.items()]

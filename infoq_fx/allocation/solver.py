@@ -1,4 +1,4 @@
-"""A bit-width for every site: the integer program of Eq. 5 over a sensitivity table, solved exactly."""
+"""Chooses a bit-width for every site: the integer program of Eq. 5 over a sensitivity table, solved exactly."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["allocate", "check_budget", "find_uniform", "propose"]
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
 
-# The objective is the excess of a score over its site's best, scaled so that the best known allocation has
-# this much: the solver's absolute tolerances (1e-9) are then 1e-14 of it. _RESCALE is the improvement from which on
-# the scale no longer suits.
+# The objective is the excess of a score over its site's best, scaled so that the best known allocation has this value:
+# the solver's absolute tolerances (1e-9) are then 1e-14 of it. If the improved objective is below _RESCALE of the old
+# one, the program is scaled and solved again.
 _OBJECTIVE_SCALE = 1e5
 _RESCALE = 1e-3
 
@@ -38,25 +38,26 @@ def allocate(
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
 ) -> Allocation:
-    """The allocation of least total score among all that meet every limit of the budget.
+    """Return the allocation with the least total score among all that meet every limit of the budget.
 
-    Of two bit-widths of a site with equal scores only the smaller, cheaper one is considered. The same
-    arguments give the same result.
+    If two bit-widths of a site have equal scores, only the smaller, cheaper one is considered. The result is
+    deterministic.
 
     Args:
         table: scores of every site with more than one candidate.
         budget: the limits; a number is the mean weight bit-width.
-        alpha: weight of the activations' scores against those of the weights.
-        pin: bit-widths fixed beforehand, one of the site's candidates by site name.
+        alpha: factor on the scores of activations relative to those of weights.
+        pin: fixed bit-widths by site name, each one of the site's candidates.
 
     Returns:
-        Bits of every site, the score with its standard error (the sites' errors taken as independent), the
-        cost, and the largest uniform weight bit-width within the same budget, scored by the same table. With
-        it, searched activations have their largest candidate or, where that does not fit, the weights' bits.
+        The bit-width of every site, the total score with its standard error (errors of sites are taken as
+        independent), the cost, and for comparison the largest uniform weight bit-width within the same budget, scored
+        by the same table. In the uniform allocation, searched activations have their largest candidate or, if that
+        does not fit, the weights' bit-width.
 
     Raises:
-        OptionError: an argument cannot be used, or a candidate has no score.
-        InfeasibleBudgetError: a limit is out of reach; the message says what is reachable.
+        OptionError: an argument is invalid, or a candidate has no score.
+        InfeasibleBudgetError: a limit cannot be met; the message says what can.
         InfoqError: the solver did not run, or did not finish.
 
     Reference:
@@ -73,14 +74,14 @@ def propose(
     pin: Mapping[str, int] | None = None,
     second: Mapping[str, Mapping[int, float]] | None = None,
 ) -> list[Allocation]:
-    """A few different allocations within the budget, of which the best can be found by running them.
+    """Return a few different allocations within the budget, of which the best can be found by running them.
 
-    Scores of single sites add up as long as the damage is small. Where it is not, the largest of them say too much:
-    they level off, and the sum with them. So there is :func:`allocate`'s own, then those of least total of the scores'
-    powers 0.75, 0.5 and 0.25, that of ``second``, other scores of all searched sites, where they are given, and last
-    the uniform allocation of the largest bit-width that fits.
+    The damages of single sites add up only as long as they are small; the sum of large scores overestimates the total.
+    The allocations are therefore that of :func:`allocate`, those with the least total of the scores' powers 0.75, 0.5
+    and 0.25, that of ``second``, other scores of all searched sites, if given, and the uniform allocation of the
+    largest bit-width that fits.
 
-    Other arguments and errors are those of :func:`allocate`. All are described by the table's own scores.
+    Other arguments and errors are those of :func:`allocate`. The scores in the results are the table's.
     """
     found: list[Allocation] = []
     for allocation in _propose(table, budget, alpha, pin or {}, _POWERS, second):
@@ -90,18 +91,18 @@ def propose(
 
 
 def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
-    """The budget as a :class:`Budget`, known to be within reach of the sites' candidate bit-widths.
+    """Return the budget as a :class:`Budget`, after checking that the candidate bit-widths can meet it.
 
     Args:
-        inventory: what the prepared model holds.
+        inventory: of the prepared model.
         budget: the limits; a number is the mean weight bit-width.
 
     Raises:
-        OptionError: not a budget.
+        OptionError: the budget is neither a number nor a :class:`Budget`.
         InfeasibleBudgetError: no allocation meets the limits.
     """
     limits = _read_budget(budget)
-    # Costs of this package grow with every bit-width: this one allocation reaches the extreme of all at once.
+    # Built-in costs grow with every bit-width: this one allocation has the extreme of all of them at once.
     cost = measure_cost(
         inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container, limits.costs
     )
@@ -116,8 +117,8 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
         raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, n, reached) for n in beyond))
     if broken and _find_fitting(inventory, limits) is None:
         raise InfeasibleBudgetError(
-            f"no allocation meets {limits} at once, though one alone can be met; raise one of the limits, or allow "
-            "other bits"
+            f"no allocation meets {limits} at once, though each limit alone can be met; raise one of them, or allow "
+            "other bit-widths"
         )
     return limits
 
@@ -144,7 +145,7 @@ def _propose(
         return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
 
     for power in powers:
-        # Scores below 0 are a user's own criterion's; their order is kept.
+        # A user-defined criterion may have scores below 0; their order is kept.
         raised = {n: {b: math.copysign(abs(v) ** power, v) for b, v in d.items()} for n, d in candidates.items()}
         yield describe(_minimize_score(inventory, limits, raised if power != 1 else candidates, known))
     if second is not None:
@@ -194,7 +195,7 @@ def _read_budget(budget: Any) -> Budget:
 
 
 def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
-    """The inventory with the pinned sites' candidates narrowed to one."""
+    """The inventory with a single candidate for every pinned site."""
     names = [site.name for site in inventory.sites]
     fixed = {}
     for name, bits in pin.items():
@@ -210,7 +211,7 @@ def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
 
 
 def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict[int, float]:
-    """Weighted scores of a site's candidates; a site with one candidate need not be scored."""
+    """Weighted scores of the candidates of a site; a site with one candidate needs no score."""
     scores: Mapping[int, Score] = table.scores.get(site.name, {})
     if not scores and len(site.bits) == 1:
         return {site.bits[0]: 0.0}
@@ -245,14 +246,14 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str,
 
 
 def _exact_text(value: float) -> str:
-    """A number that reads back exactly: the reachable value copied into a budget has to work."""
+    """A number as text that reads back exactly, so that the reachable value can be copied into a budget."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:
-    """The largest bit-width that all searched weights can have within the budget, and the bits it means.
+    """Return the largest bit-width that all searched weights can have within the budget, and that allocation.
 
-    Searched activations have their largest candidate or, where that does not fit, the weights' bits.
+    Searched activations have their largest candidate or, if that does not fit, the weights' bit-width.
     """
     free = [site for site in inventory.sites if len(site.bits) > 1]
     candidates = [set(site.bits) for site in free if site.kind == "weight"]
@@ -270,7 +271,7 @@ def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bit
 
 
 def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateScores, known: Iterable[_Bits]) -> _Bits:
-    """The best allocation within the budget; the ``known`` ones, which fit, bound what is worth searching."""
+    """The best allocation within the budget; the ``known`` allocations, which fit it, bound the search."""
     rows = build_rows(inventory, budget, candidates)
     grows = all(row.grows_with_bits for row in rows)
     efficient = {name: _drop_dominated(scores) if grows else dict(scores) for name, scores in candidates.items()}
@@ -283,7 +284,7 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
     while True:
         span = _total_score(excess, best)
-        # A candidate whose own excess is above the span cannot be part of anything better.
+        # A candidate whose own excess is above the span cannot be part of a better allocation.
         scaled = {
             name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
             for name, scores in excess.items()
@@ -293,11 +294,11 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
             best = found
         if _total_score(excess, best) > _RESCALE * span:
             return best
-        _LOGGER.debug("scores span many orders of magnitude: solving again around the best found")
+        _LOGGER.debug("scores span many orders of magnitude: solving again, scaled to the best allocation found")
 
 
 def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
-    """Only the candidates that score below every smaller one: all costs grow with the bits."""
+    """Keep the candidates that score below every smaller one; for costs that all grow with the bits."""
     efficient: dict[int, float] = {}
     for bits in sorted(scores):
         if not efficient or scores[bits] < min(efficient.values()):
@@ -306,7 +307,7 @@ def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
 
 
 def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known: _Bits) -> _Bits:
-    """One candidate a site, least total score, every limit met; the ``known`` one meets them."""
+    """One candidate per site with the least total score within every limit, which the ``known`` allocation meets."""
     rows = build_rows(inventory, budget, scores)
     best, rest = known, scores
     if all(row.grows_with_bits for row in rows):
@@ -314,11 +315,11 @@ def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known:
         best = {**known, **bits}
         if core is None or all(len(by_bits) == 1 for by_bits in core.values()):
             return best
-        _LOGGER.debug("too many allocations near the bound to list them: HiGHS searches the rest")
+        _LOGGER.debug("too many allocations near the bound to enumerate: HiGHS solves the remaining problem")
         rest = {name: dict(by_bits) for name, by_bits in core.items()}
     found = solve_with_highs(inventory, budget, rest)
-    if found is None:  # the known one meets all limits
-        raise InfoqError(f"HiGHS found no proven optimum for {budget}; try a budget near it")
+    if found is None:  # cannot be: the known allocation meets all limits
+        raise InfoqError(f"HiGHS found no proven optimum for {budget}; try a slightly different budget")
     return min(best, found, key=lambda bits: _total_score(scores, bits))
 
 

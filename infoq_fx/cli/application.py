@@ -41,8 +41,8 @@ class ExitCode(enum.IntEnum):
 
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 an input cannot be used; 2 the command line cannot be parsed; 3 a file is unsound (verify, "
-    "quantize, export); 4 no allocation fits the budget; 5 internal error; 130 interrupted."
+    "Exit codes: 0 done; 1 an input cannot be used; 2 the command line cannot be parsed; 3 a file is unsound "
+    "(quantize, verify); 4 no allocation fits the budget; 5 internal error; 130 interrupted."
 )
 _EPILOG = (
     "Example: infoq-fx quantize torchvision.models:resnet18 images/ --weights resnet18.pth --budget 4 -o model.onnx. "
@@ -74,7 +74,7 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read how errors are to be shown, before anything can fail, and parse."""
+        """Parse the arguments, after reading the options that decide how errors are shown."""
         ctx.meta[_JSON], ctx.meta[_DEBUG] = "--json" in args, "--debug" in args
         return super().parse_args(ctx, args)
 
@@ -97,8 +97,8 @@ class _Commands(TyperGroup):
             if type(error).__module__.startswith(("click", "typer")):
                 raise
             reason = " ".join(str(error).split())[:500] or "no message"
-            advice = "run it again with --debug for the traceback, and report that"
-            _fail(ctx, error, ExitCode.FAULT, f"error: a bug in infoq-fx, {type(error).__name__}: {reason}; {advice}")
+            advice = "run it again with --debug and report the traceback"
+            _fail(ctx, error, ExitCode.FAULT, f"error: internal error, {type(error).__name__}: {reason}; {advice}")
 
 
 app = typer.Typer(
@@ -170,15 +170,17 @@ def check_output(path: Path, option: str = "--output") -> Path:
 
 
 def check_output_folder(path: Path, option: str = "--output") -> Path:
-    """The folder for results, made if it is not there, and known before the work begins.
+    """Return the folder for results, after creating it if it does not exist.
 
     Raises:
-        OptionError: it is a file, or it cannot be made.
+        OptionError: it is a file, or it cannot be created.
     """
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
-        raise OptionError(f"{option} {str(path)!r} cannot be made ({error.strerror}); give another folder") from error
+        raise OptionError(
+            f"{option} {str(path)!r} cannot be created ({error.strerror}); give another folder"
+        ) from error
     return path
 
 
@@ -221,5 +223,5 @@ def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
 
 
 def _on_one_line(error: BaseException) -> str:
-    """The library's message without line breaks."""
+    """The message of an error without line breaks."""
     return " ".join(str(error).split())

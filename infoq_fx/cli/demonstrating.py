@@ -1,4 +1,4 @@
-"""``infoq-fx demo``: the whole pipeline on data that scikit-learn contains."""
+"""The command ``infoq-fx demo``, which runs the whole pipeline on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = ("name", "top1", "file_bytes")
 def demo(
     ctx: typer.Context,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results; files of an earlier demo are replaced.")
+        Path, typer.Option("--output", "-o", help="Folder for the results; files of an earlier demo are overwritten.")
     ] = Path("infoq-demo"),
     budget: Annotated[float, typer.Option(help="Mean weight bit-width.")] = 3.0,
     config: Config = None,
@@ -26,9 +26,9 @@ def demo(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Train a small network on handwritten digits, quantize it, export it and run it. Nothing is downloaded.
+    """Train a small network on handwritten digits, quantize it, export it and run it, without any download.
 
-    The ONNX file, the table of scores, a page with a slider over budgets and the settings are written to a folder.
+    The ONNX file, the table of scores, a page with a slider over budgets and the options are written to a folder.
     """
     from infoq_fx import allocation_of, summarize
     from infoq_fx.demo import run_demo
@@ -42,7 +42,7 @@ def demo(
         (f"InfoQ, a mean of {budget:g} bits", result.quantized_top1, result.onnx_bytes),
         ("the same in onnxruntime", result.onnx_top1, result.onnx_bytes),
     )
-    lines = [str(summarize(result.quantized)), "\n                              top-1 of unseen digits, %   file bytes"]
+    lines = [str(summarize(result.quantized)), "\n                                top-1 on test digits, %   file bytes"]
     lines += [f"{name:<28}  {top1:25.1f}  {size:11,}" for name, top1, size in rows]
     lines += [
         "",

@@ -1,4 +1,4 @@
-"""Calibration images from a folder, prepared as torchvision's ImageNet models expect them."""
+"""Loads calibration images from a folder, preprocessed as for torchvision's ImageNet models."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ def load_images(
     resize: int | None = None,
     labels: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Read the images of a folder and all below it, float32 ``[samples, channels, image_size, image_size]``.
+    """Read the images of a folder recursively, float32 ``[samples, channels, image_size, image_size]``.
 
-    Where every image is in one of at least two subfolders, these are classes, numbered as torchvision's ``ImageFolder``
-    does. Arguments are those of :func:`infoq_fx.cli.model_files.load_samples`; the labels are int64 ``[samples]``.
+    If every image is in one of at least two subfolders, these are the classes, numbered as by torchvision's
+    ``ImageFolder``. Arguments are those of :func:`infoq_fx.cli.model_files.load_samples`; labels are int64
+    ``[samples]``.
 
     Raises:
-        CalibrationDataError: no image, or one that cannot be read.
-        OptionError: mean and std are not of one or three channels, or the image is smaller before the crop.
+        CalibrationDataError: there is no image, or one cannot be read.
+        OptionError: mean and std are not for one or three channels, or images are resized to less than the crop.
     """
     if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
         raise OptionError(
-            f"mean has {len(mean)} numbers and std {len(std)}; give one (grey) or three (colour), std above 0"
+            f"mean has {len(mean)} values and std {len(std)}; give one (grey) or three (colour) each, std above 0"
         )
     if resize is not None and resize < image_size:
         raise OptionError(f"resize={resize} is below image_size={image_size}; give the short side before the crop")
@@ -58,12 +59,12 @@ def load_images(
 
 
 def spread_rows(count: int, limit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """At most ``limit`` indices below ``count``, evenly spread."""
+    """Return at most ``limit`` indices below ``count``, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)) if count else np.arange(0)
 
 
 def _list_samples(folder: Path) -> list[tuple[Path, int | None]]:
-    """Every image with its class, or without one where the subfolders are no classes."""
+    """Every image with its class, or None if the subfolders are not classes."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     parts = [path.relative_to(folder).parts for path in files]
     if any(len(part) == 1 for part in parts) or len({part[0] for part in parts}) < 2:

@@ -1,4 +1,4 @@
-"""What the commands read before they work: models, samples, prepared models."""
+"""Reads the inputs of commands: samples, prepared models, scores and worker processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEFAULT_BITS, DEFAULT_ACTIVATION_BITS = "2,3,4,5,6,7,8", "8"
 
 
 def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[Tensor, Tensor | None]:
-    """The samples of a command's DATA, or of another path, as its options say."""
+    """Read the samples of a command's DATA, or of another path, by its options."""
     from infoq_fx.cli.model_files import load_samples
 
     return load_samples(
@@ -49,9 +49,9 @@ def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[
 def prepare_model(
     options: dict[str, Any], samples: tuple[Tensor, Tensor | None], budget: Budget | None = None
 ) -> PreparedModel:
-    """The prepared model of a command's MODEL; candidate bit-widths that were not given are the defaults.
+    """Load and prepare a command's MODEL; candidate bit-widths that were not given get their defaults.
 
-    Where the budget counts weights as a container stores them, those are what the container stores.
+    If the budget counts weights as a container stores them, the defaults are the container's bit-widths.
     """
     from infoq_fx.api import default_bits, prepare
     from infoq_fx.cli.model_files import load_model
@@ -72,15 +72,21 @@ def prepare_model(
 
 
 def require_bits(text: str) -> tuple[int, ...]:
-    """The bit-widths of weights; there must be some."""
+    """Read the bit-widths of weights.
+
+    Raises:
+        OptionError: they are 'none', or invalid.
+    """
     bits = read_bits(text, "--bits")
     if bits is None:
-        raise OptionError("--bits is 'none'; give bit-widths of weights from 2 to 8, or leave layers out by --ignore")
+        raise OptionError(
+            "--bits is 'none'; give bit-widths of weights from 2 to 8, or leave layers in float by --ignore"
+        )
     return bits
 
 
 def take_bits(options: dict[str, Any], inventory: Inventory) -> None:
-    """Take the candidate bit-widths of an earlier stage where the command line gives none."""
+    """Set the candidate bit-widths to those of an earlier command if the command line gives none."""
     for option, kind in (("bits", "weight"), ("activation_bits", "activation")):
         sites = [site for site in inventory.sites if site.kind == kind and (site.is_searched or kind == "weight")]
         found = sorted({bits for site in sites for bits in site.bits})
@@ -88,10 +94,10 @@ def take_bits(options: dict[str, Any], inventory: Inventory) -> None:
 
 
 def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path) -> None:
-    """Refuse scores of another model or of other options.
+    """Check that scores are of the same model and the same options.
 
     Raises:
-        OptionError: the first difference.
+        OptionError: they are not; the message shows the first difference.
     """
     mine, theirs = ({site.name: site for site in held.sites} for held in (prepared.inventory, inventory))
     advice = f"give the MODEL and the options that {str(source)!r} was made with; they are in {source.name}.toml"
@@ -108,7 +114,7 @@ def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path
 
 @contextmanager
 def make_workers(count: int) -> Iterator[Executor | None]:
-    """So many processes to score in; none for 0."""
+    """Start ``count`` worker processes for scoring; None for 0."""
     if not count:
         yield None
         return

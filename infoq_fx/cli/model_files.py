@@ -1,4 +1,4 @@
-"""What the command line reads: models from files or Python callables, samples from arrays or image folders."""
+"""Loads models from files or Python callables, and samples from arrays or image folders, for the command line."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LABEL_KEYS = ("y", "labels", "targets")
 
 
 def load_model(name: str, *, weights: Path | None = None) -> nn.Module | ExportedProgram:
-    """A model from an exported ``.pt2`` file, or from ``package.module:callable`` that returns a module.
+    """Load a model from an exported ``.pt2`` file or from a ``package.module:callable`` that returns it.
 
     Args:
-        name: the file; or the callable, looked up in the working directory too, with literal keyword arguments if it
+        name: the file; or the callable, also looked up in the working directory, with literal keyword arguments if it
             needs any: ``torchvision.models:mobilenet_v2(num_classes=10)``.
-        weights: a state dict for the module, which ``torch.save`` wrote; nothing but tensors and plain values in it is
-            ever unpickled.
+        weights: file from ``torch.save`` with a state dict for the module; only tensors and plain values in it are
+            unpickled.
 
     Raises:
-        OptionError: no such file or callable, it holds no model, or the weights do not fit it.
+        OptionError: the file or the callable does not exist or gives no model, or the weights do not fit it.
     """
     if name.endswith(".pt2"):
         return _load_program(name, weights)
@@ -68,22 +68,22 @@ def load_samples(
     resize: int | None = None,
     labels: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Calibration samples from an ``.npz`` file or a folder of images.
+    """Load calibration samples from an ``.npz`` file or a folder of images.
 
     Args:
-        path: ``.npz`` with inputs under ``x``, ``images``, ``inputs`` or ``data`` and, if there are any, labels
-            under ``y``, ``labels`` or ``targets``; nothing in it is ever unpickled. Or a folder, searched with all
-            below it: where every image lies in one of at least two subfolders, their numbers in the order of their
-            names are the labels, as torchvision's ``ImageFolder`` has them.
-        limit: at most so many samples, evenly spread over what there is.
+        path: ``.npz`` file with inputs under ``x``, ``images``, ``inputs`` or ``data`` and, optionally, labels under
+            ``y``, ``labels`` or ``targets``; it is never unpickled. Or a folder, which is searched recursively. If
+            every image is in one of at least two subfolders, these are numbered by name and give the labels, as in
+            torchvision's ``ImageFolder``.
+        limit: largest number of samples, evenly spread over the data.
         image_size: side of the square that is cropped at the centre.
-        mean: of the channels, for values from 0 to 1; three read images in colour, one in grey.
-        std: likewise.
-        resize: short side of the image before the crop; None is 8/7 of ``image_size``.
-        labels: whether to take any.
+        mean: means of the channels, for values from 0 to 1; three for colour images, one for grey images.
+        std: standard deviations of the channels, likewise.
+        resize: short side of the image before the crop; None means 8/7 of ``image_size``.
+        labels: whether to read labels.
 
     Raises:
-        CalibrationDataError: nothing readable at the path.
+        CalibrationDataError: there are no readable samples at the path.
     """
     if path.is_dir():
         return load_images(path, limit=limit, image_size=image_size, mean=mean, std=std, resize=resize, labels=labels)
@@ -99,8 +99,8 @@ def load_samples(
     inputs = next((arrays[key] for key in _INPUT_KEYS if key in arrays), None)
     if inputs is None or inputs.ndim == 0:
         raise CalibrationDataError(
-            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under a name of "
-            f"{', '.join(_INPUT_KEYS)}; save them so with numpy.savez"
+            f"{str(path)!r} holds {', '.join(map(repr, arrays)) or 'nothing'}; inputs must be under one of the names "
+            f"{', '.join(_INPUT_KEYS)}; save them under one with numpy.savez"
         )
     rows = spread_rows(len(inputs), limit)
     held = next((arrays[key] for key in _LABEL_KEYS if key in arrays and labels), None)
@@ -123,12 +123,12 @@ def _load_program(name: str, weights: Path | None) -> ExportedProgram:
         return program
     except Exception as error:
         raise OptionError(
-            f"{name!r} is no exported program that this torch reads: {error}; save one with torch.export.save"
+            f"{name!r} is not an exported program that this torch can load: {error}; save one with torch.export.save"
         ) from error
 
 
 def _read_call(name: str, text: str) -> tuple[str, dict[str, Any]]:
-    """``path.to.callable`` or ``path.to.callable(key=literal)``: the path and the arguments; nothing is evaluated."""
+    """Path and arguments of ``path.to.callable`` or ``path.to.callable(key=literal)``; nothing is evaluated."""
     advice = "give an exported .pt2 file, or package.module:callable, with literal keyword arguments if it needs any"
     if not text:
         raise OptionError(f"MODEL is {name!r}; {advice}")
@@ -145,13 +145,13 @@ def _read_call(name: str, text: str) -> tuple[str, dict[str, Any]]:
 
 def _find_attribute(module_name: str, attribute: str) -> Any:
     here = str(Path.cwd())
-    if here not in sys.path:  # an installed command does not look where it is run
+    if here not in sys.path:  # not on the path of an installed command
         sys.path.append(here)
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise OptionError(
-            f"cannot import {module_name!r} ({error}); install it, put it on PYTHONPATH, or run this beside it"
+            f"cannot import {module_name!r} ({error}); install it, put it on PYTHONPATH, or run this in its folder"
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -163,7 +163,7 @@ def _find_attribute(module_name: str, attribute: str) -> Any:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a module with a state dict: bare, in a checkpoint's ``state_dict`` or ``model``, or of ``DataParallel``."""
+    """Load a state dict: plain, under a checkpoint's ``state_dict`` or ``model`` key, or of ``DataParallel``."""
     try:
         held: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -177,7 +177,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     for key in ("state_dict", "model"):
         held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise OptionError(f"--weights {str(path)!r} holds no state dict; save one with torch.save(model.state_dict())")
+        raise OptionError(f"--weights {str(path)!r} is not a state dict; save one with torch.save(model.state_dict())")
     if held and all(str(key).startswith("module.") for key in held):
         held = {key.removeprefix("module."): value for key, value in held.items()}
     try:
@@ -187,5 +187,5 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         reason = reason if len(reason) <= 400 else f"{reason[:400]} ..."
         raise OptionError(
             f"--weights {str(path)!r} do not fit the model: {reason}; give the arguments that the model was trained "
-            "with, as 'torchvision.models:resnet18(num_classes=10)'"
+            "with, such as 'torchvision.models:resnet18(num_classes=10)'"
         ) from error

@@ -1,4 +1,4 @@
-"""``infoq-fx quantize``, ``export`` and ``verify``: from a model to a file that is known to run."""
+"""The commands ``infoq-fx quantize``, ``export`` and ``verify``, from a model to a verified file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 Container = Annotated[
     str | None,
-    typer.Option(help="int8 (widest reach, fastest) or packed (int4 for up to 4 bits).", rich_help_panel="File"),
+    typer.Option(help="int8 (most portable, fastest) or packed (int4 for up to 4 bits).", rich_help_panel="File"),
 ]
 Target = Annotated[str, typer.Option(help="The runtime that the file is for.", rich_help_panel="File")]
 
@@ -79,10 +79,10 @@ def quantize(
     activation_bytes: ActivationBytesLimit = None,
     count_as: CountAs = None,
     scores: Annotated[
-        Path | None, typer.Option(help="What infoq-fx score wrote, or an earlier run: nothing is scored again.")
+        Path | None, typer.Option(help="Scores from infoq-fx score or an earlier run, to use instead of scoring.")
     ] = None,
     allocation: Annotated[
-        Path | None, typer.Option(help="What infoq-fx allocate wrote: take these bit-widths.")
+        Path | None, typer.Option(help="An allocation from infoq-fx allocate, whose bit-widths are used.")
     ] = None,
     weights: Weights = None,
     samples: Samples = 1024,
@@ -96,7 +96,7 @@ def quantize(
     criterion: CriterionName = "infoq",
     alpha: Alpha = 1.0,
     refine: Annotated[
-        bool, typer.Option(help="Choose among a few allocations by running them.", rich_help_panel="Search")
+        bool, typer.Option(help="Run a few allocations and choose the best.", rich_help_panel="Search")
     ] = True,
     recovery: Recovery = "fast",
     ignore: Ignore = None,
@@ -105,7 +105,7 @@ def quantize(
     target: Target = "onnxruntime",
     report: Annotated[
         Path | None,
-        typer.Option(help="Write a page with a slider over budgets here as well.", rich_help_panel="File"),
+        typer.Option(help="Also write a page with a slider over budgets to this path.", rich_help_panel="File"),
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -117,9 +117,10 @@ def quantize(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Quantize a trained model under a budget, write it as ONNX, and verify the file. The one command.
+    """Quantize a trained model under a budget, write it as ONNX, and verify the file.
 
-    The scores are kept beside the file: another budget is the same command with --scores model.onnx.scores.json.
+    The scores are written next to the file. For another budget, repeat the command with --scores
+    model.onnx.scores.json.
     """
     from infoq_fx import allocation_of, api, summarize
     from infoq_fx.recovery.ladder import find_steps
@@ -132,15 +133,15 @@ def quantize(
     find_criterion(criterion)
     steps = find_steps(recovery.split(",") if "," in recovery else recovery)
     if allocation is not None and scores is not None:
-        raise OptionError("--allocation and --scores are both given; give one: an allocation leaves nothing to score")
+        raise OptionError("--allocation and --scores are both given; give one, as an allocation needs no scores")
     fixed = None if allocation is None else load_allocation(allocation)
     limits = None
     if fixed is None:
         limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
     elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes, count_as)):
-        raise OptionError("--allocation settles the bit-widths; leave the budget out, or allocate again with it")
+        raise OptionError("--allocation already fixes the bit-widths; leave the budget out, or allocate again with it")
     if report is not None and allocation is not None:
-        raise OptionError("--report shows scores, and --allocation goes without; leave one of them out")
+        raise OptionError("--report shows scores, which --allocation does not have; leave one of them out")
     table = None if scores is None else SensitivityTable.load(scores)
     if table is not None:
         take_bits(options, table.inventory)
@@ -158,7 +159,7 @@ def quantize(
     text, document, code = _write(options, quantized, read)
     text = f"{summarize(quantized)}\n{text}"
     if kept is not None:
-        text += f"\nkept the scores in {kept}; another budget: the same command with --scores {kept}"
+        text += f"\nwrote the scores to {kept}; for another budget, repeat the command with --scores {kept}"
     if report is not None:
         from infoq_fx.report.page import write_report
 
@@ -173,7 +174,7 @@ def quantize(
 def export(
     ctx: typer.Context,
     quantized: Annotated[
-        Path, typer.Argument(metavar="QUANTIZED", help="A .pt2 file that infoq-fx quantize or save_quantized wrote.")
+        Path, typer.Argument(metavar="QUANTIZED", help="A .pt2 file from infoq-fx quantize or save_quantized.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     container: Container = None,
@@ -184,7 +185,7 @@ def export(
 ) -> Result:
     """Write a quantized module as ONNX, for a container and a runtime.
 
-    Then:  infoq-fx verify model.onnx model.pt2 DATA
+    Next:  infoq-fx verify model.onnx model.pt2 DATA
     """
     from infoq_fx.export.qdq_onnx.exporter import export_onnx
     from infoq_fx.export.quantized_files import load_quantized
@@ -213,9 +214,9 @@ def verify(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Run an ONNX file on samples, compare it with the quantized module, and say whether it is sound.
+    """Run an ONNX file on samples, compare it with the quantized module, and report whether it is sound.
 
-    Exit code 3 says that it is not.
+    The exit code is 3 if it is not.
     """
     from infoq_fx.export.quantized_files import load_quantized
     from infoq_fx.export.verification import verify_onnx
@@ -236,7 +237,7 @@ def _search(
     table: SensitivityTable | None,
     kept: Path | None,
 ) -> QuantizedModule:
-    """What :func:`infoq_fx.quantize` does behind the calibration; new scores are written as soon as they are known."""
+    """Do the steps of :func:`infoq_fx.quantize` after calibration; new scores are written as soon as they are known."""
     from infoq_fx import api
     from infoq_fx.core.data import read_data
     from infoq_fx.graph.model_inputs import fit_data
@@ -246,7 +247,7 @@ def _search(
         if kept is not None:
             found.save(kept)
         if options["refine"]:
-            say("choosing among allocations by running them", progress=options["progress"])
+            say("running a few allocations to choose the best", progress=options["progress"])
 
     with make_workers(options["workers"]) as executor:
         return api.quantize_prepared(
@@ -270,7 +271,7 @@ def _search(
 def _write(
     options: dict[str, Any], quantized: QuantizedModule, read: tuple[Tensor, Tensor | None]
 ) -> tuple[str, dict[str, Any], int]:
-    """Write the module in the format that the path asks for; text, document and exit code."""
+    """Write the module in the format of the path's suffix, and return text, document and exit code."""
     output: Path = options["output"]
     if output.suffix == ".pt2":
         from infoq_fx.export.quantized_files import save_quantized

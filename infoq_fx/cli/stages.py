@@ -1,4 +1,4 @@
-"""``infoq-fx score`` and ``infoq-fx allocate``: the long part on a server, the rest anywhere."""
+"""The commands ``infoq-fx score``, the slow step, and ``infoq-fx allocate``, which needs only its scores."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def score(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Score every layer at every bit-width: the long part. Its table serves every budget, on any machine.
+    """Score every layer at every bit-width. This is the slow step; its table can be used with any budget.
 
-    Then:  infoq-fx allocate scores.json --budget 4 -o allocation.json
+    Next:  infoq-fx allocate scores.json --budget 4 -o allocation.json
     """
     from infoq_fx import api
     from infoq_fx.recovery.ladder import find_steps
@@ -109,9 +109,9 @@ def score(
 @command
 def allocate(
     ctx: typer.Context,
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="The table of scores that infoq-fx score wrote.")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A table of scores from infoq-fx score.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The allocation to write, JSON; without it, it is shown.")
+        Path | None, typer.Option("--output", "-o", help="The allocation to write, JSON; by default it is printed.")
     ] = None,
     budget: WeightBitsLimit = None,
     compression: CompressionLimit = None,
@@ -125,9 +125,9 @@ def allocate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Find the bit-width of every layer under a budget. Milliseconds; needs the scores, not the model.
+    """Find the bit-width of every layer under a budget. This takes milliseconds and needs no model.
 
-    Then:  infoq-fx quantize MODEL DATA --allocation allocation.json -o model.onnx
+    Next:  infoq-fx quantize MODEL DATA --allocation allocation.json -o model.onnx
     """
     import infoq_fx.allocation.solver
     from infoq_fx.allocation.allocation_file import describe_allocation, save_allocation

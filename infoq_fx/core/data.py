@@ -1,4 +1,4 @@
-"""Calibration data: whatever form the user gives is read and checked into inputs by name and optional labels."""
+"""Calibration data: reads and checks any supported form into inputs by name and optional labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization-aware finetuning: the quantized model learns to answer as the float model does, labels or none."""
+"""Quantization-aware finetuning of a quantized model, towards the float model's outputs, labels or both."""
 
 from __future__ import annotations
 
@@ -65,60 +65,62 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> QuantizedModule:
-    """Train the numbers of a quantized model: weights, biases, steps. Its graph and its bit-widths stay.
+    """Finetune the weights, biases and step sizes of a quantized model, at the same bit-widths.
 
-    What it learns are the float model's answers: the loss is the KL divergence of the float model's outputs from the
-    quantized ones, in nats a sample (of tokens and pixels the mean), so that labels are not needed. A part of the
-    samples is held back. Judged after each epoch are the numbers' averages over about an epoch. The result is the best
-    of them by the loss on what is held back, or an equal of ``quantized`` where none is better; the log tells.
+    The model is trained to match the float model's outputs. The loss is the KL divergence of the float model's outputs
+    from the quantized model's, in nats per sample (the mean over tokens or pixels), so that labels are not needed. A
+    part of the samples is held out. After each epoch, the averages of the parameters over about an epoch are evaluated
+    on them. The result has the averages of least loss; if none is better than ``quantized``, it is a copy of that.
 
-    Adam with gradients clipped to a norm of 1; the first twentieth of the updates is a warm-up, then a half cosine
-    falls to 0. After an epoch whose loss is 1.5 times what it was at first, or an eighth of all epochs by 1 % or
-    more above it, the best numbers so far are put back, and the rate falls to 0.3 of what it was: few samples
-    bear smaller updates than many. The same seed gives the same numbers with any number of threads.
+    The optimizer is Adam with gradients clipped to a norm of 1. The learning rate warms up over the first twentieth of
+    the updates and then decays to 0 by a half cosine. If the loss after an epoch is at least 1.5 times the initial
+    loss, or stays above it by 1 % or more for an eighth of all epochs, training continues from the best parameters
+    with 0.3 times the learning rate: small data sets need smaller updates. The same seed gives the same result with
+    any number of threads.
 
     Args:
-        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned. It stays as it is; the work is
-            done on its device.
-        data: see :func:`infoq_fx.core.data.read_data`; a thousand samples help, more help more. They are held in memory and
-            shuffled. Only a ``DataLoader`` is iterated again every epoch, so that it may augment: it has its own
-            batches, and is read once in advance if there is no ``validation_data``.
+        quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned. It is not changed; training runs
+            on its device.
+        data: see :func:`infoq_fx.core.data.read_data`; use a thousand samples or more. They are held in memory and
+            shuffled. Only a ``DataLoader`` is iterated again every epoch, so that it can augment: it has its own
+            batches, and is iterated once in advance if there is no ``validation_data``.
         teacher: the float model, or what :func:`infoq_fx.prepare` returned; None for the one that ``quantized`` was
-            made from, which a file of it does not hold.
-        validation_data: held back in place of every fifth sample.
-        epochs: times that all samples are seen.
-        learning_rate: how far an update moves a number at most, in a unit that suits it: of a weight its channel's
-            step, of a step a twentieth of its first value, of others 0.3 times the root mean square of their tensor
-            (at least 0.003). A model that lost nearly all learns faster with 0.03.
-        batch_size: samples an update.
-        label_weight: 0 for the float model's answers alone, 1 for the labels' cross-entropy alone, or between.
-        temperature: both models' outputs are divided by it where they are compared, and the loss multiplied by its
-            square. Above 1 the float model also teaches how it ranks the classes that it does not name, which matters
-            where there are few samples a class. What is held back is compared at 1.
-        seed: of the order of the samples, and of what a loader draws with torch.
-        checkpoint: a file that is written after every epoch; the same call goes on from there. It belongs to one call:
-            to the numbers of both models, the data (of a loader what is held back) and the options above.
-        progress: show a bar on standard error.
+            made from. Required if ``quantized`` was loaded from a file, which does not contain it.
+        validation_data: held-out samples, in place of every fifth sample of ``data``.
+        epochs: number of passes over the data.
+        learning_rate: largest change per update, in units of the step size of its channel for a weight, of a twentieth
+            of its initial value for a step size, and of 0.3 times the root mean square of the tensor (at least 0.003)
+            for other parameters. A model that lost nearly all accuracy learns faster with 0.03.
+        batch_size: samples per update.
+        label_weight: 0 for the float model's outputs only, 1 for the labels' cross-entropy only, or a mixture of both.
+        temperature: divisor of both models' outputs in the loss, which is multiplied by its square. Above 1, the float
+            model's probabilities of the less likely classes have more influence, which helps if there are few samples
+            per class. The loss on held-out samples always uses 1.
+        seed: of the order of samples, and of a loader's random numbers from torch.
+        checkpoint: file that is written after every epoch; the same call resumes from it. It is valid only for the same
+            parameters of both models, the same data (of a loader: the held-out samples) and the same options.
+        progress: show a progress bar on standard error.
 
     Returns:
-        A quantized module as any other: it exports, and can be finetuned again.
+        A quantized module, which can be exported and finetuned again.
 
     Raises:
-        OptionError: not a quantized module, an option out of range, no teacher, or the checkpoint of another call.
+        OptionError: the module is not a quantized module, an option is out of range, there is no teacher, or the
+            checkpoint is of another call.
         CalibrationDataError: the data cannot be used.
-        KeyboardInterrupt: interrupted; the message says how to go on.
+        KeyboardInterrupt: interrupted; the message says how to resume.
 
     Reference:
-        "Learned Step Size Quantization", arXiv 1902.08153, learned from a float model as in "Apprentice", arXiv
-        1711.05852; the temperature of "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, Section 2; the
-        averages of "Averaging Weights Leads to Wider Optima", arXiv 1803.05407.
+        "Learned Step Size Quantization", arXiv 1902.08153, with a float model as teacher as in "Apprentice", arXiv
+        1711.05852; the temperature is that of "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
+        Section 2; the averages are those of "Averaging Weights Leads to Wider Optima", arXiv 1803.05407.
     """
     check_count("epochs", epochs, 1)
     check_count("batch_size", batch_size, 1)
     check_count("seed", seed, 0)
     check_rate("learning_rate", learning_rate)
     if isinstance(label_weight, bool) or not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
-        raise OptionError(f"label_weight={label_weight!r}; give a number from 0 (no labels) to 1 (nothing else)")
+        raise OptionError(f"label_weight={label_weight!r}; give a number from 0 (no labels) to 1 (only labels)")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise OptionError(
@@ -144,7 +146,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _State:
-    """Where a training is: losses on what is held back, before it and after each epoch; optimizer; the best parameters."""
+    """State of training: held-out losses, initial and after each epoch; the optimizer; the best parameters."""
 
     losses: tuple[float, ...]
     optimizer: Optimizer
@@ -157,7 +159,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _File:
-    """A checkpoint, and what it must have been made of."""
+    """A checkpoint file, and hashes and options that it must have been made with."""
 
     path: Path
     made_of: Mapping[str, str | float]
@@ -167,7 +169,7 @@ def _find_teacher(teacher: nn.Module | PreparedModel | None, provenance: Provena
     given = provenance.prepared if teacher is None else teacher
     if given is None:
         raise OptionError(
-            "the float model is not known: a quantized module that was read from a file does not hold it; give "
+            "the float model is not known: a quantized module that was loaded from a file does not contain it; give "
             "teacher=model, or labels and label_weight=1"
         )
     if isinstance(given, PreparedModel):
@@ -184,7 +186,7 @@ def _digest_call(
     settings: Settings,
     provenance: Provenance,
 ) -> dict[str, str | float]:
-    """All that decides what comes of a training."""
+    """Everything that determines the result of training."""
     bits = [(f"{name} {width}", torch.zeros(0)) for name, width in sorted(provenance.allocation.bits.items())]
     of_teacher = {} if float_model is None else float_model.state_dict()
     return {
@@ -225,27 +227,27 @@ def _prepare(
 
 
 def _ask(float_model: nn.Module, device: torch.device, samples: Samples) -> Tensor:
-    """What the float model says, its first output."""
+    """The float model's first output."""
     inputs = {name: x.to(device) for name, x in samples.inputs.items()}
     with torch.inference_mode(False), torch.no_grad():
         return first_tensor(float_model(**inputs) if samples.by_name else float_model(*inputs.values()))
 
 
 def _refer(samples: Samples, ask: Callable[[Samples], Tensor], size: int, spread: ThreadMap) -> Samples:
-    """The samples with what the float model says."""
+    """The samples with the float model's outputs as reference."""
     return replace(samples, reference=torch.cat(list(spread(lambda part: ask(part).cpu(), samples.split(size)))))
 
 
 def _check_output(output: Tensor, reference: Tensor | None, source: Source) -> None:
     if reference is not None and reference.shape != output.shape:
         raise OptionError(
-            f"the teacher's output for {len(output)} samples is {list(reference.shape)}, the quantized model's "
+            f"the teacher's output for {len(output)} samples has shape {list(reference.shape)}, the quantized model's "
             f"{list(output.shape)}; give the float model that it was made from"
         )
     classes = class_logits(output).shape[1]
     labelled = [part for part in (source.held_back, source.training) if part is not None and part.labels is not None]
     if labelled and classes == 1:
-        raise OptionError("label_weight asks for classes and the model has a single output; give label_weight=0")
+        raise OptionError("label_weight needs classes, but the model has a single output; give label_weight=0")
     if labelled:
         labels = torch.cat([part.labels for part in labelled if part.labels is not None])
         CalibrationData(labelled[0].inputs, labels, False).check_labels(classes)
@@ -268,19 +270,19 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
                 state = _judge(training, state, *_measure_average(training, state, spread))
                 loss = state.losses[-1]
                 bar.set_postfix_str(f"loss {state.losses[0]:.3g} -> {min(state.losses):.3g}")
-                log.info("epoch %d of %d: %.4g nats a held-back sample", state.epoch, settings.epochs, loss)
+                log.info("epoch %d of %d: %.4g nats per held-out sample", state.epoch, settings.epochs, loss)
                 if file is not None:
                     _save(file, training, state)
         except KeyboardInterrupt:
-            how = "a call with checkpoint could have gone on"
+            how = "with checkpoint=PATH, the same call would resume"
             if file is not None and state.epoch:
-                how = f"the same call with checkpoint={str(file.path)!r} goes on from there"
+                how = f"the same call with checkpoint={str(file.path)!r} resumes from there"
             raise KeyboardInterrupt(f"stopped after {state.epoch} of {settings.epochs} epochs; {how}") from None
     return state
 
 
 def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
-    """The loss of the averaged numbers, and these."""
+    """The loss with the averaged parameters, and these."""
     now = _numbers(training)
     average = {name: mean.clone() for name, mean in zip(now, state.optimizer.average, strict=True)}
     training.student.load_state_dict(average, strict=False)
@@ -290,7 +292,7 @@ def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tu
 
 
 def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str, Tensor]) -> _State:
-    """The state behind an epoch with this loss of these: the best once more, where it was no use to go on."""
+    """The state after an epoch with this loss and these parameters; may return to the best parameters."""
     losses, epochs = (*state.losses, loss), training.settings.epochs
     best = numbers if loss < min(state.losses) else state.best
     if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
@@ -300,9 +302,9 @@ def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str,
 
 
 def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
-    """How often the best numbers were put back: after a loss far above the first, or an eighth of all epochs above it.
+    """Count returns to the best parameters: after a loss far above the first, or an eighth of all epochs above it.
 
-    A large rate often does harm that smaller updates, later, more than make up for.
+    Losses above the first one are accepted for a while, since later, smaller updates often more than compensate.
     """
     returns = worse = 0
     for loss in losses[1:]:
@@ -325,12 +327,12 @@ def _finish(quantized: nn.Module, training: Training, state: _State) -> Quantize
     if not math.isfinite(state.losses[-1]):
         log.warning("finetuning diverged in epoch %d: lower learning_rate", state.epoch)
     if not after < before:
-        log.warning("no epoch is better than %.4g nats a held-back sample: the model stays as it was", before)
+        log.warning("no epoch is better than %.4g nats per held-out sample: the model is not changed", before)
         unchanged = copy.deepcopy(quantized)
         assert isinstance(unchanged, QuantizedModule)
         return unchanged
     log.info(
-        "epoch %d is the best: %.4g nats a held-back sample, %.4g before", state.losses.index(after), after, before
+        "epoch %d is the best: %.4g nats per held-out sample, %.4g before", state.losses.index(after), after, before
     )
     training.student.load_state_dict(state.best, strict=False)
     found = to_quantized(training.student)
@@ -367,15 +369,13 @@ def _load(file: _File, training: Training) -> _State:
     except Exception as error:
         raise OptionError(f"cannot read {shown} ({error}); remove it, or give another path") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
-        raise OptionError(f"{shown} is no checkpoint of finetune() in this release; give another path")
+        raise OptionError(f"{shown} is not a checkpoint of finetune() in this release; give another path")
     theirs, options = document["made_of"], dataclasses.asdict(training.settings)
     others = [name for name, value in file.made_of.items() if theirs.get(name) != value]
     if others:
-        told = [
-            f"{name}={theirs.get(name)} in place of {options[name]}" if name in options else name for name in others
-        ]
+        told = [f"{name}={theirs.get(name)} instead of {options[name]}" if name in options else name for name in others]
         raise OptionError(
-            f"{shown} belongs to another call, with other: {', '.join(told)}; repeat that call, or give another path"
+            f"{shown} is of another call, which differs in: {', '.join(told)}; repeat that call, or give another path"
         )
     training.student.load_state_dict(document["numbers"], strict=False)
     optimizer = begin_optimizer(training.learned)

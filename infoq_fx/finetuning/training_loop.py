@@ -1,4 +1,4 @@
-"""Updates of a trainable module: its losses against the float model, gradients from several threads, Adam."""
+"""The training loop: losses against the float model, gradients from several threads, and updates by Adam."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "update",
 ]
 
-_BETAS = 0.9, 0.99  # trainings are short: the squares of the first gradients are soon forgotten
+_BETAS = 0.9, 0.99  # training is short, so the average of squared gradients has a short memory
 _EPSILON = 1e-12
 _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
@@ -45,7 +45,7 @@ _FEWEST_RUNS = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a training; see :func:`infoq_fx.finetune`."""
+    """The options of training; see :func:`infoq_fx.finetune`."""
 
     epochs: int
     learning_rate: float
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Learned:
-    """A parameter, and how far an update at the full rate moves it at most: broadcasts to the parameter."""
+    """A parameter and the largest change of it per update at the full rate, which broadcasts to the parameter."""
 
     parameter: nn.Parameter
     reach: Tensor
@@ -66,11 +66,11 @@ class Learned:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam over the parameters of a training, and the running averages of the parameters.
+    """Adam over the trained parameters, and running averages of the parameters.
 
-    Adam moves ``units``, one for each parameter, of which each counts in the parameter's reach: they are zero between
-    two updates. ``average`` looks back over about an epoch. A weight between two integers changes from one to the other in updates
-    however small; its average has the one that it was at for longer.
+    Adam updates ``units``, a tensor per parameter with the update in multiples of the parameter's ``reach``, which is
+    zero between two updates. ``average`` covers about an epoch. A weight near the boundary between two integers
+    oscillates between them, however small the updates are; its average has the integer that it was at for longer.
 
     Reference:
         "Averaging Weights Leads to Wider Optima", arXiv 1803.05407; "Overcoming Oscillations in Quantization-Aware
@@ -84,10 +84,10 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what and how.
+    """A training: the module, its parameters, the data and the options.
 
-    ``ask`` gives the float model's first output, None if labels alone count; ``variance`` is the ``spread`` of
-    :func:`infoq_fx.scoring.output_measure.diverge`. Batches are run in parts of ``run_size`` samples, by several threads.
+    ``ask`` returns the float model's first output; it is None if only labels are used. ``variance`` is the ``spread``
+    of :func:`infoq_fx.runtime.outputs.diverge`. Batches are run in parts of ``run_size`` samples, by several threads.
     """
 
     student: fx.GraphModule
@@ -100,14 +100,14 @@ class Training:
 
 
 def begin_optimizer(learned: Sequence[Learned]) -> Optimizer:
-    """Make the optimizer before the first update."""
+    """Create the optimizer for the first update."""
     units = [torch.zeros_like(one.parameter, requires_grad=False) for one in learned]
     average = [one.parameter.detach().clone() for one in learned]
     return Optimizer(torch.optim.Adam(units, betas=_BETAS, eps=_EPSILON), units, average)
 
 
 def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned]:
-    """All parameters, each with the reach that suits it, in units as :func:`infoq_fx.finetune` has them."""
+    """List all parameters with their reach: ``learning_rate`` in the units described by :func:`infoq_fx.finetune`."""
     quantizers = [found for found in student.modules() if isinstance(found, LearnedStepQuantizer)]
     of_weights = {found.site.name: found for found in quantizers if found.site.kind == "weight"}
     steps = {id(found.scale) for found in quantizers}
@@ -121,7 +121,7 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
             qparams = of_weights[name].qparams()
             shape = [1] * value.ndim
             shape[qparams.spec.channel_axis or 0] = -1
-            unit = torch.minimum(qparams.scale.reshape(shape), unit)  # a channel of zeros has a step of 1
+            unit = torch.minimum(qparams.scale.reshape(shape), unit)  # the step size of an all-zero channel is 1
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
         learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps))
@@ -129,10 +129,10 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
 
 
 def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], batch_size: int) -> int:
-    """Samples a run, the same on every machine.
+    """Choose the number of samples per run, the same on every machine.
 
-    The values in it take about 512 MiB, so that quantizing the weights anew in each run costs little beside it; a batch
-    makes two runs at least, for two threads.
+    The activations of a run take about 512 MiB, so that quantizing the weights again in each run costs little in
+    comparison. A batch is split into at least two runs, for two threads.
     """
     samples = next(iter(examples.values())).shape[0]
     recorder = _SizeRecorder(student, samples)
@@ -142,7 +142,7 @@ def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], bat
 
 
 def measure_loss(training: Training, spread: ThreadMap) -> float:
-    """Mean loss on what is held back, at a temperature of 1."""
+    """Return the mean loss on the held-out samples, at a temperature of 1."""
 
     def run(samples: Samples) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -152,7 +152,7 @@ def measure_loss(training: Training, spread: ThreadMap) -> float:
 
 
 def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> list[Tensor]:
-    """Of the mean loss of a batch, by parameter. Parts are added up in order, whatever the number of threads."""
+    """Return the gradients of a batch's mean loss by parameter; the sum does not depend on the number of threads."""
     parameters = [learned.parameter for learned in training.learned]
 
     def run(samples: Samples) -> tuple[Tensor, ...]:
@@ -169,10 +169,10 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
 def update(
     training: Training, optimizer: Optimizer, gradients: Sequence[Tensor], done: int, *, rate: float = 1.0
 ) -> None:
-    """The update after so many, at ``rate`` times the learning rate.
+    """Update the parameters and their averages, after ``done`` updates, at ``rate`` times the learning rate.
 
-    Steps and the other parameters have a norm each that their gradients are clipped by: those of the steps are so much
-    smaller that one norm for all would hold them still. With batch norms folded nothing else bounds an update.
+    Gradients are clipped to a norm, for step sizes and the other parameters separately: those of step sizes are so much
+    smaller that a common norm would suppress them. As batch norms are folded, nothing else bounds an update.
 
     Reference:
         Adam, arXiv 1412.6980, Algorithm 1.
@@ -193,7 +193,7 @@ def update(
 
 
 def place(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Inputs on a device; images with channels last."""
+    """Move inputs to a device, images to channels-last memory format."""
     return {name: channels_last(x.to(device)) for name, x in inputs.items()}
 
 
@@ -214,7 +214,7 @@ def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
 
 
 class _SizeRecorder(fx.Interpreter):
-    """Runs the graph and adds up the bytes of what has a batch dimension."""
+    """Runs the graph and sums the bytes of all tensors that have a batch dimension."""
 
     def __init__(self, module: fx.GraphModule, samples: int) -> None:
         super().__init__(module)

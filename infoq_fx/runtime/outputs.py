@@ -1,4 +1,4 @@
-"""The outputs of a model, and how far two of them are apart in nats."""
+"""Reads the outputs of a model, and measures the divergence of two outputs in nats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["class_logits", "diverge", "first_output", "first_tensor", "measure_s
 
 
 def class_logits(output: Tensor) -> Tensor:
-    """A model's output as ``[samples, classes]``: token and pixel dimensions are averaged.
+    """Return a model's output as ``[samples, classes]``, averaged over tokens or pixels.
 
     Three dimensions are read as ``[samples, tokens, classes]``, four and more as ``[samples, classes, ...]``.
     """
@@ -23,20 +23,20 @@ def class_logits(output: Tensor) -> Tensor:
 
 
 def first_output(prepared: PreparedModel) -> fx.Node:
-    """The node of the model's first output."""
+    """Return the node of the model's first output."""
     return prepared.graph_module.graph.output_node().all_input_nodes[0]
 
 
 def measure_spread(logits: Tensor) -> Tensor:
-    """Variance of every output column over the samples, float64 ``[classes]``."""
+    """Return the variance of every output column over the samples, float64 ``[classes]``."""
     return logits.double().var(0, correction=0)
 
 
 def diverge(reference: Tensor, found: Tensor, spread: Tensor) -> Tensor:
-    """KL divergence of what two outputs say of Y, in nats, float64 ``[samples]``.
+    """Return the KL divergence between the distributions of Y given by two outputs, in nats, float64 ``[samples]``.
 
-    Outputs ``[samples, classes]`` are logits. A single column is a quantity: Y is Gaussian around it, with the variance
-    ``spread [1]`` that it has over the samples in float.
+    Outputs ``[samples, classes]`` are logits. A single column is a regression output: Y is Gaussian with this mean and
+    the variance ``spread [1]`` of the float model's output over the samples.
     """
     reference, found = reference.double(), found.double()
     if reference.shape[1] == 1:
@@ -46,14 +46,14 @@ def diverge(reference: Tensor, found: Tensor, spread: Tensor) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A model's output, the first where it has several."""
+    """Return a model's output, or its first output if it has several."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, Mapping) else output))
     return output
 
 
 def output_rows(output: Tensor) -> Tensor:
-    """Float32 ``[rows, classes]``, a row for each token or pixel; dimensions as :func:`class_logits` reads them."""
+    """Return an output as float32 ``[rows, classes]``, a row per token or pixel; see :func:`class_logits`."""
     if output.ndim < 3:
         return output.float().reshape(output.shape[0], -1)
     return (output if output.ndim == 3 else output.flatten(2).transpose(1, 2)).float().flatten(0, 1)

@@ -301,4 +301,4 @@ class _Finished:
             except OptionError as error:
                 logging.getLogger(__name__).warning("%s", error)
                 return f"{done} and could not be kept; give cache_dir"
-        return f"{done} and are kept; the same call with cache_dir={str(cache.folder)!r} goes on from there"
+        return f"{done} and are kept; the same call with cache_dir={str(cache.folder)!r} resumes from there"

@@ -1,4 +1,4 @@
-"""The bound and the listing behind an allocation: whatever they leave out is no better than what they keep."""
+"""The bound and the enumeration of allocations: what they leave out is not better than what they keep."""
 
 import itertools
 import math

@@ -99,7 +99,7 @@ def test_an_unknown_cost_says_how_to_make_it_known() -> None:
 
 
 def test_decimals_are_taken_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three times 0.1 is 0.3, which floats deny."""
+    """Three times 0.1 is 0.3, but not in floats."""
     monkeypatch.setitem(COSTS, "latency_ms", lambda *_: 0.1)
     sites = tuple(weight(f"w{i}", 10) for i in range(3))
     operations = tuple(Operation(f"op{i}", 10, None, f"w{i}") for i in range(3))

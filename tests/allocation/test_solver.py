@@ -158,7 +158,7 @@ def test_alpha_is_checked(alpha: float) -> None:
 
 
 def test_alpha_weighs_activations() -> None:
-    # relu at 8 bits costs 1200 BitOps more with fc at 2 bits: dear or not, depending on alpha.
+    # relu at 8 bits costs 1200 BitOps more with fc at 2 bits: worth it or not, depending on alpha.
     budget = Budget(bitops=8 * 1000 * 3 + 300 * 16)
     assert allocate(SMALL, budget, alpha=100.0).bits["relu"] == 8
     assert allocate(SMALL, budget, alpha=1e-3).bits["relu"] == 4

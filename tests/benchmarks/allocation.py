@@ -1,10 +1,10 @@
-"""Budgets on a table of ResNet-50's size, weights and activations searched: the time, and another solver's word on it.
+"""Time allocations on a table of ResNet-50's size with weights and activations searched, and check the optima.
 
     python tests/benchmarks/allocation.py [--seed 1] [--verify N]
 
 54 weights and 50 activations with 7 bit-widths each; 50 budgets limit size_bytes and bitops at the same time, from
-tight to loose. Times are CPU seconds, those of child processes included. ``--verify N`` solves N of the
-budgets again (50: all of them) with scipy's HiGHS, on a program written down independently.
+tight to loose. Times are CPU seconds, child processes included. ``--verify N`` solves N of the budgets
+again (50: all of them) with scipy's HiGHS, on an independent formulation of the program.
 """
 
 import argparse

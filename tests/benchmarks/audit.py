@@ -1,14 +1,14 @@
-"""Every criterion on the real pretrained models: correlation, top-1 of its allocations, CPU time; means over seeds.
+"""Compare criteria on pretrained models: correlation, top-1 of their allocations, CPU time; means over seeds.
 
     python tests/benchmarks/audit.py [resnet20] [vit] [mobilenet_v2] [--seeds 3] [--criteria infoq hawq_v2 ...]
                                      [--bits 2 3 4 5 6 8] [--recovery fast] [--cache-dir FOLDER]
 
-Needs the models and images beside the project (``../shared/data/real_models.py``). Weights are rounded to nearest and
-nothing else is done to them, unless --recovery is given; activations are at 8 bits. A seed draws the calibration
-images: 1,024 of CIFAR-10's training images, or half of the 1,000 ImageNet images, of which the other half is evaluated.
-With --cache-dir a run that was stopped goes on, and seeds and criteria can be added. Correlations are those of the
-first seed. A second table has the nats that are lost at the output on the evaluation samples, and how many times those
-of 'infoq, refined' these are (geometric mean over budgets): they tell allocations apart that a top-1 does not.
+Needs the models and images next to the project (``../shared/data/real_models.py``). Weights are rounded to nearest
+without recovery, unless --recovery is given; activations are at 8 bits. The seed selects the calibration images: 1,024
+of CIFAR-10's training images, or half of the 1,000 ImageNet images, of which the other half is for evaluation.
+With --cache-dir an interrupted run resumes, and seeds and criteria can be added. Correlations are those of the first
+seed. A second table has the divergence of the outputs on the evaluation samples in nats, and its ratio to that of
+'infoq, refined' (geometric mean over budgets), which distinguishes allocations of equal top-1.
 """
 
 import argparse

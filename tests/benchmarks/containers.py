@@ -1,4 +1,4 @@
-"""Files of both containers, written here and run by whatever onnxruntime another environment has.
+"""Write files of both containers here, and run them with the onnxruntime of another environment.
 
 python tests/benchmarks/containers.py FOLDER             writes <container>.onnx, x.npy and <container>.npy
 other/bin/python tests/benchmarks/containers.py FOLDER --run    runs them; needs onnxruntime and numpy only

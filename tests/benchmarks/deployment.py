@@ -1,11 +1,11 @@
-"""What the exported files of real pretrained models reach in runtimes: agreement, accuracy, kernels, speed and size.
+"""Measure exported files of pretrained models in runtimes: agreement, accuracy, kernels, speed and size.
 
     python tests/benchmarks/deployment.py [resnet20] [vit] [mobilenet_v2] [--cache-dir FOLDER] [--runs 60]
 
-Needs the models and images beside the project (``../shared/data/real_models.py``), and ``infoq-fx[openvino]`` for that
+Needs the models and images next to the project (``../shared/data/real_models.py``), and ``infoq-fx[openvino]`` for that
 runtime. Weights at a mean of 4 bits in container int8 (agreement, kernels, speed) and of 3 bits in container packed
-(size), activations at 8 bits, recovered as by ``quantize()``. Speed is CPU time on one thread, the float model's over
-the file's, of runs that take turns.
+(size), activations at 8 bits, recovered as by ``quantize()``. Speed is the CPU time of
+the float model over that of the file, on one thread, in alternating runs.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def open_session(path, optimised=None):
 
 
 def count_convolutions(path, folder):
-    """Integer convolutions and all, in the graph that onnxruntime runs."""
+    """Count integer convolutions, and all convolutions, in the graph that onnxruntime runs."""
     open_session(path, folder / "optimised.onnx")
     kinds = collections.Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
     integer = kinds["QLinearConv"] + kinds["ConvInteger"]
@@ -51,7 +51,7 @@ def count_convolutions(path, folder):
 
 
 def measure_speed(float_path, path, images, runs):
-    """How many times faster the file is, in CPU time of one thread."""
+    """Measure how many times faster the file is, in CPU time of one thread."""
     sessions, spent = [open_session(float_path), open_session(path)], ([], [])
     feeds = [{session.get_inputs()[0].name: images.numpy()} for session in sessions]
     for run in range(runs):

@@ -1,10 +1,10 @@
-"""What Inductor makes of a quantized module: CPU time against the compiled float model, difference to eager.
+"""Measure a quantized module compiled by Inductor: CPU time against the compiled float model, difference to eager.
 
     python tests/benchmarks/inductor.py [resnet20] [mobilenet_v2] [--batches 1 16] [--bits 4] [--seconds 4]
 
-One thread. The runs of both models take turns, so that a busy machine slows both; given are medians. Differences to
-eager are in steps of the output: the scale of the last layer's bias, which is what its accumulator counts in, and the
-scale that 8 bits would have over the outputs' range. Needs the models beside the project, see ``real_models.py``.
+One thread. Runs of both models alternate, so that a busy machine slows both; times are medians. Differences to eager
+are in steps of the output: the scale of the last layer's bias, which is the unit of its accumulator, and the scale of
+8 bits over the outputs' range. Needs the models next to the project, see ``real_models.py``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def load_case(real, name):
 
 
 def measure_milliseconds(calls, seconds):
-    """Median CPU time of each call, taken in turns for ``seconds`` in all."""
+    """Return the median CPU time of each call, alternating for ``seconds`` in total."""
     found = [[] for _ in calls]
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(found[0]) < 5:

@@ -1,11 +1,11 @@
-"""Sony's Model Compression Toolkit under the conditions of this package's tables: same model, images, bits and means.
+"""Run Sony's Model Compression Toolkit with the same models, images, bit-widths and mean bits as this package's tables.
 
     pip install model-compression-toolkit            (in an environment of its own: it pins an old setuptools)
     python tests/benchmarks/other_tools.py [resnet20] [mobilenet_v2] [--budgets 4 3 2.5] [--images 512]
 
-Needs the models and images beside the project (``../shared/data/real_models.py``). The toolkit's own search of
-mixed precision with weights of 2 to 8 bits, activations at 8, no training; the size limit is that of a mean over the
-weights of convolutions and linear layers. The same images are for calibration that ``recovery.py`` draws with seed 0.
+Needs the models and images next to the project (``../shared/data/real_models.py``). Uses the toolkit's mixed-precision
+search with weights of 2 to 8 bits, activations at 8 bits, no training; the size limit is that of a mean over the
+weights of convolutions and linear layers. Calibration images are those that ``recovery.py`` draws with seed 0.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import nn
 
 
 def build_platform(bits):
-    """The toolkit's default platform with other weight bit-widths."""
+    """Return the toolkit's default platform with other weight bit-widths."""
     base, _, default = imx500.get_op_quantization_configs()
     options = [base.clone_and_edit(attr_to_edit={KERNEL_ATTR: {WEIGHTS_N_BITS: b}}) for b in sorted(bits, reverse=True)]
     return imx500.generate_tpc(

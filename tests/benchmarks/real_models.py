@@ -1,10 +1,10 @@
-"""What the main job reaches on real pretrained models: a table, to be run again by anyone who has the models.
+"""Quantize pretrained models and print a table of accuracy and size.
 
     python tests/benchmarks/real_models.py [resnet20] [vit] [mobilenet_v2] [--bits 2 3 4 5 6 8] [--cache-dir FOLDER]
 
-Needs the models and images beside the project (``../shared/data/real_models.py``). Weights are rounded to nearest and
-nothing else is done to them; activations are at 8 bits; evaluation images are never seen in calibration. A
---cache-dir of the benchmark ``audit.py`` spares the scoring.
+Needs the models and images next to the project (``../shared/data/real_models.py``). Weights are rounded to nearest
+without recovery; activations are at 8 bits; evaluation images are not used for calibration. With the --cache-dir of
+the benchmark ``audit.py``, nothing is scored again.
 """
 
 import argparse
@@ -26,9 +26,9 @@ LEVELS = onnxruntime.GraphOptimizationLevel
 
 
 def load_real_models():
-    """The module that loads models and images; the program ends where it is not there."""
+    """Load the module that loads models and images; exit if it does not exist."""
     if not DATA.exists():
-        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
+        sys.exit(f"the pretrained models are missing: no {DATA.name} in a folder shared/data next to the project")
     spec = importlib.util.spec_from_file_location("shared_real_models", DATA)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
@@ -36,7 +36,7 @@ def load_real_models():
 
 
 def load_case(real, name, seed):
-    """The model, calibration samples that the seed draws, and evaluation samples."""
+    """Load a model, calibration samples selected by the seed, and evaluation samples."""
     generator = torch.Generator().manual_seed(seed)
     if name == "mobilenet_v2":
         order = torch.randperm(1000, generator=generator).tolist()

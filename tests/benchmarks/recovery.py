@@ -1,11 +1,11 @@
-"""What recovery wins back on real pretrained models, and what it costs.
+"""Measure how much accuracy recovery restores on pretrained models, and its cost.
 
     python tests/benchmarks/recovery.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3] [--seeds 1] [--bitops]
         [--recovery none fast best finetuned] [--bits 2 3 4 5 6 8] [--epochs 20] [--cache-dir FOLDER]
 
-Needs the models and images beside the project (``../shared/data/real_models.py``). The allocation is that of
-``quantize()`` with this recovery, activations are at 8 bits; evaluation images are never seen in calibration.
-``finetuned`` goes on from ``fast`` without labels. --bitops adds weights and activations of 2 to 8 bits searched
+Needs the models and images next to the project (``../shared/data/real_models.py``). The allocation is that of
+``quantize()`` with this recovery; activations are at 8 bits; evaluation images are not used for calibration.
+``finetuned`` continues from ``fast`` without labels. --bitops adds weights and activations of 2 to 8 bits searched
 together, under the BitOps of uniform 3 bits. With --cache-dir scores and learned blocks are kept, of this benchmark and
 of ``audit.py``.
 """

@@ -1,11 +1,11 @@
-"""The page of a network of ResNet-50's size at 60 budgets: bytes, time to build, time to load; and README's pictures.
+"""Measure the report page of a network of ResNet-50's size: bytes, build time, load time; and make README's pictures.
 
     python tests/benchmarks/report_page.py [--pictures docs/images]
 
-54 weights with 7 bit-widths each, synthetic scores, 60 budgets for size and 60 for BitOps. Building is told in CPU
-seconds, child processes included, with and without the charts' JavaScript (made once a process). Loading is seconds
-from the navigation to the last chart, in a new context of a headless Chromium: the first of a fresh browser, and the
-median of five. ``--pictures`` also trains the demo's network on digits, quantizes it and pictures its page.
+54 weights with 7 bit-widths each, synthetic scores, 60 budgets for size and 60 for BitOps. Build times are CPU
+seconds, child processes included, with and without the charts' JavaScript (built once per process). Load times are
+seconds from navigation to the last chart, in a new context of a headless Chromium: the first of a fresh browser, and
+the median of five. ``--pictures`` also trains the demo's network on digits, quantizes it and writes pictures of it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LOADS = 5
 
 
 def load(browser, path, **options):
-    """The page, opened, and the seconds until its last chart stood."""
+    """Open the page, and return it with the seconds until its last chart was drawn."""
     page = browser.new_context(**options).new_page()
     started = time.perf_counter()
     page.goto(path.resolve().as_uri())
@@ -70,7 +70,7 @@ def main():
             loads.append(seconds_to_load)
             page.context.close()
         print(f"{path.stat().st_size / 1e6:.2f} MB")
-        print(f"built in {seconds:.1f} CPU s, and {library_seconds:.1f} once a process for the charts' JavaScript")
+        print(f"built in {seconds:.1f} CPU s, and {library_seconds:.1f} once per process for the charts' JavaScript")
         print(f"loaded in {loads[0]:.2f} s by a fresh browser, then a median of {statistics.median(loads[1:]):.2f} s")
         if options.pictures is not None:
             make_pictures(browser, options.pictures)

@@ -1,16 +1,16 @@
-"""What scoring costs beside the straightforward program, in CPU time of one run: anyone can run it again.
+"""Compare the CPU time of scoring with that of a straightforward implementation.
 
     python tests/benchmarks/scoring.py [kernel] [resnet20] [tried] [memory] [--float]
 
-``kernel`` needs nothing; the others need the models beside the project (``../shared/data/real_models.py``).
-One thread everywhere. The kernel's figures are the least of many short rounds in turn with ``numpy.argsort``, since
-other programs on the machine only ever add to a time.
+``kernel`` needs no data; the others need the models next to the project (``../shared/data/real_models.py``).
+All run on one thread. The kernel's times are the least of many short rounds, alternating with ``numpy.argsort``, since
+other programs on the machine can only increase a time.
 
-The straightforward program runs the prepared module itself, whole, with hooks at the observers, for every
-(site, bit-width), and calls scikit-learn's ``mutual_info_regression`` and ``mutual_info_classif`` on the same
-projections. It is measured on a sample of runs and of slices and multiplied.
+The straightforward implementation runs the whole prepared module, with hooks at the observers, for every (site,
+bit-width), and calls scikit-learn's ``mutual_info_regression`` and ``mutual_info_classif`` on the same projections. It
+is measured on a sample of runs and slices and extrapolated.
 
-Tried, on ResNet-20 unless another is named (``tried`` measures the first three again):
+Alternatives tried, on ResNet-20 unless another model is named (``tried`` measures the first three again):
 
 - Convolutions over integers (oneDNN, VNNI): the same values to the last bit in two thirds of the CPU of a forward
   pass, on MobileNetV2 in half of it. Kept; a trial on values that saturate elsewhere decides whether to use them.
@@ -67,7 +67,7 @@ def cpu_seconds(function, *arguments):
 
 def load_real_models():
     if not DATA.exists():
-        sys.exit(f"the real models are not here: no {DATA.name} in a folder shared/data beside the project")
+        sys.exit(f"the pretrained models are missing: no {DATA.name} in a folder shared/data next to the project")
     spec = importlib.util.spec_from_file_location("real_models", DATA)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
@@ -144,7 +144,7 @@ def run_resnet20(real):
 
 
 def run_whole(prepared, data):
-    """One whole pass of the prepared module, with hooks at the observers: pooled values by observer."""
+    """Run the whole prepared module with hooks at the observers, and return pooled values by observer."""
     observers, seen = choose_default_observers(prepared), {}
     handles = [
         prepared.graph_module.get_submodule(str(node.target)).register_forward_hook(

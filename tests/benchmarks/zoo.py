@@ -1,10 +1,10 @@
-"""The README's table of models: what becomes of one member of every family.
+"""Quantize one model of every family, for the README's table of models.
 
     python tests/benchmarks/zoo.py [NAME ...] [--out FILE]
 
 Random weights, small random inputs, a mean of 4 bits, weights scored by their own error, no refinement and no
-recovery: the structure is what is tried. BERT and ViT need ``transformers``. With --out finished rows are kept in a
-JSON file, and a run that was stopped goes on there.
+recovery: only the structure is tested. BERT and ViT need ``transformers``. With --out, finished rows are kept in a JSON
+file, from which an interrupted run resumes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLUMNS = ("model", "group", "sites", "mean bits", "integer convolutions", "inte
 
 
 def make_row(name):
-    """The member's numbers, or the error's kind and first words."""
+    """Return the results of a member, or the kind and the first words of its error."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -149,7 +149,7 @@ def test_the_effective_configuration_makes_the_same_file_again(folder, quantized
 
 @pytest.mark.slow
 def test_another_budget_needs_no_scoring(folder, quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", None)  # whoever scores fails
+    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", None)  # scoring would fail
     scores = json.loads(quantized[1].stdout)["scores"]
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "b.onnx", "--scores", scores]
     result = done(*files, "--budget", 7, "--recovery", "none", "--no-refine", "--no-progress")
@@ -233,13 +233,13 @@ def test_report_writes_a_page(folder, tmp_path):
 
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
     def interrupted(*_, cache_dir, **__):
-        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={str(cache_dir)!r} goes on from there")
+        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={str(cache_dir)!r} resumes from there")
 
     monkeypatch.setattr("infoq_fx.api.score", interrupted)
     files = [folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "x.onnx"]
     result = run("quantize", *files, "--budget", 4, "--cache-dir", tmp_path)
     assert result.exit_code == cli.ExitCode.INTERRUPTED
-    assert f"the same command with --cache-dir '{tmp_path}' goes on from there" in result.stderr
+    assert f"the same command with --cache-dir '{tmp_path}' resumes from there" in result.stderr
     assert not (tmp_path / "x.onnx").exists()
 
 
@@ -300,7 +300,7 @@ def test_a_traceback_only_with_debug(folder, monkeypatch):
     plain = run("allocate", folder / "scores.json", "--budget", 4)
     assert plain.exit_code == cli.ExitCode.FAULT
     assert plain.stderr.count("\n") == 1
-    assert "RuntimeError: the gears jam; run it again with --debug" in plain.stderr
+    assert "internal error, RuntimeError: the gears jam; run it again with --debug" in plain.stderr
     shown = run("allocate", folder / "scores.json", "--budget", 4, "--debug")
     assert shown.exit_code == cli.ExitCode.FAULT
     assert "Traceback" in shown.stderr

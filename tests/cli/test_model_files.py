@@ -102,7 +102,7 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(OptionError, match="holds more than tensors"):
         load_model("networks:ResidualNet", weights=tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(OptionError, match="holds no state dict"):
+    with pytest.raises(OptionError, match="is not a state dict"):
         load_model("networks:ResidualNet", weights=tmp_path / "list.pt")
 
 
@@ -162,5 +162,5 @@ def test_data_that_cannot_be_read(name, tmp_path):
 
 def test_a_broken_model_file(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"not a program")
-    with pytest.raises(OptionError, match="is no exported program"):
+    with pytest.raises(OptionError, match="is not an exported program"):
         load_model(str(tmp_path / "model.pt2"))

@@ -1,4 +1,4 @@
-"""The file is checked by running it: onnxruntime beside the quantized module."""
+"""Exported files are run in onnxruntime and compared with the quantized module."""
 
 import functools
 import itertools

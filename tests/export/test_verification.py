@@ -1,4 +1,4 @@
-"""Verification: a file beside its module, and beside another's."""
+"""Verification of a file against its own module, and against another."""
 
 import dataclasses
 import math

@@ -31,7 +31,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(make, tmp_path, monkeypatch):
     whole = quick(quantized, make(x), epochs=3)
     with monkeypatch.context() as patch:
         Stop(patch, after=3)  # once before, and the first two epochs
-        with pytest.raises(KeyboardInterrupt, match=r"after 2 of 3 epochs; the same call with checkpoint=.* goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"after 2 of 3 epochs; the same call with checkpoint=.* resumes"):
             quick(quantized, make(x), epochs=3, checkpoint=path)
     torch.manual_seed(99)
     counted = Stop(monkeypatch, after=99)
@@ -46,7 +46,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(make, tmp_path, monkeypatch):
 def test_without_a_checkpoint_a_stopped_run_says_what_would_have_helped(monkeypatch):
     quantized, x = small()
     Stop(monkeypatch, after=1)
-    with pytest.raises(KeyboardInterrupt, match="after 0 of 2 epochs; a call with checkpoint could have gone on"):
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 2 epochs; with checkpoint=PATH"):
         quick(quantized, x)
 
 
@@ -57,21 +57,26 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path):
     before = path.read_bytes()
     other = convert(prepared_of("residual")[2], weight_bits=3)
     for data, options, named in (
-        (x, {"epochs": 2}, r"other: epochs=1 in place of 2; repeat that call"),
-        (x, {"learning_rate": 0.1, "seed": 3}, r"learning_rate=0.01 in place of 0.1, seed=0 in place of 3"),
-        (x + 1, {}, "other: the data"),
-        (x, {"teacher": randomise_norms(ResidualNet()).eval()}, "other: the float model"),
+        (x, {"epochs": 2}, r"differs in: epochs=1 instead of 2; repeat that call"),
+        (x, {"learning_rate": 0.1, "seed": 3}, r"learning_rate=0.01 instead of 0.1, seed=0 instead of 3"),
+        (x + 1, {}, "differs in: the data"),
+        (x, {"teacher": randomise_norms(ResidualNet()).eval()}, "differs in: the float model"),
     ):
         with pytest.raises(OptionError, match=named):
             quick(quantized, data, **{"epochs": 1, "checkpoint": path, **options})
-    with pytest.raises(OptionError, match="other: the quantized model"):
+    with pytest.raises(OptionError, match="differs in: the quantized model"):
         quick(other, x, epochs=1, checkpoint=path)
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "cannot read"), (b"text", "cannot read"), ({"format": "other"}, "no checkpoint of finetune"), (None, None)],
+    [
+        (b"", "cannot read"),
+        (b"text", "cannot read"),
+        ({"format": "other"}, "is not a checkpoint of finetune"),
+        (None, None),
+    ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(content, message, tmp_path):
     quantized, x = small()

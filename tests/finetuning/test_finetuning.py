@@ -53,7 +53,7 @@ def test_two_bits_learn_what_the_float_model_says(caplog):
     assert top1(tuned, *test) > 0.75
     assert infoq_fx.allocation_of(tuned).recovered_by == ("finetune",)
     assert infoq_fx.allocation_of(tuned).bits == infoq_fx.allocation_of(quantized).bits
-    # What the log says of the samples held back is so.
+    # The log has the right losses of the held-out samples.
     held = images[4::5]
     epoch, after, first = re.search(r"epoch (\d) is the best: (\S+) nats .* (\S+) before", caplog.text).groups()
     assert float(first) == pytest.approx(divergence(model, quantized, held), rel=1e-2)
@@ -95,7 +95,7 @@ def test_the_best_epoch_is_kept_and_nothing_is_made_worse(caplog):
         assert_same(kept, quantized)
         assert kept is not quantized
         assert infoq_fx.allocation_of(kept) == infoq_fx.allocation_of(quantized)
-    assert "the model stays as it was" in caplog.text
+    assert "the model is not changed" in caplog.text
 
 
 def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
@@ -116,13 +116,13 @@ def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
     ("later", "epochs", "returns"),
     [
         ([0.9, 0.8, 0.7], 20, 0),
-        ([1.2, 1.2, 0.9, 1.2, 1.2], 20, 0),  # two bad epochs in a row have time to be made good, three have not
+        ([1.2, 1.2, 0.9, 1.2, 1.2], 20, 0),  # two bad epochs in a row are accepted, three are not
         ([1.2, 1.2, 1.2], 20, 1),
         ([1.2] * 6, 20, 2),
         ([1.5], 20, 1),  # 1.5 times the first at once
         ([1.2, math.nan, 1.2, 1.2], 20, 1),
         ([1.2, 0.9, 1.02], 8, 2),  # an eighth of 8 epochs is one
-        ([1.009] * 8, 8, 0),  # no worse to speak of
+        ([1.009] * 8, 8, 0),  # not worse by 1 %
     ],
 )
 def test_the_best_numbers_are_put_back_where_it_is_no_use_to_go_on(later, epochs, returns):
@@ -136,7 +136,7 @@ def test_a_teacher_may_be_the_model_itself_or_a_prepared_one(caplog):
         quick(read, x)
     with pytest.raises(OptionError, match="teacher is a int; give the float"):
         quick(read, x, teacher=3)
-    with pytest.raises(OptionError, match=r"the teacher's output for \d samples is .*, the quantized model's"):
+    with pytest.raises(OptionError, match=r"the teacher's output for \d samples has shape .*, the quantized model's"):
         quick(read, x, teacher=nn.Flatten())
     model.train()
     rate = {"learning_rate": 0.05}

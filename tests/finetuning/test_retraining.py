@@ -29,7 +29,7 @@ def case(request):
 
 
 def train(module, x, steps=6, lr=0.02):
-    """A loop of one's own, towards another function."""
+    """A custom training loop, towards another function."""
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Factors move between activations and weights without a trace; the scales of activations are then powers of two."""
+"""Factors move between activations and weights without changing outputs; activation scales become powers of two."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Each pass: what stands in the graph before and after, and that the numbers stay."""
+"""Each pass: the nodes of the graph before and after, and that outputs do not change."""
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_rounded_weights_put_in_place(residual):
 def test_a_criterion_that_runs_no_weights_is_given_none(residual, monkeypatch):
     prepared, data = residual
     expected = infoq_fx.score(prepared, data, criterion="mpqco", recovery="none", progress=False)
-    monkeypatch.setattr(Candidates, "round", None)  # whoever rounds fails
+    monkeypatch.setattr(Candidates, "round", None)  # rounding would fail
     assert infoq_fx.score(prepared, data, criterion="mpqco", progress=False) == expected
 
 

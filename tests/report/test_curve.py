@@ -1,4 +1,4 @@
-"""The report's numbers: curves, costs of containers, what the page holds, and that it asks nothing of a network."""
+"""The report's values: curves, costs of containers, contents of the page, and that it needs no network access."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The page in a browser: a person moves the slider, and what stands there is what allocate() says."""
+"""The page in a browser: for any position of the slider it shows the result of allocate()."""
 
 import re
 import time
@@ -254,5 +254,5 @@ def test_a_network_of_resnet50s_size_loads_in_two_seconds(chromium, tmp_path):
         seconds.append(time.perf_counter() - started)
         assert page.locator("#layers tbody tr").count() == 54
         page.context.close()
-    # Other work on the machine only adds to it.
+    # Other work on the machine can only increase it.
     assert min(seconds) < 2

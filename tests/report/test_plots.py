@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the values say."""
+"""Plots: they show the given values."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Integers must give what fake quantized floats give; where the processor cannot, there is nothing to test."""
+"""Integer convolutions must equal fake quantized float ones; skipped on processors without support."""
 
 import pytest
 import torch

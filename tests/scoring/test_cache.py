@@ -1,4 +1,4 @@
-"""What was scored once is kept, and used only where it was made of the same."""
+"""Scores are cached, and reused only for the same model, data and options."""
 
 import copy
 import dataclasses
@@ -139,7 +139,7 @@ def damage(path):
     [
         (truncate, "cut short"),
         (swap_site, "another run"),
-        (damage, "no numbers"),
+        (damage, "are not numbers"),
         (lambda path: path.write_text("{}"), "format marker"),
         (lambda path: path.write_bytes(pickle.dumps([1])), "binary"),
     ],
@@ -195,8 +195,8 @@ def test_an_interrupt_ends_soon_and_says_how_to_go_on(tmp_path):
     _, errors = process.communicate(timeout=60)
     took = time.monotonic() - start
     if process.returncode != 0:  # it may have been done before
-        assert f"the same call with cache_dir={str(tmp_path)!r} goes on from there" in errors
-    assert took < 45  # with the end of the interpreter, which took 15 s beside three other jobs on two cores
+        assert f"the same call with cache_dir={str(tmp_path)!r} resumes from there" in errors
+    assert took < 45  # includes the interpreter's exit, which took 15 s with three other jobs on two cores
 
 
 @pytest.mark.parametrize("threads", [1, 2])

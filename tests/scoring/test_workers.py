@@ -1,4 +1,4 @@
-"""Whoever scores, the scores are the same to the last digit."""
+"""Scores are the same to the last digit with any executor."""
 
 import multiprocessing
 import os

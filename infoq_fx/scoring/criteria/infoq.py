@@ -29,8 +29,8 @@ class InfoQ:
 
     The rest of the network, q, is a decoder of every layer L: Barber and Agakov's bound is
     I(L; Y) >= H(Y) - E[-log q(Y | L)]. Y is drawn from the float model's outputs p(Y | X), so that no labels are
-    needed. The bound of the float model is H(Y) - H(p); that of a quantized model is lower by E KL(p || q), whatever
-    the layer. This is the information that the *fixed* layers downstream can no longer decode, even if it is still
+    needed. The bound of the float model is H(Y) - H(p); that of a quantized model is lower by E KL(p || q), for every
+    layer. This is the information that the *fixed* layers downstream can no longer decode, even if it is still
     present (which sliced mutual information at an observer does not see). The score of (site i, b bits) is the part
     of it that the site causes,
 

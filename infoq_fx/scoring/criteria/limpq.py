@@ -46,7 +46,7 @@ class LIMPQ:
     with the weights and biases of a copy of the model: in each training step the batch runs with all sites at the
     lowest bit-width, at the next one, and so on, then once with bit-widths drawn at random; the gradients of these
     runs are summed for one update. A site that lacks a bit-width uses its nearest one. Other sites are at 8 bits. The
-    score is the learned step size, times ``alpha`` for a weight. There is no standard error; compare other seeds.
+    score is the learned step size, times ``alpha`` for a weight. It has no standard error; compare several seeds.
 
     Cost: (bit-widths + 1) forward and backward passes of ``batch_size`` samples per training step, no run per (site,
     bit-width); labels, or the model's own predictions. The authors train for epochs, with batch norms; here these

@@ -142,13 +142,13 @@ def _find_kth_distances(
 ) -> None:
     """Distances to the k-th neighbours under the maximum norm, and how many samples are strictly closer.
 
-    A block of points that follow each other in x is compared with the points 1, 2, ... places before and behind
-    all at once. So that these are few, the plane is cut into bands of y, each searched with a margin to both
-    sides; a point whose neighbours may lie beyond the margin goes on alone.
+    A block of consecutive points in x is compared at once with the points 1, 2, ... places before and after. To keep
+    these few, the plane is cut into bands of y, each searched with a margin on both sides; a point whose neighbours may
+    be beyond the margin is searched on its own.
     """
     plane, band, places, pad = room
     samples, infinity = len(x), x.dtype.type(np.inf)
-    root = math.sqrt(k * samples)  # about the samples within a neighbour's distance in one variable alone
+    root = math.sqrt(k * samples)  # approximate number of samples within a neighbour's distance in one variable
     margin, bands = int(0.7 * root), max(1, int(samples / (4 * root)))
     plane[0, :pad], plane[0, pad + samples :] = -infinity, infinity
     plane[0, pad : pad + samples], plane[1, pad : pad + samples] = x, paired
@@ -265,7 +265,7 @@ def _search_alone(
 ) -> None:
     """Search on both sides, from ``done`` places on, until the difference in x alone reaches the k-th distance.
 
-    Only points with y below ``low`` or above ``high`` count; all others are known already.
+    Only points with y below ``low`` or above ``high`` are compared; the others are done already.
     """
     last, centre_x, centre_y = len(nearest) - 1, x[i], y[i]
     for direction in (-1, 1):
@@ -295,10 +295,10 @@ def _insert(nearest: Floats, distance: Number) -> None:
 
 @jit
 def _sweep(x: Floats, y: Floats, start: int, done: int, ratio: Number, n: Floats) -> None:
-    """Compare a block with the points ``done + 1`` to ``done + _STRIDE`` places before and behind.
+    """Compare a block with the points ``done + 1`` to ``done + _STRIDE`` places before and after.
 
-    ``n`` holds the five smallest distances of every lane, one rank behind the other; written out, they stay in
-    registers.
+    ``n`` holds the five smallest distances of every lane, one rank after the other; the loop over ranks is unrolled so
+    that they stay in registers.
     """
     centre_x, centre_y = x[start : start + _LANES], y[start : start + _LANES]
     for step in range(done + 1, done + _STRIDE + 1):
@@ -362,7 +362,7 @@ def sum_ross_terms(
 
     Args:
         ascending: ``[slices, samples]``, x.
-        order: of the same shape: where ``ascending`` comes from.
+        order: of the same shape: the sample index of each value of ``ascending``.
         classes: ``[samples]``, from 0 without gaps.
         sizes: ``[classes]``, at least 2 each; a class of n samples uses ``min(k, n - 1)`` neighbours.
         k: neighbours within the class.

@@ -1,12 +1,12 @@
-"""Mutual information of one-dimensional projections, in nats: KSG, Ross, random directions, class groups.
+"""Estimates mutual information of one-dimensional projections, in nats: KSG, Ross, random directions, class groups.
 
-Sliced mutual information is the mean, over random directions, of the information between projections. Whoever
-compares two networks projects both onto the same directions and takes the difference slice by slice: most of
-the estimator's spread is common to the two and cancels.
+Sliced mutual information is the mean, over random directions, of the information between projections. To compare two
+networks, project both onto the same directions and take the difference slice by slice: most of the estimator's variance
+is common to both and cancels.
 
-ReLU and low bit-widths put many samples on one value. A sample whose k-th neighbour lies at distance 0 is
-therefore counted as a discrete value, by its copies; where several neighbours lie at the k-th distance, those
-strictly nearer are counted instead of k. Without ties both are the plain formulas.
+ReLU and low bit-widths give many samples the same value. A sample whose k-th neighbour is at distance 0 is therefore
+treated as a discrete value, by the number of its copies. If several neighbours are at the k-th distance, those strictly
+closer are counted instead of k. Without ties both estimators are the published formulas.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Doubles: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
 
-_CHUNK_VALUES = 1 << 14  # slices are done a few at a time, so that what lies between two steps stays in cache
-_MIN_VALUES_PER_THREAD = 1 << 14  # a few ms of work; for less a thread costs more than it saves
+_CHUNK_VALUES = 1 << 14  # slices are processed a few at a time, so that intermediate values stay in cache
+_MIN_VALUES_PER_THREAD = 1 << 14  # a few ms of work; for less, a thread costs more than it saves
 _LLOYD_STEPS = 100
 
 
 @dataclass(frozen=True)
 class RankedSamples:
-    """One variable, made ready once for the estimates of many others: see :func:`rank_samples`.
+    """One variable, sorted once for estimates with many others; see :func:`rank_samples`.
 
-    ``ascending`` ``[slices, samples]`` are the values within [-1, 1], ``order`` puts the samples into their
-    order, ``deviation`` ``[slices]`` belongs to them, ``has_ties`` and ``is_varied`` are ``[slices]``.
+    ``ascending`` ``[slices, samples]`` has the sorted values, scaled to [-1, 1]; ``order`` their sample indices;
+    ``deviation`` ``[slices]`` their standard deviation; ``has_ties`` and ``is_varied`` are ``[slices]``.
     """
 
     ascending: Floats
@@ -67,10 +67,10 @@ class RankedSamples:
 
 @dataclass(frozen=True)
 class ClassedSamples:
-    """The classes of the samples, made ready once: see :func:`class_samples`.
+    """The classes of the samples, counted once for many estimates; see :func:`class_samples`.
 
-    ``is_kept`` ``[samples]`` leaves out those alone in their class; ``classes`` are numbered without gaps,
-    ``[samples kept]``; ``sizes`` ``[classes]``.
+    ``is_kept`` ``[samples]`` is False for samples that are alone in their class; ``classes`` ``[samples kept]`` are
+    numbered without gaps; ``sizes`` is ``[classes]``.
     """
 
     is_kept: Mask
@@ -79,26 +79,26 @@ class ClassedSamples:
 
 
 def rank_samples(x: ArrayLike) -> RankedSamples:
-    """Sort a variable whose information with many others will be estimated.
+    """Sort a variable once, to estimate its information with many others.
 
     Args:
         x: ``[slices, samples]``, or ``[samples]``; float32 and float64 are kept.
 
     Raises:
-        OptionError: another shape.
-        CalibrationDataError: values that are NaN or infinite.
+        OptionError: the shape is another.
+        CalibrationDataError: a value is NaN or infinite.
     """
     return _rank(_as_slices(x, "x"))
 
 
 def class_samples(labels: ArrayLike) -> ClassedSamples:
-    """Count the classes of samples for many estimates.
+    """Count the classes of samples once, for many estimates.
 
     Args:
         labels: integers ``[samples]``, any values.
 
     Raises:
-        OptionError: labels that are no integers, or not one-dimensional.
+        OptionError: labels are not integers, or not one-dimensional.
         CalibrationDataError: no class has two samples.
     """
     given = np.asarray(labels)
@@ -114,7 +114,7 @@ def class_samples(labels: ArrayLike) -> ClassedSamples:
 
 
 def unit_projections(dimension: int, slices: int, seed: int) -> NDArray[np.float32]:
-    """Random directions, uniform on the unit sphere.
+    """Draw random directions, uniformly on the unit sphere.
 
     Args:
         dimension: length of the vectors to be projected; 1 gives columns of +1 or -1.
@@ -125,7 +125,7 @@ def unit_projections(dimension: int, slices: int, seed: int) -> NDArray[np.float
         float32 ``[dimension, slices]``, columns of norm 1.
 
     Raises:
-        OptionError: a size that is not positive, or a negative seed.
+        OptionError: a size is not positive, or the seed is negative.
 
     Reference:
         Goldfeld et al., "k-Sliced Mutual Information", 2022, with k = 1; InfoQ, Section 3.
@@ -137,24 +137,24 @@ def unit_projections(dimension: int, slices: int, seed: int) -> NDArray[np.float
 
 
 def estimate_ksg(x: ArrayLike | RankedSamples, y: ArrayLike, *, k: int = 5, threads: int | None = None) -> Doubles:
-    """Mutual information of two continuous variables, slice by slice, from k-th neighbour distances.
+    """Estimate the mutual information of two continuous variables per slice, from k-th neighbour distances.
 
-    Both variables are brought to unit standard deviation; neighbours are exact, under the maximum norm. For a
-    sample with at least ``k`` copies, neighbours and margins count the copies.
+    Both variables are scaled to unit standard deviation. Neighbours are exact, under the maximum norm. For a sample
+    with at least ``k`` copies, neighbours and margins count the copies.
 
     Args:
-        x: ``[slices, samples]``, or ``[samples]`` for the same samples in every slice; or what
-            :func:`rank_samples` made of it, where several ``y`` meet one ``x``.
+        x: ``[slices, samples]``, or ``[samples]`` for the same samples in every slice; or the result of
+            :func:`rank_samples`, for estimates of one ``x`` with several ``y``.
         y: the same for the second variable. float32 and float64 are kept, other types become float64.
-        k: neighbours; more of them mean less variance and more bias.
-        threads: slices are spread over so many; None for numba's own setting. The result is the same.
+        k: number of neighbours; more give less variance and more bias.
+        threads: number of threads for the slices; None for numba's own setting. The result is the same.
 
     Returns:
-        float64 ``[slices]`` in nats, never clipped at 0; exactly 0 where ``x`` or ``y`` is constant.
+        float64 ``[slices]`` in nats, not clipped at 0; exactly 0 where ``x`` or ``y`` is constant.
 
     Raises:
-        OptionError: shapes that do not fit each other, or ``k`` below 1.
-        CalibrationDataError: at most ``k`` samples, or values that are NaN or infinite.
+        OptionError: shapes do not fit each other, or ``k`` is below 1.
+        CalibrationDataError: there are at most ``k`` samples, or a value is NaN or infinite.
 
     Reference:
         Kraskov et al., "Estimating mutual information", 2004, Eq. 8; for tied samples Gao et al., "Estimating
@@ -176,7 +176,7 @@ def estimate_ksg(x: ArrayLike | RankedSamples, y: ArrayLike, *, k: int = 5, thre
         remedy = f"give more, or k={samples - 1}" if samples > 1 else "give more"
         raise CalibrationDataError(f"k={k} neighbours need {k + 1} samples, found {samples}; {remedy}")
     psi = _digammas(samples)
-    # Not by the standard deviation: rounding of the mean leaves a constant a little of it.
+    # Not by the standard deviation: due to rounding of the mean, that of a constant is not exactly 0.
     is_varied = ranked.is_varied & (y.min(1) < y.max(1))
     return _map_slices(lambda rows: _ksg_of_slices(ranked, y, rows, int(k), psi), is_varied, samples, threads)
 
@@ -184,22 +184,22 @@ def estimate_ksg(x: ArrayLike | RankedSamples, y: ArrayLike, *, k: int = 5, thre
 def estimate_ross(
     x: ArrayLike, labels: ArrayLike | ClassedSamples, *, k: int = 3, threads: int | None = None
 ) -> Doubles:
-    """Mutual information of a continuous variable and a class, slice by slice.
+    """Estimate the mutual information of a continuous variable and a class per slice.
 
     A class of ``n`` samples uses ``min(k, n - 1)`` neighbours; samples alone in their class are left out.
 
     Args:
         x: ``[slices, samples]``, or ``[samples]`` for one slice; float32 and float64 are kept.
-        labels: integers ``[samples]``, any values; or what :func:`class_samples` made of them.
-        k: neighbours within the class; more of them mean less variance and more bias.
-        threads: slices are spread over so many; None for numba's own setting. The result is the same.
+        labels: integers ``[samples]``, any values; or the result of :func:`class_samples`.
+        k: number of neighbours within the class; more give less variance and more bias.
+        threads: number of threads for the slices; None for numba's own setting. The result is the same.
 
     Returns:
-        float64 ``[slices]`` in nats, never clipped at 0; exactly 0 for a constant ``x`` or one usable class.
+        float64 ``[slices]`` in nats, not clipped at 0; exactly 0 for a constant ``x`` or one usable class.
 
     Raises:
-        OptionError: shapes that do not fit, labels that are no integers, or ``k`` below 1.
-        CalibrationDataError: no class has two samples, or values that are NaN or infinite.
+        OptionError: shapes do not fit each other, labels are not integers, or ``k`` is below 1.
+        CalibrationDataError: no class has two samples, or a value is NaN or infinite.
 
     Reference:
         Ross, "Mutual information between discrete and continuous data sets", 2014; ties as in Gao et al.
@@ -219,7 +219,7 @@ def estimate_ross(
 
 
 def absolute_change(baseline: ArrayLike, perturbed: ArrayLike) -> tuple[float, float]:
-    """How much the sliced mutual information changed, and how well that is known.
+    """Return the absolute change of sliced mutual information, and its standard error.
 
     Args:
         baseline: ``[slices]`` in nats.
@@ -229,7 +229,7 @@ def absolute_change(baseline: ArrayLike, perturbed: ArrayLike) -> tuple[float, f
         The absolute mean of the differences and its standard error over slices (0 for a single one), in nats.
 
     Raises:
-        OptionError: the two do not have the same slices.
+        OptionError: the shapes differ, or are not ``[slices]``.
 
     Reference:
         InfoQ, Eq. 3.
@@ -243,19 +243,19 @@ def absolute_change(baseline: ArrayLike, perturbed: ArrayLike) -> tuple[float, f
 
 
 def group_classes(rows: ArrayLike, groups: int, seed: int) -> Integers:
-    """Merge classes that the classifier holds for similar, so that each group has enough samples.
+    """Merge classes with similar classifier rows by k-means, so that each group has enough samples.
 
     Args:
-        rows: ``[classes, dimension]``, one vector a class.
-        groups: number of groups; fewer come out where fewer rows are distinct.
+        rows: ``[classes, dimension]``, one vector per class.
+        groups: number of groups; there can be fewer if fewer rows are distinct.
         seed: non-negative; of the random start of k-means.
 
     Returns:
         int64 ``[classes]``: the group of each class, numbered from 0 without gaps.
 
     Raises:
-        OptionError: rows that are no matrix, no group, or a negative seed.
-        CalibrationDataError: rows that are NaN or infinite.
+        OptionError: rows are not a matrix, ``groups`` is below 1, or the seed is negative.
+        CalibrationDataError: a value of the rows is NaN or infinite.
 
     Reference:
         Lloyd, "Least squares quantization in PCM", 1982; Arthur and Vassilvitskii, "k-means++", 2007.
@@ -269,7 +269,7 @@ def group_classes(rows: ArrayLike, groups: int, seed: int) -> Integers:
     distinct = len(np.unique(points, axis=0))
     start = np.random.Generator(np.random.PCG64(seed))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="One of the clusters is empty")  # fewer groups then come out
+        warnings.filterwarnings("ignore", message="One of the clusters is empty")  # there are then fewer groups
         _, assigned = kmeans2(points, min(groups, distinct), iter=_LLOYD_STEPS, minit="++", seed=start)
     return np.unique(assigned, return_inverse=True)[1].astype(np.int64)
 
@@ -295,7 +295,7 @@ def _as_slices(values: ArrayLike, name: str) -> Floats:
 
 
 def _map_slices(estimate: Callable[[slice], Doubles], is_varied: Mask, samples: int, threads: int | None) -> Doubles:
-    """Estimates of the varied slices, a few at a time and in several threads; 0 for the others."""
+    """Estimate the varied slices, a few at a time and in several threads; the others are 0."""
     wanted = usable_threads() if threads is None else threads
     slices = len(is_varied)
     count = max(1, min(wanted, slices, slices * samples // _MIN_VALUES_PER_THREAD))
@@ -325,7 +325,7 @@ def _digammas(samples: int) -> Doubles:
 
 
 def _scales(largest: Floats) -> Floats:
-    """Powers of two that bring values near 1: exact, and far from overflow and subnormal numbers."""
+    """Powers of two that scale values to about 1, exactly and far from overflow and subnormal numbers."""
     limit = np.finfo(largest.dtype).maxexp - 2
     return np.asarray(np.exp2(np.clip(-np.frexp(largest)[1], -limit, limit).astype(largest.dtype)))
 

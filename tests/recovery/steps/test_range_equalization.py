@@ -1,4 +1,4 @@
-"""Range equalization: the float model keeps its outputs to the last bit, the quantized one comes nearer to them."""
+"""Range equalization: the float model keeps its outputs to the last bit, the quantized one gets closer to them."""
 
 import pytest
 import torch

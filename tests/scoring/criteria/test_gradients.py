@@ -76,7 +76,7 @@ def test_a_graph_of_fixed_batches_is_scored(criterion, fixed):
 
 
 class Branches(nn.Module):
-    """A branch that carries the classes and one that carries next to nothing."""
+    """A branch that carries the classes and one that carries almost nothing."""
 
     def __init__(self):
         super().__init__()

@@ -12,7 +12,7 @@ from infoq_fx.scoring.gradients import shuffled_batches
 
 
 def limpq_by_hand(model, x, labels, prepared, *, steps, rate, seed, batch):
-    """The training written down again, for ``net()`` with quantized weights only."""
+    """An independent implementation of the training, for ``net()`` with quantized weights only."""
     weights = {site: model.get_parameter(site).detach().clone().requires_grad_() for site in WEIGHTS}
     biases = [model.get_parameter(name).detach().clone().requires_grad_() for name in ("0.bias", "2.bias")]
     scales = {}

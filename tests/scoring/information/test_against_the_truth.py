@@ -110,7 +110,7 @@ def test_ksg_copes_with_rectified_values(rho):
 
 
 def test_ties_at_the_kth_distance_are_counted():
-    # k neighbours whatever their number at the same distance: near the atom of a rectified value that is wrong.
+    # Counting k neighbours regardless of ties is wrong near the atom of a rectified value.
     x, y = np.maximum(correlated_normals(0.0, 48, 1000, seed=8), 0)
     found = np.mean(estimate_ksg(x, y))
     assert abs(found) < 0.02
