@@ -1,4 +1,4 @@
-"""HAWQ-V2 against its definition, written down a second time."""
+"""HAWQ-V2 against an independent implementation of its definition."""
 
 import math
 
