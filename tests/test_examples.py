@@ -27,8 +27,9 @@ MADE = {
 }
 
 
-# The slowest examples, at seconds each.
+# The slowest examples, at seconds each; the README has the calls of the quickstart.
 SLOW = {
+    "quickstart.py",
     "image_folder.py",
     "transformer.py",
     "weights_and_activations.py",

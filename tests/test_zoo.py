@@ -6,8 +6,14 @@ from zoo_members import MEMBERS, run_member
 
 from infoq_fx.errors import UnsupportedModelError
 
-QUICK = ["squeezenet1_1"]
-SLOW = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet_fpn_backbone", "bert (transformers)", "vit (transformers)"]
+NAMES = [
+    "squeezenet1_1",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "resnet_fpn_backbone",
+    "bert (transformers)",
+    "vit (transformers)",
+]
 
 
 def families(names):
@@ -19,7 +25,8 @@ def test_every_classification_family_of_torchvision_has_a_member():
     assert known <= families(name for name, member in MEMBERS.items() if member.group == "classification")
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_member_reaches_its_bits_and_onnxruntime_agrees(name, tmp_path):
     if name.endswith("(transformers)"):
         pytest.importorskip("transformers")

@@ -29,7 +29,12 @@ from infoq_fx.graph.sites import find_sites
 from infoq_fx.types import Inventory, Score
 
 BITS = tuple(range(2, 9))  # the paper's candidates, for weights and for activations
-NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
+
+
+def with_networks(*rows):
+    """Parameters, the network's name first; capturing the larger two takes seconds."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [pytest.param(*row, marks=[] if row[0] == "resnet18" else pytest.mark.slow) for row in rows]
 
 
 @functools.cache
@@ -69,11 +74,11 @@ def invent_table(inventory: Inventory) -> SensitivityTable:
 
 @pytest.mark.parametrize(
     ("network", "layers", "weights", "macs"),
-    [
+    with_networks(
         ("resnet18", 21, 11_678_912, 1_814_073_344),
         ("resnet50", 54, 25_502_912, 4_089_184_256),
         ("mobilenet_v2", 53, 3_469_760, 300_774_272),
-    ],
+    ),
 )
 def test_every_weight_and_every_multiplication_is_counted(network, layers, weights, macs):
     inventory = take_inventory(network)
@@ -92,7 +97,7 @@ def test_layers_that_share_an_input_count_its_bits():
     assert rights["layer2.0.downsample.0"] == rights["layer2.0.conv1"] == "layer2.0.conv1.input"
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", with_networks("resnet18", "resnet50", "mobilenet_v2"))
 def test_uniform_bits_compress_as_in_the_tables(network):
     inventory = take_inventory(network)
     found = {bits: round(measure_cost(inventory, uniform(inventory, bits, 8)).compression, 2) for bits in (2, 3, 4, 8)}
@@ -101,7 +106,9 @@ def test_uniform_bits_compress_as_in_the_tables(network):
 
 @pytest.mark.parametrize(
     ("network", "compression"),
-    [("resnet18", 10.66), ("resnet50", 12.2), ("resnet50", 10.67), ("mobilenet_v2", 14.0), ("mobilenet_v2", 14.07)],
+    with_networks(
+        ("resnet18", 10.66), ("resnet50", 12.2), ("resnet50", 10.67), ("mobilenet_v2", 14.0), ("mobilenet_v2", 14.07)
+    ),
 )
 def test_allocations_keep_the_compression_of_tables_3_and_4(network, compression):
     inventory = take_inventory(network)
@@ -119,7 +126,7 @@ def test_allocations_keep_the_compression_of_tables_3_and_4(network, compression
 
 
 def test_what_the_tables_round_a_budget_takes_by_the_letter():
-    inventory = take_inventory("resnet50")
+    inventory = take_inventory("resnet18")
     table = invent_table(inventory)
     assert allocate(table, Budget(compression=32 / 3)).uniform_bits == 3
     assert allocate(table, Budget(compression=10.66)).uniform_bits == 3
@@ -164,6 +171,7 @@ def test_an_allocation_keeps_the_bitops_of_table_2():
     assert all(allocation.bits[name] == 8 for name in end_sites(inventory))
 
 
+@pytest.mark.slow
 def test_an_allocation_keeps_size_and_bitops_of_table_3_together():
     """Means of 3 bits for weights and 4 for activations, and 12.2x, first and last layer at 8 bits."""
     inventory = take_inventory("resnet50")

@@ -1,71 +1,30 @@
-"""The allocation, against brute force and against another solver."""
+"""The allocation, against brute force and by hand."""
 
-import itertools
 import math
 import random
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from other_solver import meets, score_of, size_and_bitops_budgets, solve_pairs_with_highs, solve_with_highs
+from other_solver import meets, score_of
+from random_tables import every_allocation, random_budget, random_table
 from tables import ALL_BITS, SMALL, activation, make_table, resnet50_sized_table, weight
 
-from infoq_fx.allocation import integer_program
-from infoq_fx.allocation.cost import COSTS, measure_cost
+from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.solver import allocate, check_budget
-from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
+from infoq_fx.errors import InfeasibleBudgetError, OptionError
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Budget, Cost, Inventory, Operation
-
-
-def random_table(rng: random.Random, *, weights: int, activations: int, sign: bool = False) -> SensitivityTable:
-    """All that an inventory may hold: shared sites, float operands, attention, fixed and unsearched sites."""
-    triples = [(2, 4, 8), (2, 3, 4), (4, 6, 8), (3, 8), (5,)]
-    sites = [
-        *(weight(f"w{i}", rng.choice([1, 7, 64, 1000, 4096]), rng.choice(triples)) for i in range(weights)),
-        *(activation(f"a{i}", rng.choice([3, 50, 999]), rng.choice(triples)) for i in range(activations)),
-        replace(activation("residual", 100, (8,)), is_searched=False),
-    ]
-    names: list[str | None] = [*(site.name for site in sites), None]
-    operations = tuple(
-        Operation(f"op{i}", rng.randrange(1, 10**6), rng.choice(names), rng.choice(names)) for i in range(6)
-    )
-    scores = {s.name: {b: rng.random() * 4.0**-b - sign * 0.01 for b in s.bits} for s in sites if len(s.bits) > 1}
-    return make_table(tuple(sites), scores, operations, float_bytes=rng.randrange(50), ignored_weights=rng.randrange(9))
-
-
-def every_allocation(inventory: Inventory) -> Iterator[dict[str, int]]:
-    names = [site.name for site in inventory.sites]
-    for bits in itertools.product(*(site.bits for site in inventory.sites)):
-        yield dict(zip(names, bits, strict=True))
+from infoq_fx.types import Budget, Operation
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
     inventory, container = table.inventory, budget.container
     fitting = (b for b in every_allocation(inventory) if meets(measure_cost(inventory, b, container), budget))
     return min((score_of(table, bits, alpha) for bits in fitting), default=None)
-
-
-def random_budget(rng: random.Random, inventory: Inventory, names: tuple[str, ...]) -> Budget:
-    """Limits between the extremes; half of them exactly at the cost of some allocation."""
-    container = rng.choice([None, None, "packed", "int2"])
-    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}, container) for i in (0, -1))
-    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites}, container)
-    share = rng.random()
-    limits = {}
-    for name in names:
-        between = (1 - share) * getattr(low, name) + share * getattr(high, name)
-        limits[name] = max(rng.choice([between, getattr(middle, name)]), 1e-3)
-    return Budget(**limits, container=container)
 
 
 LIMITS = ("weight_bits", "compression", "size_bytes", "bitops", "activation_bytes")
@@ -148,26 +107,6 @@ def test_a_huge_score_to_be_avoided_does_not_hide_small_ones(seed: int) -> None:
     assert allocate(table, 2.9).score == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.fixture
-def only_highs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is listed: HiGHS has to find all that the bound leaves."""
-    monkeypatch.setattr("infoq_fx.allocation.core_problem._MAX_BRANCHES", 0)
-
-
-@pytest.mark.usefixtures("only_highs")
-def test_the_rows_hold_without_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rows that are too loose would still give the optimum, by cutting off one wrong allocation after another.
-    runs = []
-    run = integer_program._run_highs
-    monkeypatch.setattr(integer_program, "_run_highs", lambda problem: runs.append(run(problem)) or runs[-1])
-    for seed in range(8):
-        rng = random.Random(seed)
-        table = random_table(rng, weights=5, activations=4)
-        smallest = measure_cost(table.inventory, {s.name: s.bits[0] for s in table.inventory.sites})
-        allocate(table, Budget(bitops=1.3 * smallest.bitops, size_bytes=1.3 * smallest.size_bytes))
-    assert 4 <= len(runs) <= 8
-
-
 def test_budgets_larger_than_the_tolerances_of_the_solver() -> None:
     # 10^11 BitOps: one multiply-accumulate too many is 1e-11 of the limit and must still count.
     sites = (weight("a", 10, (2, 3)), weight("b", 10, (2, 3)), activation("x", 10, (2, 3)))
@@ -177,57 +116,6 @@ def test_budgets_larger_than_the_tolerances_of_the_solver() -> None:
     enough = macs * 6 + (macs + 1) * 9
     assert allocate(table, Budget(bitops=enough)).bits == {"a": 2, "b": 3, "x": 3}
     assert allocate(table, Budget(bitops=enough - 1)).bits == {"a": 3, "b": 2, "x": 3}
-
-
-@pytest.mark.parametrize(("mean_bits", "bitops"), [(3.0, 1e12), (4.0, 1.2e11), (5.5, 1.6e11)])
-def test_equals_another_solver_on_a_real_size(mean_bits: float, bitops: float) -> None:
-    table = resnet50_sized_table(3, activation_bits=(8,))
-    numel = sum(s.numel for s in table.inventory.sites if s.kind == "weight")
-    limits = {"size_bytes": mean_bits * numel / 8 + 4 * 53_120 + 4 * 27_560, "bitops": bitops}
-    started = time.perf_counter()
-    found = allocate(table, Budget(**limits))
-    assert time.perf_counter() - started < 20
-    assert found.score == pytest.approx(solve_with_highs(table, limits), rel=1e-6)
-    assert found.uniform_score is not None
-    assert found.score < found.uniform_score
-
-
-@pytest.mark.parametrize("index", [7, 16, 23, 31])
-def test_equals_another_solver_with_searched_activations(index: int) -> None:
-    table = resnet50_sized_table(1)
-    budget = size_and_bitops_budgets(table)[index]
-    found = allocate(table, budget)
-    assert meets(measure_cost(table.inventory, found.bits), budget)
-    assert found.score == pytest.approx(solve_pairs_with_highs(table, budget), rel=1e-9)
-
-
-def test_fifty_budgets_in_ten_seconds() -> None:
-    table = resnet50_sized_table(1)
-    budgets = size_and_bitops_budgets(table)
-    started = time.process_time()
-    scores = [allocate(table, budget).score for budget in budgets]
-    assert len(scores) == 50
-    assert time.process_time() - started < 10
-    grid = np.array(scores, dtype=float).reshape(10, 5)
-    assert (np.diff(grid, axis=0) <= 0).all()
-    assert (np.diff(grid, axis=1) <= 0).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("index", range(50))
-def test_fifty_budgets_equal_another_solver(index: int) -> None:
-    test_equals_another_solver_with_searched_activations(index)
-
-
-@pytest.mark.slow
-def test_resnet50_with_activations_size_and_bitops() -> None:
-    table = resnet50_sized_table(1)
-    macs = sum(operation.macs for operation in table.inventory.operations)
-    budget = Budget(compression=32 / 4, bitops=macs * 16)
-    found = allocate(table, budget)
-    assert found.uniform_bits == 4
-    assert found.score < found.uniform_score
-    assert meets(measure_cost(table.inventory, found.bits), budget)
 
 
 def test_more_budget_is_never_worse() -> None:
@@ -392,37 +280,6 @@ def test_the_solver_is_silent_and_leaves_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
-@pytest.mark.usefixtures("only_highs")
-def test_a_solver_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: pulp.HiGHS, lp: pulp.LpProblem) -> None:
-        raise pulp.PulpSolverError("HiGHS: Not Available")
-
-    monkeypatch.setattr("pulp.HiGHS.actualSolve", fail)
-    with pytest.raises(InfoqError, match=r"HiGHS did not run: .*install the package 'highspy'"):
-        allocate(SMALL, 3)
-
-
-def test_highs_prints_nothing_in_a_fresh_process() -> None:
-    # It may print when it is first used, and not through Python's standard output.
-    program = (
-        "from infoq_fx.allocation.integer_program import solve_with_highs\n"
-        "from infoq_fx.types import Budget, Inventory, QuantSite\n"
-        "sites = tuple(QuantSite(name, 'weight', (9, 3), (2, 3)) for name in 'ab')\n"
-        "scores = {'a': {2: 2.0, 3: 1.0}, 'b': {2: 4.0, 3: 1.0}}\n"
-        "bits = solve_with_highs(Inventory(sites, (), 0), Budget(weight_bits=2.5), scores)\n"
-        "assert bits == {'a': 2, 'b': 3}, bits\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@pytest.mark.usefixtures("only_highs")
-def test_an_unproven_optimum_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(integer_program._HIGHS_OPTIONS, "timeLimit", 0)
-    with pytest.raises(InfoqError, match="no proven optimum"):
-        allocate(resnet50_sized_table(1), 3)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_near_ties_in_the_budget(seed: int) -> None:
     # Layers of 10^10 multiply-accumulates, different by a few, and a limit that one allocation meets exactly.
@@ -445,6 +302,7 @@ def test_the_result_repeats() -> None:
     assert allocate(table, 3.7) == allocate(table, 3.7)
 
 
+<<<<<<< HEAD
 def own_cost(rng: random.Random, kind: str):
     """A latency that grows with the weights' bits; one that jumps; one of both operands' bits together."""
     table = {
@@ -538,6 +396,8 @@ def test_decimals_are_taken_as_they_are_written(monkeypatch: pytest.MonkeyPatch)
     assert allocate(table, Budget(costs={"latency_ms": 0.3})).cost.costs == {"latency_ms": 0.3}
 
 
+=======
+>>>>>>> 7a43a985727f9515d71dc1dd24efadbe11217675
 def test_a_container_counts_what_it_stores() -> None:
     packed = Budget(weight_bits=4, container="packed")
     found = allocate(SMALL, packed)

@@ -13,6 +13,7 @@ from infoq_fx.runtime.forward import compute_logits
 from infoq_fx.scoring import sensitivity
 
 OPTIONS = dict(bits=(2, 3, 4, 8), progress=False)
+CRITERIA = ["infoq", "weight_mse", "output_kl"]
 BUDGETS = [4.0, infoq_fx.Budget(compression=11.0)]
 
 
@@ -34,8 +35,13 @@ def samples(model):
 
 
 @pytest.fixture(scope="module")
-def found(model, samples):
-    return infoq_fx.audit(model, samples, ["infoq", "weight_mse", "output_kl"], BUDGETS, **OPTIONS)
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("audit")
+
+
+@pytest.fixture(scope="module")
+def found(model, samples, cache_dir):
+    return infoq_fx.audit(model, samples, CRITERIA, BUDGETS, cache_dir=cache_dir, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +166,22 @@ def test_of_criteria_that_top1_does_not_tell_apart_it_recommends_the_one_that_lo
     assert make({}).recommended.name == "good"
 
 
-def test_a_second_audit_pays_only_for_what_is_new(model, samples, tmp_path, monkeypatch):
-    given = dict(cache_dir=tmp_path, **OPTIONS)
-    first = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
+def test_a_second_audit_pays_only_for_what_is_new(found, model, samples, cache_dir, monkeypatch):
+    given, first = dict(cache_dir=cache_dir, **OPTIONS), found
     monkeypatch.setattr(sensitivity, "_measure", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", lambda *_, **__: pytest.fail("ran again"))
     monkeypatch.setattr("infoq_fx.auditing.comparison.choose_allocation", lambda *_, **__: pytest.fail("refined again"))
-    again = infoq_fx.audit(model, samples, ["infoq", "weight_mse"], BUDGETS, **given)
+    again = infoq_fx.audit(model, samples, CRITERIA, BUDGETS, **given)
     assert str(again) == str(first)  # CPU seconds among it: those of the run that measured
     assert [row.allocations for row in again.rows] == [row.allocations for row in first.rows]
     # Criteria that read the same measurements share them.
     monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", compute_logits)
-    more = infoq_fx.audit(model, samples, ["infoq", "output_kl", "loss", "accuracy"], BUDGETS[:1], **given)
+    more = infoq_fx.audit(model, samples, ["infoq", "loss", "accuracy"], BUDGETS[:1], **given)
     assert more.rows[0].hits["4 bits"].tolist() == first.rows[0].hits["4 bits"].tolist()
     assert more.rows[1].cpu_seconds == first.rows[0].cpu_seconds > 0
 
 
+@pytest.mark.slow
 def test_behind_recovery_a_second_audit_rounds_no_weights_again(model, samples, tmp_path, monkeypatch):
     given = OPTIONS | dict(cache_dir=tmp_path, recovery="fast", correlate=False)
     first = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)
@@ -226,8 +232,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_errors_say_what_to_do(name, model, samples):
+def test_errors_say_what_to_do(name, samples):
     given, kind, message = BAD[name]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
     options = dict(calibration_data=samples, criteria=["weight_mse"], budgets=[4.0], **OPTIONS) | given
     with pytest.raises(kind, match=message):
         infoq_fx.audit(model, **options)

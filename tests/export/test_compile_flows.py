@@ -93,16 +93,18 @@ def test_the_pass_stands_in_a_manager_between_others(case):
 
 def test_the_pass_finds_an_allocation_under_a_budget(case):
     model, _, _ = case
-    call = infoq_fx.InfoqPass(infoq_fx.Budget(weight_bits=4), IMAGES, criterion="weight_mse", refine=False)
+    options = {"criterion": "weight_mse", "refine": False, "recovery": "none"}
+    call = infoq_fx.InfoqPass(infoq_fx.Budget(weight_bits=4), IMAGES, **options)
     free = {"x": {0: torch.export.Dim.AUTO}}
     done = call(torch.export.export(model, (IMAGES,), dynamic_shapes=free).module())
-    expected = infoq_fx.quantize(model, 4.0, calibration_data=IMAGES, criterion="weight_mse", refine=False)
+    expected = infoq_fx.quantize(model, 4.0, calibration_data=IMAGES, **options)
     assert infoq_fx.allocation_of(done.graph_module).bits == infoq_fx.allocation_of(expected).bits
     again = call(done.graph_module)
     assert again.graph_module is done.graph_module
     assert not again.modified
 
 
+@pytest.mark.slow
 def test_a_manager_of_several_steps_comes_to_an_end(case):
     model, allocation, quantized = case
     manager = PassManager([infoq_fx.InfoqPass(allocation, IMAGES, recovery="none")], steps=5)
@@ -113,7 +115,7 @@ def test_a_manager_of_several_steps_comes_to_an_end(case):
 def test_layers_that_the_allocation_does_not_know_stay_in_float(case):
     model, allocation, _ = case
     known = {name: bits for name, bits in allocation.bits.items() if not name.startswith("head.")}
-    done = infoq_fx.InfoqPass(Allocation(bits=known), IMAGES)(torch.fx.symbolic_trace(model))
+    done = infoq_fx.InfoqPass(Allocation(bits=known), IMAGES, recovery="none")(torch.fx.symbolic_trace(model))
     held = dict(done.graph_module.named_parameters())
     assert torch.equal(held["head.weight"], model.head.weight)
     assert "head.weight" not in infoq_fx.allocation_of(done.graph_module).bits
@@ -276,6 +278,7 @@ def test_eager_inductor_and_the_backend_agree_within_an_output_step(case):
     assert float((routed - expected).abs().max()) <= step
 
 
+@pytest.mark.slow
 def test_a_block_is_a_model_like_any():
     block = randomise_norms(Block(4)).eval()
     x = torch.randn(16, 4, 6, 6)

@@ -150,13 +150,10 @@ KINDS = {
     "tied_linear": (TiedLinear, (32, 9)),
 }
 QUICK = [
-    "conv2d",
     "depthwise",
     "transposed2d",
     "concat",
-    "linear_on_tokens",
     "attention",
-    "embedding",
     "tied_embedding",
 ]
 # Of a grouped transposed convolution one scale serves several output channels.

@@ -1,5 +1,7 @@
 """Exported files are run in onnxruntime and compared with the quantized module."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -84,13 +86,18 @@ MODELS = {
 }
 
 
-def slowly(*values):
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def all_of(quick, *ranges):
+    """Every combination, all but the quick ones slow."""
+    return [
+        pytest.param(*values, marks=[] if values in quick else pytest.mark.slow)
+        for values in itertools.product(*ranges)
+    ]
 
 
-@pytest.mark.parametrize("bits", [5, *slowly(2, 8)])
-@pytest.mark.parametrize("activation_bits", [8, 4])
-@pytest.mark.parametrize("name", MODELS)
+ROUTES = {("residual", 5, 8), ("mixed", 5, 4), ("shared", 5, 8), ("grouped", 5, 4)}
+
+
+@pytest.mark.parametrize(("name", "bits", "activation_bits"), all_of(ROUTES, MODELS, (2, 5, 8), (4, 8)))
 def test_onnxruntime_computes_what_the_module_computes(name, bits, activation_bits, tmp_path):
     build, inputs = MODELS[name]
     quantized = quantize_by_hand(build(), [(tuple(inputs), None)], bits, activation_bits)
@@ -166,7 +173,7 @@ def test_convolutions_and_residual_additions_become_integer_kernels(exported, tm
 
 def test_one_seed_gives_one_file(tmp_path):
     images = torch.randn(48, 1, 8, 8)
-    model = residual_net().eval()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
     files = []
     for name in ("a", "b"):
         quantized = infoq_fx.quantize(model, 4, calibration_data=images, progress=False)
@@ -236,12 +243,19 @@ def held_tensors(path):
     return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
 
 
-@pytest.mark.parametrize("bits", [2, 8, *slowly(3, 4, 5)])
-@pytest.mark.parametrize("container", ["int8", "packed", "int2"])
-def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
+@functools.cache
+def mixed_of(bits):
     torch.manual_seed(bits)
     images = torch.randn(24, 3, 9)
-    quantized = quantize_by_hand(Mixed(), images, bits)
+    return quantize_by_hand(Mixed(), images, bits), images
+
+
+CONTAINERS = {("int8", 8), ("packed", 2), ("int2", 2)}
+
+
+@pytest.mark.parametrize(("container", "bits"), all_of(CONTAINERS, ("int8", "packed", "int2"), (2, 3, 4, 5, 8)))
+def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
+    quantized, images = mixed_of(bits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if container == "int2" else "error")
         path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=container)
@@ -261,7 +275,8 @@ def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_pat
 def test_the_budget_chooses_the_container(tmp_path):
     images = torch.randn(32, 1, 8, 8)
     budget = infoq_fx.Budget(weight_bits=5, container="packed")
-    quantized = infoq_fx.quantize(residual_net().eval(), budget, calibration_data=images, progress=False)
+    options = {"criterion": "weight_mse", "recovery": "none", "refine": False, "progress": False}
+    quantized = infoq_fx.quantize(residual_net().eval(), budget, calibration_data=images, **options)
     bits = infoq_fx.allocation_of(quantized).bits
     assert {b for name, b in bits.items() if name.endswith("weight")} == {4, 8}
     path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
@@ -281,8 +296,7 @@ def test_two_bit_initializers_come_with_a_warning(exported, tmp_path):
 
 
 def test_processors_that_saturate_get_weights_of_8_bits_around_128(tmp_path):
-    images = torch.randn(16, 3, 9)
-    quantized, kinds = quantize_by_hand(Mixed(), images, 8), {}
+    (quantized, images), kinds = mixed_of(8), {}
     for target in infoq_fx.TARGETS:
         path = infoq_fx.export_onnx(quantized, tmp_path / target, target=target)
         held = held_tensors(path)
@@ -357,7 +371,7 @@ def test_a_relu_that_something_else_reads_stays_in_a_packed_file(tmp_path):
     np.testing.assert_allclose(run(path, {"input": data.numpy()})[0][0], in_float(data).detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("container", ["int8", "packed"])
+@pytest.mark.parametrize("container", ["int8", pytest.param("packed", marks=pytest.mark.slow)])
 def test_large_models_go_out_with_external_data(container, tmp_path, monkeypatch):
     from infoq_fx.export.qdq_onnx import writing
 

@@ -115,8 +115,15 @@ def test_what_is_sound(result, is_problem):
     assert (_find_problem(result, top1, 1000) is not None) == is_problem
 
 
-@pytest.mark.parametrize("container", ["int8", "packed"])
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize(
+    ("container", "bits"),
+    [
+        ("packed", 3),
+        pytest.param("packed", 8, marks=pytest.mark.slow),
+        pytest.param("int8", 3, marks=pytest.mark.slow),
+        ("int8", 8),
+    ],
+)
 def test_openvino_computes_the_same(made, tmp_path, container, bits):
     pytest.importorskip("openvino", reason="OpenVINO is an extra")
     _, _, images, _ = made

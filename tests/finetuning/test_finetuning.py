@@ -1,78 +1,24 @@
+"""A quantized module learns from its float model or from labels, and is never left worse."""
+
 import copy
 import dataclasses
 import functools
-import io
 import logging
 import math
-import pickle
 import re
 
 import onnxruntime
 import pytest
 import torch
-from networks import Attention, NormFirst, ResidualNet, randomise_norms
+from finetuned import IMAGES, Regression, assert_same, convert, loader_of, prepared_of, quick, reload, small
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import infoq_fx
-from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.demo import digits, train_digits_net
-from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.errors import OptionError
 from infoq_fx.finetuning import training_loop as loop
 from infoq_fx.finetuning.finetuning import _count_returns, finetune
-from infoq_fx.finetuning.retraining import BiasQuantizer, TrainableModule, to_quantized, to_trainable
-from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy
-from infoq_fx.finetuning.training_data import Form, Samples, open_source
-from infoq_fx.quantization import numerics
-from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
-from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
-from infoq_fx.types import Allocation, QParams, QuantSite, QuantSpec
-
-IMAGES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-class Tied(nn.Module):
-    """An embedding whose table is the head too, and a layer that is to stay in float."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.mix, self.left = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = self.left(functional.gelu(self.mix(self.table(x)))).mean(1)
-        return functional.linear(x, self.table.weight)
-
-
-CASES = {
-    "residual": (ResidualNet, IMAGES, {}),
-    "attention": (Attention, torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(6)), {}),
-    "norm_first": (NormFirst, IMAGES, {}),
-    "weights_only": (ResidualNet, IMAGES, {"activation_bits": None}),
-    "tied": (Tied, torch.randint(0, 11, (40, 5), generator=torch.Generator().manual_seed(7)), {"ignore": ["left"]}),
-}
-
-
-def convert(prepared, weight_bits=2, activation_bits=4):
-    bits = {}
-    for index, site in enumerate(prepared.inventory.sites):
-        wanted = activation_bits if site.kind == "activation" else weight_bits if index % 3 else 8
-        bits[site.name] = wanted if wanted in site.bits else 8
-    return infoq_fx.convert(prepared, Allocation(bits=bits))
-
-
-@functools.cache
-def prepared_of(name):
-    torch.manual_seed(3)
-    build, x, options = CASES[name]
-    model = randomise_norms(build()).eval()
-    return model, x, infoq_fx.prepare(model, x, **{"bits": (2, 3, 8), "activation_bits": (4, 8), **options})
-
-
-@pytest.fixture(params=CASES)
-def case(request):
-    _, x, prepared = prepared_of(request.param)
-    return convert(prepared), x, prepared
+from infoq_fx.types import Allocation
 
 
 @functools.cache
@@ -85,6 +31,7 @@ def digits_of():
     return model, infoq_fx.convert(prepared, Allocation(bits=bits)), (images, labels), (test_images, test_labels)
 
 
+<<<<<<< HEAD
 @pytest.fixture
 def residual():
     return convert(prepared_of("residual")[2])
@@ -372,6 +319,8 @@ def quick(quantized, data, **options):
     return finetune(quantized, data, **{"epochs": 2, "progress": False, **options})
 
 
+=======
+>>>>>>> 7a43a985727f9515d71dc1dd24efadbe11217675
 def divergence(model, quantized, x):
     """Mean KL divergence in nats, by the formula."""
     with torch.no_grad():
@@ -470,6 +419,7 @@ def test_the_best_numbers_are_put_back_where_it_is_no_use_to_go_on(later, epochs
     assert _count_returns((1.0, *later), epochs) == returns
 
 
+<<<<<<< HEAD
 class Stop:
     """Interrupts a run in a later epoch."""
 
@@ -555,6 +505,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, message, tmp_path):
         quick(quantized, x, checkpoint=path)
 
 
+=======
+>>>>>>> 7a43a985727f9515d71dc1dd24efadbe11217675
 def test_a_teacher_may_be_the_model_itself_or_a_prepared_one(caplog):
     model, x, prepared = prepared_of("residual")
     read = reload(convert(prepared))
@@ -607,15 +559,6 @@ class PerPixel(nn.Module):
         return self.second(self.first(x).relu())
 
 
-class Regression(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
 @pytest.mark.parametrize(
     ("build", "data", "is_fixed"),
     [
@@ -656,109 +599,6 @@ def test_labels_teach_where_they_are_asked_for():
     assert after[2] < after[0] - 0.2
 
 
-class Growing(Dataset):
-    """Remembers how often each sample was asked for, and gives another version every time."""
-
-    def __init__(self, x):
-        self.x, self.asked = x, [0] * len(x)
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        self.asked[index] += 1
-        return self.x[index] + 1e-3 * torch.rand(())
-
-
-def test_a_loader_is_iterated_again_every_epoch():
-    quantized, x = small()
-    dataset = Growing(x)
-    state = torch.get_rng_state()
-    tuned = quick(quantized, DataLoader(dataset, batch_size=30), epochs=3)
-    assert dataset.asked == [4] * 100  # in advance, and every epoch
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_same(tuned, quick(quantized, DataLoader(Growing(x), batch_size=30), epochs=3))
-    dataset = Growing(x)
-    quick(quantized, DataLoader(dataset, batch_size=30), epochs=3, validation_data=x[:20])
-    assert dataset.asked == [3] * 100
-
-
-def test_a_generator_is_read_once():
-    quantized, x = small()
-    assert_same(quick(quantized, (part for part in x.split(30))), quick(quantized, x))
-
-
-def rows(samples):
-    return set(samples.inputs["x"][:, 0].int().tolist())
-
-
-def open_numbers(count, make=lambda x: x, **options):
-    x = torch.arange(float(count))[:, None]
-    form = Form({"x": x[:2]}, needs_labels=False)
-    return open_source(make(x), options.pop("validation", None), form, batch_size=32, seed=0, **options)
-
-
-@pytest.mark.parametrize(("count", "held"), [(5, 1), (63, 12), (64, 16), (79, 19), (80, 16), (101, 20)])
-def test_evenly_spread_samples_are_held_back(count, held):
-    source = open_numbers(count)
-    kept = sorted(rows(source.held_back))
-    assert len(kept) == held
-    assert len(set(map(int.__sub__, kept[1:], kept))) <= 1
-    assert rows(source.training) == set(range(count)) - set(kept)
-    batches = list(source.batches(0))
-    assert len(batches) == source.steps
-    assert {batch.count for batch in batches} == {min(32, count - held)}
-    shuffled = [b.inputs["x"][:, 0].tolist() for b in batches]
-    assert shuffled == [b.inputs["x"][:, 0].tolist() for b in source.batches(0)]
-    assert shuffled != [b.inputs["x"][:, 0].tolist() for b in source.batches(1)] or count == 5
-
-
-@pytest.mark.parametrize("whole", [1, 4])
-def test_what_a_loader_gives_in_order_is_held_back_in_every_epoch(whole):
-    source = open_numbers(103, lambda x: DataLoader(TensorDataset(x), batch_size=24), whole=whole)
-    held = rows(source.held_back)
-    assert held == set(range(4, 103, 5))
-    for epoch in (0, 1):
-        batches = list(source.batches(epoch))
-        seen = set.union(*(rows(batch) for batch in batches))
-        assert not seen & held
-        assert len(seen) >= 80 - 4 * whole
-        assert all(batch.count % whole == 0 for batch in batches)
-
-
-def test_of_a_long_loader_few_samples_are_held_back():
-    source = open_numbers(11_000, lambda x: DataLoader(TensorDataset(x), batch_size=500))
-    kept = sorted(rows(source.held_back))
-    assert kept == list(range(9, 11_000, 10))
-
-
-def test_validation_data_is_what_is_held_back():
-    source = open_numbers(40, validation=torch.full((7, 1), 5.0))
-    assert source.held_back.count == 7
-    assert source.training.count == 40
-
-
-def test_data_that_cannot_be_used_is_refused():
-    quantized, x = small()
-    labels = torch.arange(100) % 5
-    for data, options, message in (
-        (x[:, :, :4], {}, r"input 'x' takes torch.float32 \['samples', 1, 8, 8\], the data has .* resize"),
-        (x.double(), {}, "float64"),
-        (x[:4], {}, "too few samples: every fifth is held back"),
-        ([], {}, "empty"),
-        (DataLoader(TensorDataset(x[:4])), {}, "too few samples"),
-        (x, {"label_weight": 0.5}, "asks for labels and the data has none"),
-        ((x, labels + 1), {"label_weight": 0.5}, "labels range from 1 to 5, but the model has 5 classes"),
-        (x, {"validation_data": x.double()}, "float64"),
-        (3, {}, "calibration data is a int"),
-    ):
-        with pytest.raises(CalibrationDataError, match=message):
-            quick(quantized, data, **options)
-    single = convert(infoq_fx.prepare(Regression().eval(), x, bits=(2, 8)))
-    with pytest.raises(OptionError, match="a single output"):
-        quick(single, (x, labels), label_weight=0.5)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -791,127 +631,3 @@ def test_a_bar_shows_where_it_is(capsys):
     assert "4/4" in capsys.readouterr().err
     quick(quantized, x)
     assert capsys.readouterr().err == ""
-
-
-# The updates.
-
-
-def training_of(student, settings, steps=8):
-    source = open_numbers(40)
-    source = type(source)(**{**vars(source), "steps": steps})
-    return loop.Training(student, loop.list_learned(student, 1.0), source, settings, None, torch.zeros(1), 8)
-
-
-def test_updates_are_adams(residual):
-    student, other = to_trainable(residual), to_trainable(residual)
-    training = training_of(student, loop.Settings(1, 1.0, 32, 0.0, 0), steps=8)
-    ones = [loop.Learned(o.parameter, torch.tensor(0.01), o.is_step) for o in training.learned]
-    training = type(training)(**{**vars(training), "learned": ones})
-    ours = loop.begin_optimizer(training.learned)
-    adam = torch.optim.Adam(other.parameters(), lr=1.0, betas=(0.9, 0.99), eps=1e-12)
-    generator = torch.Generator().manual_seed(0)
-    for done in range(8):
-        adam.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * done / 8)) / 2
-        gradients = [1e-4 * torch.randn(p.shape, generator=generator) for p in student.parameters()]
-        for parameter, gradient in zip(other.parameters(), gradients, strict=True):
-            parameter.grad = gradient.clone()
-        adam.step()
-        with torch.no_grad():
-            loop.update(training, ours, gradients, done)
-    for mine, theirs in zip(student.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_large_gradients_are_clipped_by_norm_those_of_steps_apart(residual):
-    moved = []
-    for factor in (1e6, 1.0, 1e-6):
-        training = training_of(to_trainable(residual), loop.Settings(1, 1.0, 32, 0.0, 0))
-        optimizer = loop.begin_optimizer(training.learned)
-        gradients = [torch.full_like(o.parameter, factor if o.is_step else 10.0) for o in training.learned]
-        with torch.no_grad():
-            loop.update(training, optimizer, [gradient.clone() for gradient in gradients], 0)
-        means = [optimizer.adam.state[unit]["exp_avg"] for unit in optimizer.units]
-        for is_step in (True, False):
-            chosen = [i for i, learned in enumerate(training.learned) if learned.is_step == is_step]
-            before, after = (
-                float(torch.cat([found[i].flatten() for i in chosen]).norm()) for found in (gradients, means)
-            )
-            assert after == pytest.approx(0.1 * min(1.0, before), rel=1e-4)
-        moved.append(training.student.get_parameter("head.weight").detach().clone())
-    assert torch.equal(moved[0], moved[1])
-    assert torch.equal(moved[0], moved[2])
-
-
-def test_reaches_are_in_units_that_suit_a_parameter():
-    student = to_trainable(convert(prepared_of("norm_first")[2]))
-    named = {name: o for (name, _), o in zip(student.named_parameters(), loop.list_learned(student, 0.1), strict=True)}
-    steps = {f"{name}.scale": m for name, m in student.named_modules() if isinstance(m, LearnedStepQuantizer)}
-    for name, learned in named.items():
-        assert learned.is_step == (name in steps)
-        if learned.is_step:
-            torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
-    weight = named["conv.weight"]
-    scale = steps["quantizers.conv.weight.quantizer.scale"].qparams().scale
-    rms = float(weight.parameter.detach().square().mean().sqrt())
-    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(float(s), rms) for s in scale])
-    norm = named["norm.weight"]
-    assert float(norm.reach) == pytest.approx(0.03 * float(norm.parameter.detach().abs().mean()))
-
-
-def test_averages_look_back_over_an_epoch(residual):
-    training = training_of(to_trainable(residual), loop.Settings(3, 0.1, 32, 0.0, 0), steps=4)
-    optimizer = loop.begin_optimizer(training.learned)
-    index = max(range(len(training.learned)), key=lambda i: training.learned[i].parameter.numel())
-    generator, expected = torch.Generator().manual_seed(0), torch.zeros(())
-    for done in range(12):
-        gradients = [torch.randn(o.parameter.shape, generator=generator) for o in training.learned]
-        with torch.no_grad():
-            loop.update(training, optimizer, gradients, done)
-        now = training.learned[index].parameter.detach().clone()
-        share = 1 / (done + 1) if done < 4 else 1 / 4  # of the first epoch the plain mean
-        expected = (1 - share) * expected + share * now
-        torch.testing.assert_close(optimizer.average[index], expected, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(now, expected, rtol=1e-3)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual, temperature):
-    student = to_trainable(residual)
-    source = open_numbers(40)
-    x = torch.randn(20, 1, 8, 8)
-    with torch.no_grad():
-        reference = prepared_of("residual")[0](x)
-    batch = Samples({"x": x}, torch.arange(20) % 5, reference)
-    settings = loop.Settings(1, 1.0, 32, 0.25, 0, temperature)
-    found = []
-    for size in (20, 6):
-        training = loop.Training(
-            student, loop.list_learned(student, 1.0), source, settings, lambda samples: None, torch.ones(5), size
-        )
-        found.append(loop.compute_gradients(training, batch, map))
-    out = student(x)
-    logs, shares = (out / temperature).log_softmax(1), (reference / temperature).softmax(1)
-    loss = 0.75 * temperature**2 * functional.kl_div(logs, shares, reduction="batchmean")
-    loss = loss + 0.25 * functional.cross_entropy(out, batch.labels)
-    for a, b, c in zip(*found, torch.autograd.grad(loss, list(student.parameters())), strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(b, c, rtol=1e-3, atol=1e-5)
-
-
-def test_a_recovered_model_becomes_trainable_as_it_is():
-    # Recovery gives scales of few terms more significant bits than calibration does.
-    torch.manual_seed(4)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
-    )
-    x = torch.randn(40, 1, 8, 8)
-    prepared = infoq_fx.prepare(model.eval(), x, bits=8)
-    allocation = infoq_fx.Allocation(bits={site.name: 8 for site in prepared.inventory.sites})
-    recovered = infoq_fx.recover(prepared, allocation, x, "second_order_rounding", progress=False)
-    quantized = infoq_fx.convert(recovered, allocation)
-    scales = [value for name, value in quantized.state_dict().items() if name.endswith("weight_scale")]
-    assert any(bool((torch.frexp(scale).mantissa * 4 % 1 != 0).any()) for scale in scales)
-    trainable = to_trainable(quantized)
-    with torch.no_grad():
-        assert torch.equal(trainable(x), quantized(x))
-    assert_same(to_quantized(trainable), quantized)

@@ -1,5 +1,8 @@
 """Factors move between activations and weights without changing outputs; activation scales become powers of two."""
 
+import copy
+import functools
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -80,8 +83,14 @@ def inputs():
     return torch.randn(40, 3, 8, 8)
 
 
-def test_a_factor_reaches_as_far_as_operations_let_it_through(inputs):
-    prepared = prepared_of(Bottleneck(), inputs)
+@pytest.fixture(scope="module")
+def bottleneck(inputs):
+    torch.manual_seed(0)
+    return prepared_of(Bottleneck(), inputs)
+
+
+def test_a_factor_reaches_as_far_as_operations_let_it_through(bottleneck):
+    prepared = bottleneck
     groups = find_scale_groups(prepared.graph_module)
     nodes = {module.site.name: node for node, module in prepared.quantizer_nodes() if module.site.kind == "activation"}
     shared = {name: groups.get(node) for name, node in nodes.items()}
@@ -100,11 +109,16 @@ def test_operations_without_that_property_and_shared_weights_take_none(inputs):
     assert free == {"padded.input"}
 
 
+@functools.cache
+def bottleneck_of_float_activations():
+    torch.manual_seed(0)
+    return prepared_of(Bottleneck(), torch.randn(8, 3, 8, 8), activation_bits=None)
+
+
 @given(st.lists(st.floats(0.25, 4.0), min_size=8, max_size=8))
 @settings(max_examples=15, deadline=None)
 def test_moved_factors_multiply_the_activations_and_leave_the_outputs(found):
-    torch.manual_seed(0)
-    prepared = prepared_of(Bottleneck(), torch.randn(8, 3, 8, 8), activation_bits=None)
+    prepared = copy.deepcopy(bottleneck_of_float_activations())
     x, module = torch.randn(3, 3, 8, 8), prepared.graph_module
     groups = find_scale_groups(module)
     firsts = list(dict.fromkeys(groups.values()))
@@ -124,9 +138,8 @@ def test_moved_factors_multiply_the_activations_and_leave_the_outputs(found):
             torch.testing.assert_close(after[node], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_free_scales_are_powers_of_two_with_even_zero_points(inputs):
-    net = Bottleneck()
-    prepared = prepared_of(net, inputs)
+def test_free_scales_are_powers_of_two_with_even_zero_points(bottleneck):
+    prepared = bottleneck
     groups, quantizers = find_scale_groups(prepared.graph_module), dict(prepared.quantizer_nodes())
     for node, module in quantizers.items():
         if module.site.kind != "activation" or node not in groups:
@@ -172,7 +185,7 @@ def test_weights_have_the_digits_that_their_inputs_leave():
     assert max(significant_bits_of(float(s)) for s in quantizers["second.weight"].qparams_at(8).scale) > 2
 
 
-@pytest.mark.parametrize("gain", [0.5, 0.8, 1.2, 2.0])
+@pytest.mark.parametrize("gain", [0.5, 1.2])
 def test_a_clamp_is_no_tighter_than_the_integers(inputs, gain):
     class Pooled(nn.Module):
         def __init__(self):
@@ -197,7 +210,7 @@ def test_a_clamp_is_no_tighter_than_the_integers(inputs, gain):
         assert 255 * scale <= clamp.args[2]
 
 
-@pytest.mark.parametrize("budget", [4.0, 8.0])
+@pytest.mark.parametrize("budget", [4.0, pytest.param(8.0, marks=pytest.mark.slow)])
 def test_integer_kernels_give_the_bits_of_torch(inputs, budget, tmp_path):
     torch.manual_seed(4)
     quantized = infoq_fx.quantize(Bottleneck().eval(), budget, calibration_data=inputs, bits=(3, 4, 8), progress=False)

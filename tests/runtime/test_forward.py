@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx.core.data import read_data
@@ -9,14 +10,21 @@ from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
 
 
-@pytest.fixture
-def prepared_and_data(residual_net, images):
-    prepared = infoq_fx.prepare(residual_net, images, bits=(2, 4, 8), activation_bits=(4, 8))
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(1)
+    return randomise_norms(ResidualNet()).eval()
+
+
+@pytest.fixture(scope="module")
+def prepared_and_data(net):
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    prepared = infoq_fx.prepare(net, images, bits=(2, 4, 8), activation_bits=(4, 8))
     return prepared, read_data(images).named(prepared.input_names)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_logits_at_any_bits_are_those_of_the_prepared_module(threads, prepared_and_data, images):
+def test_logits_at_any_bits_are_those_of_the_prepared_module(threads, prepared_and_data):
     prepared, data = prepared_and_data
     searched = [site for site in prepared.inventory.sites if len(site.bits) > 1]
     bits = {site.name: site.bits[index % len(site.bits)] for index, site in enumerate(searched)}
@@ -26,7 +34,7 @@ def test_logits_at_any_bits_are_those_of_the_prepared_module(threads, prepared_a
         if isinstance(quantizer, Quantizer):
             quantizer.bits = bits.get(quantizer.site.name, 8)
     with torch.no_grad():
-        torch.testing.assert_close(found, module(images[0]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, module(data.inputs["x"]), rtol=1e-5, atol=1e-5)
 
 
 def test_unnamed_sites_are_at_8_bits(prepared_and_data):
@@ -36,11 +44,11 @@ def test_unnamed_sites_are_at_8_bits(prepared_and_data):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_float_logits_are_the_models_own(threads, prepared_and_data, residual_net, images):
+def test_float_logits_are_the_models_own(threads, prepared_and_data, net):
     prepared, data = prepared_and_data
     found = compute_float_logits(prepared, data, batch_size=20, run_options=RunOptions(threads=threads))
     with torch.no_grad():
-        torch.testing.assert_close(found, residual_net(images[0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, net(data.inputs["x"]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_batch_suits_the_model(prepared_and_data):

@@ -97,7 +97,7 @@ def whole_run(prepared, inputs, site=None, bits=8):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_perturbed_run_equals_a_whole_run(name, data):
     prepared, calibration = prepare(name)

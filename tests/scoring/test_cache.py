@@ -1,9 +1,11 @@
 """Scores are cached, and reused only for the same model, data and options."""
 
+import copy
 import dataclasses
 import json
 import logging
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,10 +91,18 @@ def change_the_version(prepared, data, options):
 CHANGES = [value for name, value in sorted(globals().items()) if name.startswith("change_")]
 
 
+@pytest.fixture(scope="module")
+def kept(prepared_and_data, tmp_path_factory):
+    """A folder of finished measurements."""
+    folder = tmp_path_factory.mktemp("kept")
+    score(*prepared_and_data, cache_dir=folder)
+    return folder
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_was_made_of_anything_else_is_not_used(change, tmp_path, monkeypatch):
-    prepared, data = build()
-    score(prepared, data, cache_dir=tmp_path)
+def test_what_was_made_of_anything_else_is_not_used(change, prepared_and_data, kept, tmp_path, monkeypatch):
+    prepared, data = copy.deepcopy(prepared_and_data)
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     options = {"monkeypatch": monkeypatch}
     change(prepared, data, options)
     options.pop("monkeypatch")
@@ -177,6 +187,7 @@ def test_a_killed_run_goes_on_where_it_was(prepared_and_data, table, tmp_path, m
     assert found.scores == table.scores
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_soon_and_says_how_to_go_on(tmp_path):
     process = start_scoring(tmp_path)
     start = time.monotonic()

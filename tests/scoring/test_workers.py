@@ -17,7 +17,7 @@ from infoq_fx.scoring import workers
 
 
 def make_process_pool():
-    return ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
 
 
 def make_loky():
@@ -28,7 +28,12 @@ def make_loky():
 
 @pytest.mark.filterwarnings("ignore")  # the pools' own
 @pytest.mark.parametrize(
-    "make", [lambda: ThreadPoolExecutor(2), make_process_pool, make_loky], ids=["threads", "processes", "loky"]
+    "make",
+    [
+        pytest.param(lambda: ThreadPoolExecutor(2), id="threads"),
+        pytest.param(make_process_pool, id="processes"),
+        pytest.param(make_loky, id="loky", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_change_no_digit(make, prepared_and_data, table, tmp_path):
     with make() as executor:

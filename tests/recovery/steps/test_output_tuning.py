@@ -13,7 +13,7 @@ from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 from infoq_fx.runtime.forward import compute_logits
 
-BENCH = StepContext(batch_size=16)
+CONTEXT = StepContext(batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def rounded():
     data = read_data(images).named(prepared.input_names)
     sites = [site for site in prepared.inventory.sites if site.kind == "weight"]
     bits = {site.name: 8 for site in prepared.inventory.sites} | {s.name: 2 + i % 2 for i, s in enumerate(sites)}
-    return SecondOrderRounding().recover(prepared, bits, data, BENCH), data, bits
+    return SecondOrderRounding().recover(prepared, bits, data, CONTEXT), data, bits
 
 
 def stored(prepared, bits):
@@ -34,7 +34,7 @@ def stored(prepared, bits):
 
 def test_integers_stay_and_scales_and_biases_learn(rounded):
     prepared, data, bits = rounded
-    tuned = OutputTuning(epochs=10, learning_rate=0.01, scale_rate=3.0).recover(prepared, bits, data, BENCH)
+    tuned = OutputTuning(epochs=10, learning_rate=0.01, scale_rate=3.0).recover(prepared, bits, data, CONTEXT)
     before, after = stored(prepared, bits), stored(tuned, bits)
     weights = [name for name in bits if name.endswith("weight")]
     assert all(torch.equal(before[name], after[name]) for name in weights)
@@ -50,7 +50,7 @@ def test_integers_stay_and_scales_and_biases_learn(rounded):
 
 def test_what_is_tuned_is_what_conversion_computes(rounded):
     prepared, data, bits = rounded
-    tuned = OutputTuning(epochs=2, learning_rate=0.01).recover(prepared, bits, data, BENCH)
+    tuned = OutputTuning(epochs=2, learning_rate=0.01).recover(prepared, bits, data, CONTEXT)
     quantized = infoq_fx.convert(tuned, infoq_fx.Allocation(bits=bits))
     with torch.no_grad():
         torch.testing.assert_close(quantized(data.inputs["x"]), compute_logits(tuned, data, bits), atol=1e-5, rtol=0)
@@ -65,14 +65,14 @@ def test_what_stays_are_averages(rounded, monkeypatch):
         left[:] = zip([x.clone() for x in optimizer.average], training.learned, strict=True)
 
     monkeypatch.setattr(tuning, "update", record)
-    OutputTuning(epochs=3, learning_rate=0.01).recover(prepared, bits, data, BENCH)
+    OutputTuning(epochs=3, learning_rate=0.01).recover(prepared, bits, data, CONTEXT)
     assert left
     assert all(torch.equal(average, learned.parameter) for average, learned in left)
 
 
 def test_scales_can_be_left_alone(rounded):
     prepared, data, bits = rounded
-    tuned = OutputTuning(epochs=2, scale_rate=0.0).recover(prepared, bits, data, BENCH)
+    tuned = OutputTuning(epochs=2, scale_rate=0.0).recover(prepared, bits, data, CONTEXT)
     before, after = stored(prepared, bits), stored(tuned, bits)
     scales = [name for name in before if name.endswith("weight_scale")]
     assert all(torch.equal(before[name], after[name]) for name in scales)
@@ -91,6 +91,6 @@ def test_biases_alone_find_a_shift_that_was_hidden():
     spoiled = fork(prepared)
     set_parameter(spoiled, "bias", read_tensor(prepared.graph_module, "bias") + torch.tensor([0.5, -0.5, 0.0]))
     named = read_data(data).named(prepared.input_names)
-    tuned = OutputTuning(epochs=60, learning_rate=0.05, scale_rate=0.0).recover(spoiled, bits, named, BENCH)
+    tuned = OutputTuning(epochs=60, learning_rate=0.05, scale_rate=0.0).recover(spoiled, bits, named, CONTEXT)
     found = read_tensor(tuned.graph_module, "bias") - read_tensor(prepared.graph_module, "bias")
     assert (found - found.mean()).abs().max() < 0.02  # outputs are logits: a common shift changes nothing

@@ -87,7 +87,9 @@ def make_unbalanced(*layers):
     [
         lambda: [nn.ReLU(), nn.Conv2d(8, 8, 3)],
         lambda: [nn.LeakyReLU(), nn.Conv2d(8, 8, 3, groups=8, padding=1)],
-        lambda: [nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(8, 4, 1, bias=False)],
+        pytest.param(
+            lambda: [nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(8, 4, 1, bias=False)], marks=pytest.mark.slow
+        ),
         lambda: [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)],
     ],
     ids=["relu", "depthwise", "max-pool", "flatten"],

@@ -1,0 +1,57 @@
+"""Layer after layer, the float model and the quantized one side by side."""
+
+import pytest
+import torch
+from recovered import CONTEXT
+from torch import fx
+
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
+from infoq_fx.recovery.parameters import fork, set_parameter
+from infoq_fx.runtime.forward import compute_float_logits, compute_logits
+
+
+@pytest.mark.parametrize("name", ["residual", "branches"])
+def test_a_walk_ends_where_whole_runs_end(name, request):
+    case = request.getfixturevalue(name)
+    prepared, data = case[:2]
+    bits = case[2] if len(case) > 2 else {s.name: 4 for s in prepared.inventory.sites if s.kind == "weight"}
+    runner = LayerwiseRunner(fork(prepared), bits, data, CONTEXT)
+    *most, last = runner.segments
+    for segment in most:
+        runner.advance(segment)
+    output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
+    node = next(n for n in last.nodes if n.name == output)
+    pairs = runner.collect(last, node, lambda _, pair: pair)
+    in_float = compute_float_logits(prepared, data, batch_size=16)
+    assert torch.allclose(torch.cat([pair.reference for pair in pairs]), in_float, atol=1e-5)
+    assert torch.allclose(
+        torch.cat([pair.quantized for pair in pairs]), compute_logits(prepared, data, bits), atol=1e-5
+    )
+
+
+class ActivationsOnly(fx.Interpreter):
+    def call_module(self, target, args, kwargs):
+        module = self.module.get_submodule(target)
+        is_activation = isinstance(module, Quantizer) and module.site.kind == "activation"
+        return module.quantize_at(args[0], 8) if is_activation else args[0]
+
+
+def test_a_reference_with_float_weights_has_quantized_activations(residual):
+    prepared, data, bits = residual
+    changed = fork(prepared)
+    runner = LayerwiseRunner(changed, bits, data, CONTEXT, reference="float_weights")
+    for segment in runner.segments:  # what is rounded on the way is not the reference's
+        for layer in segment.layers:
+            set_parameter(changed, layer.weight, 2 * read_tensor(changed.graph_module, layer.weight))
+    *most, last = runner.segments
+    for segment in most:
+        runner.advance(segment)
+    output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
+    node = next(n for n in last.nodes if n.name == output)
+    found = torch.cat([pair.reference for pair in runner.collect(last, node, lambda _, pair: pair)])
+    with torch.inference_mode():
+        expected = ActivationsOnly(prepared.graph_module).run(*data.inputs.values())
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, compute_float_logits(prepared, data, batch_size=16), atol=1e-4)

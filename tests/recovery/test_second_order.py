@@ -1,0 +1,114 @@
+"""Rounding to second order, against brute force and the definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infoq_fx.recovery.input_moments import InputMoments
+from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
+
+
+def random_problem(seed, groups=2, rows=3, columns=5, correlated=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, 40, columns, generator=generator, dtype=torch.float64)
+    if correlated:
+        x = x @ torch.randn(groups, columns, columns, generator=generator, dtype=torch.float64)
+    ideal = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
+    second = x.mT @ x / 40 + 0.01 * torch.eye(columns, dtype=torch.float64)
+    return ideal, second
+
+
+def brute_force(ideal, second, step, low, high):
+    """Least error of every row over all integers."""
+    columns = ideal.shape[2]
+    grid = torch.cartesian_prod(*[torch.arange(low, high + 1)] * columns).to(ideal)
+    difference = grid * step - ideal[:, :, None]
+    return torch.einsum("grni,gij,grnj->grn", difference, second, difference).amin(2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_comes_near_the_best_of_all_integers(seed):
+    ideal, second = random_problem(seed)
+    scales = torch.full((2, 3, 1), 0.8)
+    nearest = torch.round(ideal / 0.8).clamp(-2, 1) * 0.8
+    q, step = round_rows(ideal, second, scales, -2, 1, sweeps=8)
+    assert set(q.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
+    assert torch.equal(step, scales[..., 0])
+    found = quadratic_error(q.double() * 0.8 - ideal, second)
+    best = brute_force(ideal, second, 0.8, -2, 1)
+    plain = quadratic_error(nearest - ideal, second)
+    assert bool((found >= best - 1e-6).all())
+    assert float(found.sum()) < 0.9 * float(plain.sum())
+    assert float(found.sum()) < 1.35 * float(best.sum())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 200), st.integers(2, 5))
+def test_rounding_properties(seed, rows, columns, bits):
+    ideal, second = random_problem(seed, 1, rows, columns)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    scales = torch.tensor([0.3, 0.6]).expand(1, rows, 2)
+    q, step = round_rows(ideal, second, scales, low, high, sweeps=2)
+    assert bool((q == q.round()).all())
+    assert low <= float(q.min())
+    assert float(q.max()) <= high
+    found = quadratic_error(q.double() * step[..., None] - ideal, second)
+    for scale in (0.3, 0.6):
+        one, _ = round_rows(ideal, second, torch.full((1, rows, 1), scale), low, high, sweeps=0)
+        error = quadratic_error(one.double() * scale - ideal, second)
+        assert bool((found <= error * (1 + 1e-4) + 1e-6).all())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_rounding_follows_its_definition(rows):
+    """Optimal Brain Surgeon literally: round a column, spread its error over the rest, take the column out."""
+    ideal, second = random_problem(7, 2, rows, 9)
+    scales = torch.rand(2, rows, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    found, _ = round_rows(ideal, second, scales, -4, 3, sweeps=0)
+    step = scales[..., 0].double()
+    for group in range(2):
+        left, values = second[group].diagonal().argsort(descending=True, stable=True).tolist(), ideal[group].clone()
+        while left:
+            column, inverse = left[0], torch.linalg.inv(second[group][left][:, left])
+            q = torch.round(values[:, column] / step[group]).clamp(-4, 3)
+            assert torch.equal(found[group, :, column].double(), q)
+            error = (values[:, column] - q * step[group]) / inverse[0, 0]
+            values[:, left] -= error[:, None] * inverse[0]
+            left = left[1:]
+
+
+def test_descent_ends_where_no_single_change_helps():
+    ideal, second = random_problem(8, 2, 40, 12)
+    scales = torch.full((2, 40, 1), 0.7)
+    q, step = round_rows(ideal, second, scales, -4, 3, sweeps=50)
+    reached = quadratic_error(q.double() * step[..., None] - ideal, second)
+    for column in range(12):
+        for move in (-1, 1):
+            other = q.double().clone()
+            other[..., column] = (other[..., column] + move).clamp(-4, 3)
+            error = quadratic_error(other * step[..., None] - ideal, second)
+            assert bool((error >= reached - 1e-4).all())
+
+
+def test_independent_columns_are_rounded_to_nearest():
+    ideal, _ = random_problem(3)
+    second = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.1)
+    q, _ = round_rows(ideal, second, torch.full((2, 3, 1), 0.5), -4, 3, sweeps=3)
+    assert torch.equal(q, torch.round(ideal / 0.5).clamp(-4, 3).float())
+
+
+def test_the_ideal_is_the_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    arrives = x + 0.3 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    rows, ridge = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64), 0.2
+    moments = InputMoments(50, x.mean(0)[None], arrives.mean(0)[None], (arrives.mT @ arrives / 50)[None],
+                      (x.mT @ arrives / 50)[None])  # fmt: skip
+    found = ideal_rows(rows, moments, ridge * torch.eye(4, dtype=torch.float64)[None])[0]
+    # The same as plain least squares with rows added that say V = W.
+    design = torch.cat([arrives / math.sqrt(50), math.sqrt(ridge) * torch.eye(4, dtype=torch.float64)])
+    target = torch.cat([x @ rows[0].mT / math.sqrt(50), math.sqrt(ridge) * rows[0].mT])
+    assert torch.allclose(found.mT, torch.linalg.lstsq(design, target).solution)
