@@ -27,7 +27,7 @@ MADE = {
 }
 
 
-# What takes longest, though seconds each; the README's calls are those of the quickstart.
+# The slowest examples, at seconds each; the README has the calls of the quickstart.
 SLOW = {
     "quickstart.py",
     "image_folder.py",

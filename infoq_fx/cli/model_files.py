@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from infoq_fx.cli.image_folder import load_images, spread_rows
 from infoq_fx.errors import CalibrationDataError, OptionError, nearest_names
+from infoq_fx.graph.capture import load_quietly
 
 __all__ = ["load_model", "load_samples"]
 
@@ -119,8 +120,7 @@ def _load_program(name: str, weights: Path | None) -> ExportedProgram:
     if weights is not None:
         raise OptionError(f"{name!r} is an exported program with weights of its own; leave --weights out")
     try:
-        program: ExportedProgram = torch.export.load(name)
-        return program
+        return load_quietly(name)
     except Exception as error:
         raise OptionError(
             f"{name!r} is not an exported program that this torch can load: {error}; save one with torch.export.save"

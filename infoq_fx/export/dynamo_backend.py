@@ -150,7 +150,7 @@ def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[An
             _refuse_training(node)
             copies[node] = graph.node_copy(node, copies.__getitem__)
             stack = node.meta.get("nn_module_stack") or {}
-            within = {key: (path.removeprefix(root).removeprefix("."), kind) for key, (path, kind) in stack.items()}
+            within = {key: (_module_path(path.removeprefix(root)), kind) for key, (path, kind) in stack.items()}
             copies[node].meta["nn_module_stack"] = within
     if not inputs:
         raise UnsupportedModelError(
@@ -159,6 +159,11 @@ def _read_dynamo_graph(graph_module: fx.GraphModule, example_inputs: Sequence[An
     held = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers()), **tensors}
     versions = {path: (id(tensor), tensor._version) for path, tensor in tensors.items()}
     return _DynamoGraph(fx.GraphModule(held, graph), tuple(inputs), versions)
+
+
+def _module_path(path: str) -> str:
+    """A module's own path; torch before 2.13 writes it as ``._modules['stem']._modules['1']``."""
+    return ".".join(_PATH_PART.findall(path)) if "._modules[" in path else path.removeprefix(".")
 
 
 def _root_of(sources: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from infoq_fx.allocation.allocation_file import decode_allocation, describe_allo
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import check_format, write_atomically
 from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
-from infoq_fx.graph.capture import export_quietly, flatten_program
+from infoq_fx.graph.capture import export_quietly, flatten_program, load_quietly
 from infoq_fx.graph.passes.annotate_bits import read_bits
 from infoq_fx.types import Allocation
 
@@ -97,7 +97,7 @@ def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str =
     with _reasons_of(source):
         content = source.read_bytes()
         document, examples = _inspect(content)
-        program = torch.export.load(io.BytesIO(content))
+        program = load_quietly(io.BytesIO(content))
         graph_module, input_names, output_names = flatten_program(program, torch.device(device))
         allocation = _read_allocation(document["allocation"], read_bits(graph_module.graph))
         names, outputs = tuple(document["input_names"]), tuple(document["output_names"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
 
-__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program"]
+__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program", "load_quietly"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 # A view is valid only for the memory layout at capture; quantized values and channels-last images have others.
@@ -80,6 +81,13 @@ def capture(
     if batch_size is not None:
         logging.getLogger(__name__).info("the graph is fixed to batches of %d", batch_size)
     return CapturedModel(graph_module, input_names, output_names, batch_size)
+
+
+def load_quietly(source: str | IO[bytes]) -> ExportedProgram:
+    """Run ``torch.export.load`` on a file without the warnings of torch's own that come with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.load(source)
 
 
 def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:

@@ -53,7 +53,7 @@ def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> i
                 f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part"
             ) from error
     if exported is None:
-        raise ExportError("torch.onnx.export returned no model; install torch 2.13 or later")
+        raise ExportError("torch.onnx.export returned no model; install a later torch")
     return exported.model
 
 
