@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -26,4 +28,17 @@ def jit(function: _Function, **options: Any) -> _Function:
 
 def usable_threads() -> int:
     """Return the number of threads that numba is set to use, over which estimates are spread."""
+    _start_threads()
     return int(numba.get_num_threads())
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Start the threads of numba from a separate thread.
+
+    Starting them raises the number of OpenMP threads of the thread that asks, which is also torch's: a
+    ``torch.set_num_threads(1)`` of the caller would be lost.
+    """
+    starter = threading.Thread(target=numba.get_num_threads)
+    starter.start()
+    starter.join()
