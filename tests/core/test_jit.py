@@ -4,6 +4,7 @@ import sys
 PROGRAM = """
 import torch
 torch.set_num_threads(1)
+assert torch.get_num_threads() == 1
 from infoq_fx.core.jit import usable_threads
 assert usable_threads() == 2
 assert torch.get_num_threads() == 1, torch.get_num_threads()
