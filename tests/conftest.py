@@ -18,8 +18,9 @@ REAL_MODELS = Path(__file__).parents[2] / "shared" / "data" / "real_models.py"
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded_and_on_one_thread():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
