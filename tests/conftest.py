@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,6 +23,15 @@ REAL_MODELS = Path(__file__).parents[2] / "shared" / "data" / "real_models.py"
 def _seeded_and_on_one_thread():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_registry_of_onnx_operators():
+    """torch.onnx reads all its operators again for every file, which takes a quarter of a small export."""
+    module = importlib.import_module("onnxscript._framework_apis.torch_2_5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")

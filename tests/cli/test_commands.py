@@ -232,10 +232,11 @@ def test_report_writes_a_page(folder, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
-    def interrupted(*_, cache_dir, **__):
-        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={str(cache_dir)!r} resumes from there")
+    def interrupted(prepared, data, criterion, resources, *_):
+        call = f"the same call with cache_dir={str(resources.cache_dir)!r}"
+        raise KeyboardInterrupt(f"3 of 9 are kept; {call} resumes from there")
 
-    monkeypatch.setattr("infoq_fx.api.score", interrupted)
+    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", interrupted)
     files = [folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "x.onnx"]
     result = run("quantize", *files, "--budget", 4, "--cache-dir", tmp_path)
     assert result.exit_code == cli.ExitCode.INTERRUPTED

@@ -179,6 +179,7 @@ def test_changed_weights_are_quantized_anew(case):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_without_data_the_first_batch_gives_the_ranges(case):
     model, allocation, _ = case
     with pytest.warns(UserWarning, match="ranges of activations are those of the first batch"):

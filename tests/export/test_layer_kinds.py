@@ -152,7 +152,6 @@ KINDS = {
 QUICK = [
     "depthwise",
     "transposed2d",
-    "concat",
     "attention",
     "tied_embedding",
 ]

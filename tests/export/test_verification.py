@@ -121,7 +121,7 @@ def test_what_is_sound(result, is_problem):
         ("packed", 3),
         pytest.param("packed", 8, marks=pytest.mark.slow),
         pytest.param("int8", 3, marks=pytest.mark.slow),
-        ("int8", 8),
+        pytest.param("int8", 8, marks=pytest.mark.slow),
     ],
 )
 def test_openvino_computes_the_same(made, tmp_path, container, bits):

@@ -71,6 +71,7 @@ def test_find_steps():
         find_steps(3)
 
 
+@pytest.mark.slow
 def test_recover_in_stages_is_what_quantize_does(residual_net, images):
     options = dict(bits=(2, 3, 4), progress=False)
     whole = infoq_fx.quantize(residual_net, 3.0, calibration_data=images, **options)

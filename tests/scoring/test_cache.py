@@ -47,11 +47,11 @@ def test_one_more_bit_width_scores_only_that(prepared_and_data, table, tmp_path,
     assert found.scores == score(more, data).scores
 
 
-def test_one_more_site_scores_only_that(tmp_path, monkeypatch):
+def test_one_more_site_scores_only_that(prepared_and_data, tmp_path, monkeypatch):
     pinned, data = build(pin={"blocks.0.conv1": 8})
     score(pinned, data, cache_dir=tmp_path)
     measured = count_measured(monkeypatch)
-    score(*build(), cache_dir=tmp_path)
+    score(*prepared_and_data, cache_dir=tmp_path)
     assert {site for site, _ in measured} == {"blocks.0.conv1.weight"}
 
 
@@ -175,6 +175,7 @@ def start_scoring(cache):
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(prepared_and_data, table, tmp_path, monkeypatch):
     process = start_scoring(tmp_path)
     process.kill()

@@ -16,8 +16,8 @@ from scored import entries, score
 from infoq_fx.scoring import workers
 
 
-def make_process_pool():
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+def make_process_pool(count):
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def make_loky():
@@ -31,7 +31,8 @@ def make_loky():
     "make",
     [
         pytest.param(lambda: ThreadPoolExecutor(2), id="threads"),
-        pytest.param(make_process_pool, id="processes"),
+        pytest.param(lambda: make_process_pool(1), id="process"),
+        pytest.param(lambda: make_process_pool(3), id="processes", marks=pytest.mark.slow),
         pytest.param(make_loky, id="loky", marks=pytest.mark.slow),
     ],
 )

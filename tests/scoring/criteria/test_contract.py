@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import math
 
@@ -43,6 +44,8 @@ def test_every_criterion_keeps_the_contract(name, prepared_and_data):
     prepared, data = prepared_and_data
     criterion = find_criterion(name)
     assert criterion.name == name
+    if name in ("limpq", "alps"):  # trainings
+        criterion = dataclasses.replace(criterion, steps=3)
     before = {key: value.clone() for key, value in prepared.graph_module.state_dict().items()}
     given = data if criterion.needs_data else None
     whole = measure(criterion, prepared, given)
