@@ -61,7 +61,7 @@ def randomise(model):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_batch_norm_folds_into_the_layer_before_it(name, monkeypatch):
-    monkeypatch.setattr("test_passes.randomise_norms", randomise)
+    monkeypatch.setitem(globals(), "randomise_norms", randomise)
     model, x = LAYERS[name]()
     graph_module = capture(model, (x,)).graph_module
     assert count(graph_module, NORM) == 1

@@ -628,7 +628,7 @@ def test_find_steps():
     assert all(build().name == name for name, build in RECOVERY_STEPS.items())
     with pytest.raises(OptionError, match="'second_order_rounding'"):
         find_steps("second_order")
-    with pytest.raises(OptionError, match="is no step"):
+    with pytest.raises(OptionError, match="is not a step"):
         find_steps(3)
 
 
