@@ -281,8 +281,8 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
         return unlimited
     lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
-    while True:
-        span = _total_score(excess, best)
+    # Nothing is better than no excess: under a cost that falls with the bits, the fewest of equal scores may not fit.
+    while span := _total_score(excess, best):
         # A candidate whose own excess is above the span cannot be part of anything better.
         scaled = {
             name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
@@ -292,8 +292,9 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
         if _total_score(excess, found) < span:
             best = found
         if _total_score(excess, best) > _RESCALE * span:
-            return best
+            break
         _LOGGER.debug("scores span many orders of magnitude: solving again around the best found")
+    return best
 
 
 def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:
