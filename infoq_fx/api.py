@@ -17,6 +17,7 @@ from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.option_checks import check_alpha, check_device, check_model
 from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
@@ -29,7 +30,7 @@ from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
 from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.sites import find_sites
-from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.forward import choose_batch_size
@@ -40,7 +41,7 @@ from infoq_fx.scoring.criterion import Criterion
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
-from infoq_fx.table import SensitivityTable
+from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
 __all__ = ["convert", "make_criterion", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
@@ -110,6 +111,9 @@ def quantize(
         OptionError: an argument cannot be used.
         InfeasibleBudgetError: no allocation fits; known before anything is scored.
     """
+    check_model(model)
+    check_device(device)
+    check_alpha(alpha)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
@@ -167,6 +171,7 @@ def quantize_prepared(
         OptionError: an argument cannot be used.
         InfeasibleBudgetError: a limit is out of reach.
     """
+    check_alpha(alpha)
     candidates = None if data is None else find_candidates(prepared, data, steps)
     if isinstance(scores, SensitivityTable):
         table = scores
@@ -202,6 +207,8 @@ def prepare(
     Arguments and errors are those of :func:`quantize`; ``budget``, where given, is only checked for being within
     reach before the calibration.
     """
+    check_model(model)
+    home = check_device(device)
     weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
@@ -212,8 +219,8 @@ def prepare(
             "activations cannot be quantized without calibration data: give data, or activation_bits=None"
         )
     inputs = choose_example_inputs(model, data, example_inputs)
-    captured = capture(model, inputs, device=device)
-    examples = name_examples(captured, inputs, torch.device(device))
+    captured = capture(model, inputs, device=home)
+    examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
         graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
@@ -259,8 +266,9 @@ def score(
     The same scores to the last digit, whatever the executor, the threads, the cache and (from 1 GiB on) the memory.
     Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
     """
-    data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
+    check_prepared(prepared, "score")
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
     candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     return measure_sensitivity(prepared, data, chosen, resources, candidates)[0]
@@ -301,8 +309,12 @@ def refine(
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a limit is out of reach.
     """
+    check_prepared(prepared, "refine")
+    check_table(table)
+    check_alpha(alpha)
+    steps = find_steps(recovery)
     data = fit_data(prepared, read_data(calibration_data))
-    candidates = find_candidates(prepared, data, find_steps(recovery))
+    candidates = find_candidates(prepared, data, steps)
     return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin, candidates=candidates)
 
 
@@ -340,6 +352,7 @@ def recover(
         OptionError: an unknown step, an option out of range, or an allocation of another model.
         CalibrationDataError: the data cannot be used.
     """
+    check_prepared(prepared, "recover")
     steps = find_steps(recovery)
     check_allocation(prepared, allocation)
     data = fit_data(prepared, read_data(calibration_data))
@@ -353,6 +366,7 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
+    check_prepared(prepared, "convert")
     return convert_prepared(prepared, allocation, None)
 
 

@@ -15,7 +15,7 @@ from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import Inventory, Operation, QuantSite, Score
 
-__all__ = ["SensitivityTable"]
+__all__ = ["SensitivityTable", "check_table"]
 
 _FORMAT = "infoq_fx.SensitivityTable"
 _VERSION = 1
@@ -121,6 +121,18 @@ class SensitivityTable:
                 cells = [_describe_score(by_bits.get(bits)) for bits in columns]
                 rows.append([site.name, f"{site.numel:,}", *cells])
         return rows
+
+
+def check_table(table: Any) -> None:
+    """Check that an argument is a table of scores.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(table, SensitivityTable):
+        raise OptionError(
+            f"the scores are a {type(table).__name__}; give what score() or SensitivityTable.load() returned"
+        )
 
 
 def _describe_score(score: Score | None) -> str:

@@ -13,8 +13,9 @@ from infoq_fx.allocation.core_problem import search_core
 from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
 from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
+from infoq_fx.core.option_checks import check_alpha
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
-from infoq_fx.table import SensitivityTable
+from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.types import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 
 __all__ = ["allocate", "check_budget", "find_uniform", "propose"]
@@ -130,7 +131,8 @@ def _propose(
     powers: Iterable[float],
     second: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Iterator[Allocation]:
-    _check_alpha(alpha)
+    check_alpha(alpha)
+    check_table(table)
     inventory = _pin_sites(table.inventory, pin)
     limits = check_budget(inventory, budget)
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
@@ -176,11 +178,6 @@ def _describe(
         uniform_score=uniform[1],
         scores=chosen,
     )
-
-
-def _check_alpha(alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
 
 
 def _read_budget(budget: Any) -> Budget:

@@ -42,8 +42,13 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
     """Check that an allocation gives every site a bit-width that it was calibrated for.
 
     Raises:
-        OptionError: a site has no bit-width, or one that it was not calibrated for.
+        OptionError: it is not an allocation; or a site has no bit-width, or one that it was not calibrated for.
     """
+    if not isinstance(allocation, Allocation):
+        raise OptionError(
+            f"the allocation is a {type(allocation).__name__}; give what allocate() or refine() returned, or "
+            "Allocation(bits={site: bits})"
+        )
     for _, quantizer in prepared.quantizer_nodes():
         name, known = quantizer.site.name, quantizer.calibrated_bits
         if allocation.bits.get(name) not in known:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.errors import OptionError
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.types import Inventory, RoundedWeight
 
-__all__ = ["PreparedModel"]
+__all__ = ["PreparedModel", "check_prepared"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,13 @@ class PreparedModel:
             f"PreparedModel: {len(weights)} weight sites with {elements:,} weights, {searched} activation sites, "
             f"{len(self.observer_nodes())} observer names"
         )
+
+
+def check_prepared(prepared: Any, call: str) -> None:
+    """Check that an argument of ``call`` is a prepared model.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(prepared, PreparedModel):
+        raise OptionError(f"{call}() got a {type(prepared).__name__}; give what prepare() or recover() returned")

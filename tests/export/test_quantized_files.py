@@ -204,7 +204,7 @@ def test_other_files_are_refused_with_a_reason(saved, tmp_path):
         infoq_fx.load_quantized(tmp_path / "short.pt2")
     program = torch.export.export(nn.Linear(2, 2), (torch.randn(3, 2),))
     torch.export.save(program, tmp_path / "float.pt2")
-    with pytest.raises(infoq_fx.OptionError, match=r"float\.pt2' is no quantized module: it holds no allocation"):
+    with pytest.raises(infoq_fx.OptionError, match=r"float\.pt2' is not a quantized module: it holds no allocation"):
         infoq_fx.load_quantized(tmp_path / "float.pt2")
 
 
