@@ -17,7 +17,7 @@ from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, read_data
-from infoq_fx.core.option_checks import check_alpha, check_device, check_model
+from infoq_fx.core.option_checks import check_alpha, check_count, check_device, check_model
 from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
@@ -93,7 +93,8 @@ def quantize(
         recovery: what is done for the accuracy at these bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths, layers to leave in float (everything below a matching module).
         pin: glob pattern on module paths or site names, to the bit-width it must have.
-        seed: of everything random; the same seed gives the same result.
+        seed: of everything random; the same seed gives the same result. Criteria and recovery steps given as objects
+            bring their own.
         device: where the work is done and the result lives.
         executor: workers for the scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder that keeps every finished score: a run that was stopped goes on, and a run with another
@@ -114,7 +115,7 @@ def quantize(
     check_model(model)
     check_device(device)
     check_alpha(alpha)
-    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
         warnings.warn(
@@ -267,7 +268,7 @@ def score(
     Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to go on.
     """
     check_prepared(prepared, "score")
-    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
     candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
@@ -324,6 +325,7 @@ def recover(
     calibration_data: Any,
     recovery: AnyRecovery = "fast",
     *,
+    seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PreparedModel:
@@ -341,6 +343,7 @@ def recover(
         allocation: bit-widths of all sites.
         calibration_data: see :func:`quantize`; labels are not read.
         recovery: what to do.
+        seed: of everything random; steps given as objects bring their own.
         cache_dir: folder where long steps keep what is finished, so that a run that was stopped goes on.
         progress: show a bar on standard error.
 
@@ -353,7 +356,7 @@ def recover(
         CalibrationDataError: the data cannot be used.
     """
     check_prepared(prepared, "recover")
-    steps = find_steps(recovery)
+    steps = find_steps(recovery, seed)
     check_allocation(prepared, allocation)
     data = fit_data(prepared, read_data(calibration_data))
     folder = None if cache_dir is None else Path(cache_dir)
@@ -385,8 +388,9 @@ def make_criterion(
     """Make the criterion of :func:`quantize`'s options.
 
     Raises:
-        OptionError: an unknown criterion, or observers or an encoder for one that has none.
+        OptionError: an unknown criterion, a seed that is none, or observers or an encoder for a criterion without.
     """
+    check_count("seed", seed, 0)
     if criterion == "infoq" and observers is None and encoder is not None:
         raise OptionError("encoder serves SMI(X; L) at observers: name observers too, or take criterion='infoq_paper'")
     if criterion == "infoq":
@@ -397,4 +401,4 @@ def make_criterion(
         raise OptionError(
             "observers and encoder belong to criterion='infoq' or 'infoq_paper'; give them to the criterion object"
         )
-    return find_criterion(criterion)
+    return find_criterion(criterion, seed)

@@ -129,8 +129,8 @@ def quantize(
     check_output(output)
     if report is not None:
         check_output(report, "--report")
-    find_criterion(criterion)
-    steps = find_steps(recovery.split(",") if "," in recovery else recovery)
+    find_criterion(criterion, seed)
+    steps = find_steps(recovery.split(",") if "," in recovery else recovery, seed)
     if allocation is not None and scores is not None:
         raise OptionError("--allocation and --scores are both given; give one: an allocation leaves nothing to score")
     fixed = None if allocation is None else load_allocation(allocation)

@@ -1,19 +1,22 @@
-"""Checks of arguments, made before anything is computed."""
+"""Checks of arguments, made before anything is computed, and the seed of what is made from a name."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
 
 if TYPE_CHECKING:  # numbers are checked without torch
     import torch
 
-__all__ = ["check_alpha", "check_count", "check_device", "check_model", "check_rate"]
+__all__ = ["check_alpha", "check_count", "check_device", "check_model", "check_rate", "with_seed"]
+
+_T = TypeVar("_T")
 
 
 def check_count(option: str, value: int, least: int) -> None:
@@ -93,3 +96,15 @@ def check_model(model: Any) -> None:
         found = f"the function {getattr(model, '__name__', type(model).__name__)}"
         remedy = "give a module, or one whose forward() calls the function"
     raise UnsupportedModelError(f"the model is {found}; {remedy}")
+
+
+def with_seed(made: _T, seed: int) -> _T:
+    """Return a frozen dataclass with this seed; anything without a field ``seed`` as it is.
+
+    Raises:
+        OptionError: the seed is not an integer of at least 0.
+    """
+    check_count("seed", seed, 0)
+    if dataclasses.is_dataclass(made) and any(field.name == "seed" for field in dataclasses.fields(made)):
+        return dataclasses.replace(made, seed=seed)  # type: ignore[type-var]
+    return made
