@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.solver import allocate, check_budget
-from infoq_fx.conversion.conversion import check_allocation, convert_prepared
+from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, read_data
 from infoq_fx.core.option_checks import check_alpha, check_count, check_device, check_model
@@ -184,6 +185,8 @@ def quantize_prepared(
         allocation = choose_allocation(prepared, table, budget, data, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
+    if isinstance(scores, SensitivityTable):
+        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
     if data is None:
         return convert_prepared(prepared, allocation, table)
     folder = None if resources.cache_dir is None else Path(resources.cache_dir)
@@ -360,16 +363,22 @@ def recover(
     check_allocation(prepared, allocation)
     data = fit_data(prepared, read_data(calibration_data))
     folder = None if cache_dir is None else Path(cache_dir)
-    return recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+    found = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+    tried = (*prepared.recovery_tried, *(step.name for step in steps))
+    return replace(found, recovery_tried=tried) if steps else found
 
 
 def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     """The quantized model of an allocation; ``prepared`` stays as it is and serves for the next allocation.
 
+    Warns if the scores behind the allocation assume a recovery that ``prepared`` has not been through.
+
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
     check_prepared(prepared, "convert")
+    check_allocation(prepared, allocation)
+    warn_of_other_recovery(allocation, [*prepared.recovered_by, *prepared.recovery_tried], stacklevel=3)
     return convert_prepared(prepared, allocation, None)
 
 

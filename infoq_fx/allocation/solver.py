@@ -176,6 +176,7 @@ def _describe(
         cost=measure_cost(inventory, bits, limits.container, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
+        scored_for=table.scored_for,
         scores=chosen,
     )
 

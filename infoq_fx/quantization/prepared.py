@@ -22,7 +22,8 @@ class PreparedModel:
 
     ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that computes
     the logits, None if there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
-    prepared model before recovery changed its parameters, by the steps ``recovered_by``. ``rounded`` are
+    prepared model before recovery changed its parameters, by the steps ``recovered_by``; ``recovery_tried`` has those
+    that did not help too. ``rounded`` are
     weights by site and bit-width that measurements use in place of those rounded to nearest; conversion does not.
     """
 
@@ -35,6 +36,7 @@ class PreparedModel:
     classifier: str | None = None
     origin: PreparedModel | None = None
     recovered_by: tuple[str, ...] = ()
+    recovery_tried: tuple[str, ...] = ()
     rounded: Mapping[tuple[str, int], RoundedWeight] = field(default_factory=dict)
 
     @property

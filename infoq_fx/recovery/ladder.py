@@ -96,7 +96,7 @@ def find_steps(recovery: AnyRecovery, seed: int = 0) -> list[RecoveryStep]:
 
 def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
     """Return rounded weights to score with if these steps follow; None for rounding to nearest."""
-    return Candidates(prepared, data) if any(step.name == SecondOrderRounding().name for step in steps) else None
+    return Candidates(prepared, data) if any(step.name == Candidates.recovery for step in steps) else None
 
 
 def recover_accuracy(

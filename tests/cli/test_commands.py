@@ -258,10 +258,11 @@ def test_report_writes_a_page(folder, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
-    def interrupted(*_, cache_dir, **__):
-        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={str(cache_dir)!r} goes on from there")
+    def interrupted(prepared, data, criterion, resources, *_):
+        kept = str(resources.cache_dir)
+        raise KeyboardInterrupt(f"3 of 9 are kept; the same call with cache_dir={kept!r} goes on from there")
 
-    monkeypatch.setattr("infoq_fx.api.score", interrupted)
+    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", interrupted)
     files = [folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "x.onnx"]
     result = run("quantize", *files, "--budget", 4, "--cache-dir", tmp_path)
     assert result.exit_code == cli.ExitCode.INTERRUPTED

@@ -129,7 +129,7 @@ def damage(path):
     [
         (truncate, "cut short"),
         (swap_site, "another run"),
-        (damage, "no numbers"),
+        (damage, "not numbers"),
         (lambda path: path.write_text("{}"), "format marker"),
         (lambda path: path.write_bytes(pickle.dumps([1])), "binary"),
     ],
