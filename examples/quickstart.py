@@ -41,7 +41,8 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     table = infoq_fx.SensitivityTable.load(Path(folder) / "scores.json")
     for bits in (5.0, 4.0, 3.0, 2.5):
         allocation = infoq_fx.allocate(table, bits)
-        accuracy = top1(infoq_fx.convert(prepared, allocation)(test_images))
+        recovered = infoq_fx.recover(prepared, allocation, loader, progress=False)
+        accuracy = top1(infoq_fx.convert(recovered, allocation)(test_images))
         print(f"{bits} bits: {allocation.cost.size_bytes:,} bytes, {accuracy:.1f} %")
 
     # 3. Several limits at once, here size and BitOps, and a summary of the allocation.

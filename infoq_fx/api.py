@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.solver import allocate, check_budget
-from infoq_fx.conversion.conversion import check_allocation, convert_prepared
+from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.option_checks import check_alpha, check_count, check_device, check_model
 from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
@@ -29,7 +31,7 @@ from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
 from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.sites import find_sites
-from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.forward import choose_batch_size
@@ -40,7 +42,7 @@ from infoq_fx.scoring.criterion import Criterion
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
-from infoq_fx.table import SensitivityTable
+from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
 __all__ = ["convert", "make_criterion", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
@@ -92,7 +94,8 @@ def quantize(
         recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
         pin: fixed bit-widths by glob pattern on module paths or site names.
-        seed: of all random numbers; the same seed gives the same result.
+        seed: of all random numbers; the same seed gives the same result. Criteria and recovery steps given as objects
+            have their own.
         device: of the computations and of the result.
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
@@ -111,7 +114,10 @@ def quantize(
         OptionError: an argument is invalid.
         InfeasibleBudgetError: no allocation fits the budget; raised before scoring.
     """
-    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
+    check_model(model)
+    check_device(device)
+    check_alpha(alpha)
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data = None if calibration_data is None else read_data(calibration_data)
     if data is None and chosen.needs_data:
         warnings.warn(
@@ -168,6 +174,7 @@ def quantize_prepared(
         OptionError: an argument is invalid.
         InfeasibleBudgetError: a limit cannot be met.
     """
+    check_alpha(alpha)
     candidates = None if data is None else find_candidates(prepared, data, steps)
     if isinstance(scores, SensitivityTable):
         table = scores
@@ -179,6 +186,8 @@ def quantize_prepared(
         allocation = choose_allocation(prepared, table, budget, data, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
+    if isinstance(scores, SensitivityTable):
+        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
     if data is None:
         return convert_prepared(prepared, allocation, table)
     folder = None if resources.cache_dir is None else Path(resources.cache_dir)
@@ -203,6 +212,8 @@ def prepare(
     Arguments and errors are those of :func:`quantize`; ``budget``, if given, is only checked to be feasible, before
     calibration.
     """
+    check_model(model)
+    home = check_device(device)
     weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
@@ -213,8 +224,8 @@ def prepare(
             "activations cannot be quantized without calibration data: give data, or activation_bits=None"
         )
     inputs = choose_example_inputs(model, data, example_inputs)
-    captured = capture(model, inputs, device=device)
-    examples = name_examples(captured, inputs, torch.device(device))
+    captured = capture(model, inputs, device=home)
+    examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
         graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
@@ -261,8 +272,9 @@ def score(
     last digit. Ctrl-C raises KeyboardInterrupt with a message that says where the finished scores are and how to
     resume.
     """
+    check_prepared(prepared, "score")
+    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
-    chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery)
     candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     return measure_sensitivity(prepared, data, chosen, resources, candidates)[0]
@@ -303,8 +315,12 @@ def refine(
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a limit cannot be met.
     """
+    check_prepared(prepared, "refine")
+    check_table(table)
+    check_alpha(alpha)
+    steps = find_steps(recovery)
     data = fit_data(prepared, read_data(calibration_data))
-    candidates = find_candidates(prepared, data, find_steps(recovery))
+    candidates = find_candidates(prepared, data, steps)
     return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin, candidates=candidates)
 
 
@@ -314,6 +330,7 @@ def recover(
     calibration_data: Any,
     recovery: AnyRecovery = "fast",
     *,
+    seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PreparedModel:
@@ -332,6 +349,7 @@ def recover(
         allocation: bit-widths of all sites.
         calibration_data: see :func:`quantize`; labels are not read.
         recovery: a level, a step, or a list of steps.
+        seed: of all random numbers; steps given as objects have their own.
         cache_dir: folder for finished parts of long steps, from which an interrupted run resumes.
         progress: show a progress bar on standard error.
 
@@ -343,19 +361,27 @@ def recover(
         OptionError: a step is unknown, an option is out of range, or the allocation is of another model.
         CalibrationDataError: the data cannot be used.
     """
-    steps = find_steps(recovery)
+    check_prepared(prepared, "recover")
+    steps = find_steps(recovery, seed)
     check_allocation(prepared, allocation)
     data = fit_data(prepared, read_data(calibration_data))
     folder = None if cache_dir is None else Path(cache_dir)
-    return recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+    found = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+    tried = (*prepared.recovery_tried, *(step.name for step in steps))
+    return replace(found, recovery_tried=tried) if steps else found
 
 
 def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     """Convert a prepared model to the quantized model of an allocation; ``prepared`` is not changed.
 
+    Warns if the scores behind the allocation assume a recovery that ``prepared`` has not been through.
+
     Raises:
         OptionError: the allocation lacks a site, or has a bit-width that the site was not calibrated for.
     """
+    check_prepared(prepared, "convert")
+    check_allocation(prepared, allocation)
+    warn_of_other_recovery(allocation, [*prepared.recovered_by, *prepared.recovery_tried], stacklevel=3)
     return convert_prepared(prepared, allocation, None)
 
 
@@ -377,8 +403,10 @@ def make_criterion(
     """Create the criterion from the options of :func:`quantize`.
 
     Raises:
-        OptionError: the criterion is unknown, or observers or an encoder are given for one that has none.
+        OptionError: the criterion is unknown, the seed is not a count, or observers or an encoder are given for a
+            criterion that has none.
     """
+    check_count("seed", seed, 0)
     if criterion == "infoq" and observers is None and encoder is not None:
         raise OptionError("encoder needs observers, for SMI(X; L): name observers too, or take criterion='infoq_paper'")
     if criterion == "infoq":
@@ -389,4 +417,4 @@ def make_criterion(
         raise OptionError(
             "observers and encoder belong to criterion='infoq' or 'infoq_paper'; give them to the criterion object"
         )
-    return find_criterion(criterion)
+    return find_criterion(criterion, seed)

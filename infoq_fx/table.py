@@ -15,7 +15,7 @@ from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import Inventory, Operation, QuantSite, Score
 
-__all__ = ["SensitivityTable"]
+__all__ = ["SensitivityTable", "check_table"]
 
 _FORMAT = "infoq_fx.SensitivityTable"
 _VERSION = 1
@@ -29,7 +29,8 @@ class SensitivityTable:
         criterion: name of the criterion that scored.
         inventory: the sites and operations of the prepared model.
         scores: site name to bit-width to score; sites with a single candidate may be absent.
-        settings: how the scores were measured: named values that JSON can store.
+        settings: how the scores were measured: named values that JSON can store. ``"recovery"`` is the recovery that
+            they are for, if they were measured with rounded weights; see :attr:`scored_for`.
 
     Raises:
         OptionError: a scored site is not in the inventory, or a score is not finite.
@@ -49,6 +50,15 @@ class SensitivityTable:
             for bits, score in by_bits.items():
                 if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
                     raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}; fix the criterion")
+
+    @property
+    def scored_for(self) -> str | None:
+        """The recovery that the weights were rounded by for the scores, ``"none"`` for rounding to nearest.
+
+        None if the criterion runs no rounded weights, or the table was saved by a version that did not record it.
+        """
+        found = self.settings.get("recovery")
+        return None if found is None else str(found)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as readable JSON, atomically: the whole file or nothing.
@@ -121,6 +131,18 @@ class SensitivityTable:
                 cells = [_describe_score(by_bits.get(bits)) for bits in columns]
                 rows.append([site.name, f"{site.numel:,}", *cells])
         return rows
+
+
+def check_table(table: Any) -> None:
+    """Check that an argument is a table of scores.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(table, SensitivityTable):
+        raise OptionError(
+            f"the scores are a {type(table).__name__}; give what score() or SensitivityTable.load() returned"
+        )
 
 
 def _describe_score(score: Score | None) -> str:

@@ -254,8 +254,9 @@ class Allocation:
     ``uniform_*`` describe the best uniform weight bit-width that fits the same budget (None: none fits), scored
     by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, if it was
     measured (with weights as they were scored). ``recovered_by`` names the recovery steps behind the parameters of
-    the model that it was read from. Fields other than ``bits`` are None or empty when the allocation was read back
-    from a graph alone.
+    the model that it was read from. ``scored_for`` is the recovery that its scores were measured for, ``"none"`` for
+    weights rounded to nearest, None if that does not matter or is not known. Fields other than ``bits`` are None or
+    empty when the allocation was read back from a graph alone.
     """
 
     bits: Mapping[str, int]
@@ -268,6 +269,7 @@ class Allocation:
     uniform_score: float | None = None
     lost_nats: float | None = None
     recovered_by: tuple[str, ...] = ()
+    scored_for: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -141,8 +141,12 @@ def _add_row(
 
 
 def _run_highs(problem: Any) -> int:
-    try:
-        problem.solve(pulp.HiGHS(msg=False, **_HIGHS_OPTIONS))
-    except pulp.PulpSolverError as error:
-        raise InfoqError(f"HiGHS did not run: {error}; install the package 'highspy' again") from error
+    # HiGHS 1.15 calls some feasible programs infeasible in presolve: only a search without it is believed.
+    for options in (_HIGHS_OPTIONS, {**_HIGHS_OPTIONS, "presolve": "off"}):
+        try:
+            problem.solve(pulp.HiGHS(msg=False, **options))
+        except pulp.PulpSolverError as error:
+            raise InfoqError(f"HiGHS did not run: {error}; install the package 'highspy' again") from error
+        if problem.sol_status != pulp.LpSolutionInfeasible:
+            break
     return int(problem.sol_status)

@@ -13,8 +13,9 @@ from infoq_fx.allocation.core_problem import search_core
 from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
 from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
+from infoq_fx.core.option_checks import check_alpha
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
-from infoq_fx.table import SensitivityTable
+from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.types import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
 
 __all__ = ["allocate", "check_budget", "find_uniform", "propose"]
@@ -131,7 +132,8 @@ def _propose(
     powers: Iterable[float],
     second: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Iterator[Allocation]:
-    _check_alpha(alpha)
+    check_alpha(alpha)
+    check_table(table)
     inventory = _pin_sites(table.inventory, pin)
     limits = check_budget(inventory, budget)
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
@@ -175,13 +177,9 @@ def _describe(
         cost=measure_cost(inventory, bits, limits.container, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
+        scored_for=table.scored_for,
         scores=chosen,
     )
-
-
-def _check_alpha(alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
-        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
 
 
 def _read_budget(budget: Any) -> Budget:
@@ -282,9 +280,9 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
         return unlimited
     lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
-    while True:
-        span = _total_score(excess, best)
-        # A candidate whose own excess is above the span cannot be part of a better allocation.
+    # Nothing is better than no excess: under a cost that falls with the bits, the fewest of equal scores may not fit.
+    while span := _total_score(excess, best):
+        # A candidate whose own excess is above the span cannot be part of anything better.
         scaled = {
             name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
             for name, scores in excess.items()
@@ -293,8 +291,9 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
         if _total_score(excess, found) < span:
             best = found
         if _total_score(excess, best) > _RESCALE * span:
-            return best
-        _LOGGER.debug("scores span many orders of magnitude: solving again, scaled to the best allocation found")
+            break
+        _LOGGER.debug("scores span many orders of magnitude: solving again around the best found")
+    return best
 
 
 def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:

@@ -130,8 +130,8 @@ def quantize(
     check_output(output)
     if report is not None:
         check_output(report, "--report")
-    find_criterion(criterion)
-    steps = find_steps(recovery.split(",") if "," in recovery else recovery)
+    find_criterion(criterion, seed)
+    steps = find_steps(recovery.split(",") if "," in recovery else recovery, seed)
     if allocation is not None and scores is not None:
         raise OptionError("--allocation and --scores are both given; give one, as an allocation needs no scores")
     fixed = None if allocation is None else load_allocation(allocation)

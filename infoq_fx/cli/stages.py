@@ -84,8 +84,8 @@ def score(
     from infoq_fx.scoring.criteria import find_criterion
 
     check_output(output)
-    find_criterion(criterion)
-    steps = find_steps(recovery.split(",") if "," in recovery else recovery)
+    find_criterion(criterion, seed)
+    steps = find_steps(recovery.split(",") if "," in recovery else recovery, seed)
     read = read_samples(ctx.params)
     prepared = prepare_model(ctx.params, read)
     with make_workers(workers) as executor:

@@ -1,12 +1,22 @@
-"""Checks of numeric options."""
+"""Checks of arguments, made before anything is computed, and the seed of what is made from a name."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from infoq_fx.errors import OptionError
+from infoq_fx.errors import OptionError, UnsupportedModelError
 
-__all__ = ["check_count", "check_rate"]
+if TYPE_CHECKING:  # numbers are checked without torch
+    import torch
+
+__all__ = ["check_alpha", "check_count", "check_device", "check_model", "check_rate", "with_seed"]
+
+_T = TypeVar("_T")
 
 
 def check_count(option: str, value: int, least: int) -> None:
@@ -27,3 +37,74 @@ def check_rate(option: str, value: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise OptionError(f"{option}={value!r}; give a positive finite number")
+
+
+def check_alpha(alpha: Any) -> None:
+    """Check the weight of activation scores against weight scores.
+
+    Raises:
+        OptionError: it is not a finite number of at least 0.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
+        raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
+
+
+def check_device(device: Any) -> torch.device:
+    """Return the device that a name stands for, if tensors can be made on it.
+
+    Raises:
+        OptionError: it is not a device, or not one of this machine.
+    """
+    import torch
+
+    remedy = f"give 'cpu'{', or a GPU such as ' + repr('cuda') if torch.cuda.is_available() else ''}"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # Each backend that is not there raises what it likes.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"device={device!r} cannot be used here: {reason}; {remedy}") from error
+    if found.type == "meta":
+        raise OptionError(f"device={device!r} holds no values; {remedy}")
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Check that a model is one: an ``nn.Module`` (an ``fx.GraphModule`` too) or an ``ExportedProgram``.
+
+    Raises:
+        UnsupportedModelError: it is something else; the message says how to make a model of it.
+    """
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    if isinstance(model, nn.Module | ExportedProgram):
+        return
+    found = f"a {type(model).__name__}"
+    remedy = "give a trained nn.Module, a traced fx.GraphModule or an ExportedProgram"
+    if model is None:
+        found = "None"
+    elif isinstance(model, type):
+        found, remedy = f"the class {model.__name__}", f"give an instance with trained weights, {model.__name__}(...)"
+    elif isinstance(model, Mapping):
+        found = f"a {type(model).__name__} of {len(model)} entries"
+        remedy = "if it is a state dict, make the model and give it after model.load_state_dict(...)"
+    elif isinstance(model, str | Path):
+        found, remedy = f"the path {str(model)!r}", "load the model first, a .pt2 file by torch.export.load(path)"
+    elif callable(model):
+        found = f"the function {getattr(model, '__name__', type(model).__name__)}"
+        remedy = "give a module, or one whose forward() calls the function"
+    raise UnsupportedModelError(f"the model is {found}; {remedy}")
+
+
+def with_seed(made: _T, seed: int) -> _T:
+    """Return a frozen dataclass with this seed; anything without a field ``seed`` as it is.
+
+    Raises:
+        OptionError: the seed is not an integer of at least 0.
+    """
+    check_count("seed", seed, 0)
+    if dataclasses.is_dataclass(made) and any(field.name == "seed" for field in dataclasses.fields(made)):
+        return dataclasses.replace(made, seed=seed)  # type: ignore[type-var]
+    return made

@@ -23,7 +23,7 @@ class InfoqPass(PassBase):
         target: mean weight bit-width, a :class:`infoq_fx.Budget`, or an existing :class:`infoq_fx.Allocation`.
         calibration_data: see :func:`infoq_fx.quantize`.
         options: those of :func:`infoq_fx.quantize`; with an allocation only ``example_inputs``, ``recovery``,
-            ``device``, ``cache_dir`` and ``progress``.
+            ``seed``, ``device``, ``cache_dir`` and ``progress``.
 
     Raises:
         OptionError: an argument cannot be used. Errors of the run are those of :func:`infoq_fx.quantize`; a manager

@@ -23,7 +23,7 @@ __all__ = ["check_options", "quantize_target", "shorten_names"]
 
 
 # Options that still apply when an allocation is given.
-_ALLOCATION_OPTIONS = ("calibration_data", "example_inputs", "recovery", "device", "cache_dir", "progress")
+_ALLOCATION_OPTIONS = ("calibration_data", "example_inputs", "recovery", "seed", "device", "cache_dir", "progress")
 
 
 _FIXED_OUTPUT = ".output"  # part of the names of sites with fixed bits
@@ -62,6 +62,7 @@ def _quantize_by(
     calibration_data: Any = None,
     example_inputs: Any = None,
     recovery: Any = "fast",
+    seed: int = 0,
     device: torch.device | str = "cpu",
     cache_dir: Any = None,
     progress: bool = True,
@@ -89,7 +90,7 @@ def _quantize_by(
     )
     fitted = _fit_allocation(allocation, prepared)
     if data is not None:
-        prepared = recover(prepared, fitted, data, recovery, cache_dir=cache_dir, progress=progress)
+        prepared = recover(prepared, fitted, data, recovery, seed=seed, cache_dir=cache_dir, progress=progress)
     return convert(prepared, fitted)
 
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import check_format, write_atomically
+from infoq_fx.core.option_checks import check_device
 from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
 from infoq_fx.graph.capture import export_quietly, flatten_program, load_quietly
 from infoq_fx.graph.passes.annotate_bits import read_bits
@@ -93,12 +94,12 @@ def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str =
     Raises:
         OptionError: there is no such file, or :func:`save_quantized` did not write it; the message says why.
     """
-    source = Path(path)
+    source, home = Path(path), check_device(device)
     with _reasons_of(source):
         content = source.read_bytes()
         document, examples = _inspect(content)
         program = load_quietly(io.BytesIO(content))
-        graph_module, input_names, output_names = flatten_program(program, torch.device(device))
+        graph_module, input_names, output_names = flatten_program(program, home)
         allocation = _read_allocation(document["allocation"], read_bits(graph_module.graph))
         names, outputs = tuple(document["input_names"]), tuple(document["output_names"])
         if not len(names) == len(input_names) == len(examples) or len(outputs) != len(output_names):

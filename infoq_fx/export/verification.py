@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.core.data import CalibrationData, read_data
 from infoq_fx.core.targets import DEFAULT_TARGET, find_target
-from infoq_fx.errors import ExportError, OptionError
+from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.runtime.outputs import class_logits
 
 __all__ = ["LevelResult", "Verification", "verify_onnx"]
@@ -113,6 +113,11 @@ def verify_onnx(
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
     samples, size = read_data(data).named(tuple(provenance.example_inputs)), provenance.batch_size or batch_size
     if provenance.batch_size is not None:
+        if samples.samples < size:
+            raise CalibrationDataError(
+                f"the module is fixed to batches of {size}, the data holds {samples.samples} samples; give at least "
+                f"{size}"
+            )
         samples = samples.take(samples.samples - samples.samples % size)
     name, runs = _open_sessions(os.fspath(path), find_target(target).name, provenance.output_names[0])
     device = next(iter(provenance.example_inputs.values())).device

@@ -287,7 +287,8 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
             constants: Any = operand.args
             input_scale, targets = constants[1], [str(x.target) for x in bias.all_input_nodes]
             biases.append((input_scale, targets))
-            scale = fit_weight_scale(scale, values[targets[0]], input_scale)
+    # Channels of zeros keep the step sizes that they were trained with.
+    scale = fit_weight_scale(scale, [(values[bias_target], step) for step, (bias_target, _) in biases])
     write_tensor(result, source, quantize(values[source], QParams(qparams.spec, scale, qparams.zero_point)))
     write_tensor(result, scale_node, scale)
     for input_scale, (bias_target, step_target) in biases:

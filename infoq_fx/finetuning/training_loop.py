@@ -121,7 +121,7 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
             qparams = of_weights[name].qparams()
             shape = [1] * value.ndim
             shape[qparams.spec.channel_axis or 0] = -1
-            unit = torch.minimum(qparams.scale.reshape(shape), unit)  # the step size of an all-zero channel is 1
+            unit = torch.minimum(qparams.scale.reshape(shape), unit)
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
         learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps))

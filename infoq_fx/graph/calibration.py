@@ -16,6 +16,7 @@ from infoq_fx.errors import CalibrationDataError
 from infoq_fx.graph.clamps import CLAMPS
 from infoq_fx.graph.float_interpreter import FloatInterpreter, read_weight
 from infoq_fx.graph.layers import LAYER_OPS
+from infoq_fx.graph.passes.quantize_biases import fit_input_scale
 from infoq_fx.graph.passes.scale_equalization import equalize_scales, find_scale_groups
 from infoq_fx.quantization.histogram import (
     Histogram,
@@ -63,7 +64,8 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
     prepared.graph_module.recompile()
     device = prepared.device
     for node, module in activations:
-        choose = functools.partial(choose_activation_qparams, histograms[module.site.name], factor=factors.get(node))
+        histogram, of_zeros = histograms[module.site.name], fit_input_scale(prepared.graph_module, node)
+        choose = functools.partial(choose_activation_qparams, histogram, factor=factors.get(node), of_zeros=of_zeros)
         module.set_qparams({bits: choose(spec_of(module.site, bits)) for bits in _widths(module)}, device)
     for node, module in quantizers.items():
         if module.site.kind == "weight":

@@ -144,7 +144,9 @@ def find_activation_scale(histogram: Histogram, spec: QuantSpec) -> float:
     return min(full, float(_search_affine(histogram, spec)[0]))
 
 
-def choose_activation_qparams(histogram: Histogram, spec: QuantSpec, *, factor: float | None = None) -> QParams:
+def choose_activation_qparams(
+    histogram: Histogram, spec: QuantSpec, *, factor: float | None = None, of_zeros: float = 1.0
+) -> QParams:
     """Choose the affine scale and zero point that minimise the expected squared error under a histogram.
 
     The values of a bin are taken as spread evenly over it. A grid search over scale and zero point, the full range
@@ -156,16 +158,17 @@ def choose_activation_qparams(histogram: Histogram, spec: QuantSpec, *, factor: 
         factor: choose the qparams of the activation multiplied by this factor, with a power of two as the scale. The
             zero point is even if there are values of both signs: integer additions of onnxruntime round halves to
             even after they have added it.
+        of_zeros: scale of a tensor of zeros.
 
     Returns:
-        Scale and zero point on the CPU; 0 is always exactly representable. The scale is 1 for a tensor of zeros.
+        Scale and zero point on the CPU; 0 is always exactly representable.
 
     Raises:
         OptionError: ``spec`` is symmetric or per channel.
         CalibrationDataError: the histogram is empty, or saw NaN or infinite values.
     """
     _check_affine(histogram, spec)
-    scale, zero_point = 1.0, 0
+    scale, zero_point = of_zeros, 0
     if not histogram.minimum == histogram.maximum == 0:
         scale, zero_point = _round_affine(histogram, spec, _search_affine(histogram, spec), factor)
     limits = torch.finfo(torch.float32)

@@ -48,7 +48,8 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
         significant_bits: of the scales; None for a number that suits any input and any number of terms.
 
     Returns:
-        Scales on the weight's device (1 for a channel of zeros); zero points are 0.
+        Scales on the weight's device; zero points are 0. A channel of zeros takes about the scale of the others, a
+        power of two, and 1 if all are zeros.
 
     Raises:
         OptionError: ``spec`` is affine.
@@ -73,7 +74,7 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     digits = scale_significant_bits(spec.bits, is_weight=True) if significant_bits is None else significant_bits
     scale = torch.cat([_best_scales(chunk, spec.bits, digits) for chunk in torch.split(normal, count)])
     scale = torch.ldexp(scale, exponent).clamp_min_(_SMALLEST_SCALE)
-    return _qparams(spec, torch.where(is_zero, 1.0, scale).flatten())
+    return _qparams(spec, torch.where(is_zero, _scale_of_zeros(scale[~is_zero]), scale).flatten())
 
 
 def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
@@ -303,6 +304,13 @@ def _row_sums(values: torch.Tensor) -> torch.Tensor:
     """Float64 sums ``[rows, 1]``. One thread sums a block, so the result does not depend on the number of threads."""
     block = _SUM_BLOCK if values.shape[1] > 16 * _SUM_BLOCK else values.shape[1]
     return values.view(len(values), -1, block).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
+
+
+def _scale_of_zeros(others: torch.Tensor) -> torch.Tensor:
+    """The largest power of two up to the median of the other channels' scales, ``[]``; 1 if there are none."""
+    if not len(others):
+        return others.new_ones(())
+    return torch.exp2(torch.frexp(others.median()).exponent.float() - 1)
 
 
 def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:

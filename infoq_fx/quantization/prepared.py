@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.errors import OptionError
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.types import Inventory, RoundedWeight
 
-__all__ = ["PreparedModel"]
+__all__ = ["PreparedModel", "check_prepared"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class PreparedModel:
 
     ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that computes
     the logits, None if there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
-    prepared model before recovery changed its parameters, by the steps ``recovered_by``. ``rounded`` are
+    prepared model before recovery changed its parameters, by the steps ``recovered_by``; ``recovery_tried`` has those
+    that did not help too. ``rounded`` are
     weights by site and bit-width that measurements use in place of those rounded to nearest; conversion does not.
     """
 
@@ -33,6 +36,7 @@ class PreparedModel:
     classifier: str | None = None
     origin: PreparedModel | None = None
     recovered_by: tuple[str, ...] = ()
+    recovery_tried: tuple[str, ...] = ()
     rounded: Mapping[tuple[str, int], RoundedWeight] = field(default_factory=dict)
 
     @property
@@ -67,3 +71,13 @@ class PreparedModel:
             f"PreparedModel: {len(weights)} weight sites with {elements:,} weights, {searched} activation sites, "
             f"{len(self.observer_nodes())} observer names"
         )
+
+
+def check_prepared(prepared: Any, call: str) -> None:
+    """Check that an argument of ``call`` is a prepared model.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(prepared, PreparedModel):
+        raise OptionError(f"{call}() got a {type(prepared).__name__}; give what prepare() or recover() returned")

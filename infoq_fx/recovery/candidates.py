@@ -18,11 +18,11 @@ from infoq_fx.recovery.parameters import fork, read_qparams
 from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.recovery.steps.second_order_rounding import MOST_COLUMNS, add_ridge, scale_choices
+from infoq_fx.recovery.steps.second_order_rounding import MOST_COLUMNS, SecondOrderRounding, add_ridge, scale_choices
 from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size
-from infoq_fx.types import BASELINE_BITS, QParams, QuantSite, RoundedWeight
+from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
 
@@ -30,6 +30,7 @@ _SAMPLES = 512
 _ROWS = 8192
 _DAMPING = 0.03
 _SWEEPS = 2
+_ALGORITHM_VERSION = 1  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -48,8 +49,11 @@ class Candidates:
         data: by the model's input names, on the model's device; at most 512 samples are used.
 
     Attributes:
+        recovery: name of the recovery step that leaves weights rounded so.
         cpu_seconds: CPU time that the rounding has taken so far.
     """
+
+    recovery = SecondOrderRounding().name
 
     def __init__(self, prepared: PreparedModel, data: CalibrationData) -> None:
         self._prepared = prepared
@@ -58,10 +62,11 @@ class Candidates:
         self.cpu_seconds = 0.0
         self._rounded: dict[tuple[str, int], RoundedWeight] = {}
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, Plain]:
         """Return settings that determine the rounded weights, besides the model."""
         return {
             "weights": "rounded to second order",
+            "rounding_version": _ALGORITHM_VERSION,
             "rounded on": digest_run(self._prepared, self._data, {}, batch_size=self._batch_size)[:20],
         }
 

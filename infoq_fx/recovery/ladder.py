@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import with_seed
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.quantization.prepared import PreparedModel
@@ -68,20 +69,22 @@ _HELD_SHARE = 5  # one in this many samples is held out
 _MOST_HELD = 256
 
 
-def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
+def find_steps(recovery: AnyRecovery, seed: int = 0) -> list[RecoveryStep]:
     """Return the steps of a level of recovery, a step's name, a step, or a sequence of these.
 
+    Steps made from a name take the ``seed``, if they have a field for it; objects bring their own.
+
     Raises:
-        OptionError: a name is unknown, or an object is not a step.
+        OptionError: a name is unknown, an object is not a step, or the seed is not an integer of at least 0.
     """
     if isinstance(recovery, str) and recovery in LADDER:
-        return find_steps(LADDER[recovery])
+        return find_steps(LADDER[recovery], seed)
     if isinstance(recovery, str):
         if recovery not in RECOVERY_STEPS:
             raise unknown_name_error("recovery", recovery, [*LADDER, *RECOVERY_STEPS])
-        return [RECOVERY_STEPS[recovery]()]
+        return [with_seed(RECOVERY_STEPS[recovery](), seed)]
     if isinstance(recovery, Sequence):
-        return [step for one in recovery for step in find_steps(one)]
+        return [step for one in recovery for step in find_steps(one, seed)]
     if callable(getattr(recovery, "recover", None)) and isinstance(getattr(recovery, "name", None), str):
         return [recovery]
     known = ", ".join(map(repr, [*LADDER, *RECOVERY_STEPS]))
@@ -93,7 +96,7 @@ def find_steps(recovery: AnyRecovery) -> list[RecoveryStep]:
 
 def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
     """Return rounded weights to score with if these steps follow; None for rounding to nearest."""
-    return Candidates(prepared, data) if any(step.name == SecondOrderRounding().name for step in steps) else None
+    return Candidates(prepared, data) if any(step.name == Candidates.recovery for step in steps) else None
 
 
 def recover_accuracy(

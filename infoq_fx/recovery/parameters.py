@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infoq_fx.graph.layers import write_tensor
-from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
+from infoq_fx.graph.layers import read_tensor, write_tensor
+from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer
@@ -45,7 +45,8 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
     if isinstance(module, Quantizer):
         input_scale = module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
         if weight.scale.shape == bias.shape:
-            unit = fit_weight_scale(weight.scale, bias, input_scale) * input_scale
+            is_zero = find_zero_channels(read_tensor(prepared.graph_module, layer.weight), weight.spec.channel_axis)
+            unit = fit_weight_scale(weight.scale, [(bias, input_scale)], is_zero) * input_scale
             bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
     set_parameter(prepared, layer.bias, bias)
 

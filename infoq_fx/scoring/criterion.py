@@ -57,6 +57,7 @@ class Criterion(Protocol):
 
         Cached measurements are reused only under the same description. ``"measure"`` names what is measured: criteria
         that score the same measurements in different ways return the same description, and share them.
+        ``"algorithm_version"`` is raised when the same data gives other measurements.
         """
 
     def begin(

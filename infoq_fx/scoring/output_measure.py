@@ -38,7 +38,8 @@ KL = "output_kl_nats"
 NOISE_TO_SIGNAL = "output_noise_to_signal"
 LOSS_INCREASE = "loss_increase_nats"
 ACCURACY_DROP = "accuracy_drop"
-DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs"}
+# "algorithm_version" is raised when the same data gives other measurements.
+DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 1}
 _KEYS = (INFORMATION_LOSS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
 
 

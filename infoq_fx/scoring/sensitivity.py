@@ -143,7 +143,11 @@ def measure_sensitivity(
         criterion=found.name,
         inventory=prepared.inventory,
         scores=found.score(prepared, ordered),
-        settings={**settings, "samples": None if data is None else data.samples},
+        settings={
+            **settings,
+            **_name_recovery(found, data, candidates),
+            "samples": None if data is None else data.samples,
+        },
     )
     return table, ordered
 
@@ -160,6 +164,15 @@ def describe_measurements(
     if candidates is not None and runs_weights(criterion):
         described |= candidates.describe()
     return described if "measure" in described else {"criterion": criterion.name, **described}
+
+
+def _name_recovery(
+    criterion: Criterion, data: CalibrationData | None, candidates: Candidates | None
+) -> dict[str, Plain]:
+    """The setting that says which recovery the scores are for, of criteria that run rounded weights."""
+    if data is None or not runs_weights(criterion):
+        return {}
+    return {"recovery": "none" if candidates is None else candidates.recovery}
 
 
 def runs_weights(criterion: Criterion) -> bool:

@@ -18,6 +18,7 @@ import infoq_fx
 from infoq_fx import cli
 from infoq_fx.demo import digits, run_demo
 from infoq_fx.errors import OptionError
+from infoq_fx.scoring.criteria import find_criterion
 
 COMMANDS = ["demo", "score", "allocate", "quantize", "export", "verify", "audit", "report"]
 FAST = ["--bits", "4,8", "--recovery", "none", "--no-refine", "--no-progress"]
@@ -59,6 +60,31 @@ def quantized(folder):
     """The file that ``quantize`` writes, and what it prints with ``--json``."""
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", folder / "first.onnx"]
     return folder / "first.onnx", done(*files, "--budget", 5, *FAST, "--json")
+
+
+@pytest.mark.parametrize("command", ["score", "quantize"])
+def test_the_seed_reaches_the_criterion_and_the_steps(command, folder, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    given = {}
+
+    def score(*_, criterion, recovery, seed, **options):
+        given.update(criterion=find_criterion(criterion, seed), steps=recovery)
+        raise Asked
+
+    def quantize_prepared(prepared, limits, data, criterion, steps, *_, **options):
+        given.update(criterion=criterion, steps=steps)
+        raise Asked
+
+    monkeypatch.setattr("infoq_fx.api.score", score)
+    monkeypatch.setattr("infoq_fx.api.quantize_prepared", quantize_prepared)
+    limit = ["--budget", 5] if command == "quantize" else []
+    output = ["-o", tmp_path / "x.onnx", "--seed", 7, "--criterion", "hawq_v2", "--recovery", "best", *limit]
+    found = run(command, folder / "model.pt2", folder / "data.npz", *output, "--bits", "4,8", "--no-progress")
+    assert "Asked" in found.output
+    assert given["criterion"].seed == 7
+    assert {step.seed for step in given["steps"] if hasattr(step, "seed")} == {7}
 
 
 def started(code, *, name="infoq-fx", cwd=None):

@@ -31,6 +31,16 @@ def made(tmp_path_factory):
     return quantized, path, images, labels
 
 
+def test_a_module_with_a_fixed_batch_asks_for_a_whole_one(tmp_path):
+    x = torch.randn(24, 1, 8, 8)
+    program = torch.export.export(randomise_norms(ResidualNet()).eval(), (x[:6],))
+    quantized = infoq_fx.quantize(program, 8.0, calibration_data=x, recovery="none", refine=False, progress=False)
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    with pytest.raises(CalibrationDataError, match="fixed to batches of 6, the data holds 5 samples; give at least 6"):
+        infoq_fx.verify_onnx(path, quantized, x[:5])
+    assert infoq_fx.verify_onnx(path, quantized, x[:8]).samples == 6
+
+
 def test_its_own_file_is_sound(made):
     quantized, path, images, labels = made
     found = infoq_fx.verify_onnx(path, quantized, (images, labels))

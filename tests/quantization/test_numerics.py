@@ -177,13 +177,26 @@ def test_degenerate_channels(bits: int) -> None:
     rows = torch.zeros(5, 100)
     rows[1, 3], rows[2, 3], rows[3, :2], rows[4] = -0.7, 1e-42, torch.tensor([3e38, -3e38]), 5e-39
     qparams = choose_weight_qparams(rows, weight_spec(bits))
-    assert qparams.scale[0] == 1.0
     assert (qparams.scale >= torch.finfo(torch.float32).tiny).all()
     assert torch.isfinite(qparams.scale).all()
     quantized = fake_quantize(rows, qparams)
     torch.testing.assert_close(quantized[[0, 1, 3]], rows[[0, 1, 3]], rtol=0.15, atol=0.0)
     assert choose_weight_qparams(torch.zeros(4, 0), weight_spec(bits)).scale.tolist() == [1.0] * 4
     assert choose_weight_qparams(torch.ones(4), weight_spec(bits)).scale.shape == (4,)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_channel_of_zeros_takes_about_the_scale_of_the_others(bits: int) -> None:
+    rows = weights("gaussian", 5, 100)
+    others = choose_weight_qparams(rows, weight_spec(bits)).scale
+    zeros = torch.zeros(2, 100)
+    scale = choose_weight_qparams(torch.cat([zeros[:1], rows, zeros[1:]]), weight_spec(bits)).scale
+    assert torch.equal(scale[1:-1], others)
+    assert scale[0] == scale[-1]
+    assert others.median() / 2 < scale[0] <= others.median()
+    assert torch.frexp(scale[0]).mantissa == 0.5
+    assert choose_weight_qparams(zeros, weight_spec(bits)).scale.tolist() == [1.0, 1.0]
+    assert choose_weight_qparams(zeros, weight_spec(bits, None)).scale == 1.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

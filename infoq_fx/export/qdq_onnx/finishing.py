@@ -46,8 +46,8 @@ def finish(model: ir.Model, allocation: Allocation, container: Container) -> Non
 
 
 def _describe(allocation: Allocation) -> str:
-    """The allocation as JSON, without scores and costs, which follow from table and bits; other sites have 8 bits."""
-    described = dataclasses.asdict(dataclasses.replace(allocation, scores={}, cost=None))
+    """The allocation as JSON, without what describes its scores and costs; other sites have 8 bits."""
+    described = dataclasses.asdict(dataclasses.replace(allocation, scores={}, cost=None, scored_for=None))
     named = {site: bits for site, bits in allocation.bits.items() if bits != BASELINE_BITS}
     described |= {"bits": named, "others": BASELINE_BITS}
     return json.dumps(_without_nothing(described), sort_keys=True, separators=(",", ":"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from infoq_fx.graph.layers import LAYER_OPS, called_modules, is_call, read_tensor, write_tensor
-from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
+from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.quantizers import Quantizer
@@ -61,7 +61,7 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     source = node.all_input_nodes[0]
     weight = read_tensor(graph_module, source)
     target, axis = str(source.target), qparams.spec.channel_axis or 0
-    qparams = _fit_biases(graph_module, node, qparams)
+    qparams = _fit_biases(graph_module, node, qparams, find_zero_channels(weight, qparams.spec.channel_axis))
     others = [user for user in source.users if user is not node]
     if others:
         write_tensor(graph_module, f"{target}_float", weight)
@@ -82,15 +82,15 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     return weight_node
 
 
-def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams) -> QParams:
-    """Raise the scales of channels so small that their bias would overflow int32 in units of the accumulator."""
-    scale = qparams.scale
+def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams, is_zero: Tensor) -> QParams:
+    """Change the scales of channels whose bias could not be stored well in units of the accumulator."""
+    biases = []
     for layer in node.users:
         op = LAYER_OPS[layer.target]
         source: Any = layer.args[op.source]
         bias = op.bias_of(layer)
         if is_call(source, quantize_dequantize_op) and isinstance(bias, fx.Node) and bias.op == "get_attr":
             value = read_tensor(graph_module, bias)
-            if value.shape == scale.shape:
-                scale = fit_weight_scale(scale, value, float(source.args[1]))
-    return QParams(qparams.spec, scale, qparams.zero_point)
+            if value.shape == qparams.scale.shape:
+                biases.append((value, float(source.args[1])))
+    return QParams(qparams.spec, fit_weight_scale(qparams.scale, biases, is_zero), qparams.zero_point)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
@@ -9,10 +11,11 @@ from infoq_fx.graph.layers import LAYER_OPS, is_call, module_path, read_tensor, 
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.types import FLOAT_BITS
 
-__all__ = ["fit_weight_scale", "quantize_biases"]
-
+__all__ = ["find_zero_channels", "fit_input_scale", "fit_weight_scale", "quantize_biases"]
 
 _LARGEST_BIAS = 1 << 30
+_FINE_BIAS = 1 << 16  # steps of a bias that alone makes its output, exact in float32
+_SMALLEST_UNIT = 2 * torch.finfo(torch.float32).tiny
 
 
 def quantize_biases(graph_module: fx.GraphModule) -> bool:
@@ -39,12 +42,64 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
-def fit_weight_scale(scale: Tensor, bias: Tensor, input_scale: float | Tensor) -> Tensor:
-    """Return weight scales ``[channels]``, raised where a channel's bias would otherwise overflow int32.
+def fit_weight_scale(
+    scale: Tensor, biases: Sequence[tuple[Tensor, float | Tensor]], is_zero: Tensor | None = None
+) -> Tensor:
+    """Return a weight's scales ``[channels]``, changed where a bias of its layers could not be stored well.
 
-    A bias is stored in units of ``input_scale`` times the weight's scale.
+    A bias is stored in units of the input's scale times the weight's. A channel whose bias would overflow int32 takes a
+    larger scale. A channel of zeros is its bias, and any scale suits its weights: it takes the power of two that gives
+    the bias at least 2^16 steps.
+
+    Args:
+        scale: of the weight, ``[channels]``.
+        biases: of the layers that share the weight, ``[channels]``, each with the scale of its layer's input.
+        is_zero: the channels of zeros, see :func:`find_zero_channels`; None leaves them alone.
     """
-    return torch.maximum(scale, bias.abs() / (input_scale * _LARGEST_BIAS))
+    if is_zero is not None:
+        fine = torch.full_like(scale, torch.inf)
+        for bias, input_scale in biases:
+            fine = torch.where(bias == 0, fine, torch.minimum(fine, bias.abs() / (input_scale * _FINE_BIAS)))
+        scale = torch.where(is_zero & fine.isfinite(), _floor_to_power(fine), scale)
+    for bias, input_scale in biases:
+        least = torch.clamp_min(bias.abs() / _LARGEST_BIAS, _SMALLEST_UNIT) / input_scale
+        scale = torch.maximum(scale, least)
+    return scale
+
+
+def fit_input_scale(graph_module: fx.GraphModule, source: fx.Node) -> float:
+    """Return the scale that a tensor of zeros takes for the biases of the layers that read it.
+
+    What such a layer computes is its bias, stored in units of this scale times the weight's. The scale is a power of
+    two that gives the largest bias of a layer 2^16 steps or more at every bit-width of its weight; 1 if no layer with a
+    bias reads the tensor.
+    """
+    fine = []
+    for layer in source.users:
+        op = LAYER_OPS.get(layer.target)
+        if op is None or layer.args[op.source] is not source:
+            continue
+        weight, bias = layer.args[op.weight], op.bias_of(layer)
+        while isinstance(weight, fx.Node) and weight.op == "call_module":
+            (weight,) = weight.all_input_nodes
+        operands = [x for x in (weight, bias) if isinstance(x, fx.Node) and x.op == "get_attr"]
+        tensors = [read_tensor(graph_module, x) for x in operands]
+        sizes = [float(x.abs().amax()) for x in tensors if x.numel()]
+        if len(sizes) == 2 and min(sizes) > 0:
+            fine.append(sizes[1] / (sizes[0] * _FINE_BIAS))
+    return float(_floor_to_power(torch.tensor(min(fine, default=1.0), dtype=torch.float32)))
+
+
+def find_zero_channels(weight: Tensor, channel_axis: int | None) -> Tensor:
+    """Return which output channels of a weight are all zeros, ``[channels]``, or ``[]`` without a channel axis."""
+    if channel_axis is None:
+        return (weight == 0).all()
+    return (weight == 0).movedim(channel_axis, 0).flatten(1).all(1)
+
+
+def _floor_to_power(x: Tensor) -> Tensor:
+    """The largest powers of two up to positive numbers, within the normal numbers of float32."""
+    return torch.exp2((torch.frexp(x).exponent - 1).clamp(-126, 126).to(torch.float32))
 
 
 def _convert_bias(graph_module: fx.GraphModule, layer: fx.Node, bias: fx.Node, scale: Tensor) -> fx.Node:

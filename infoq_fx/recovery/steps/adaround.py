@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.graph.passes.quantize_biases import find_zero_channels
 from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share
 from infoq_fx.quantization.prepared import PreparedModel
@@ -138,11 +139,13 @@ def begin_soft_block(
         scale = qparams.scale.reshape(shape)
         now = (read_tensor(prepared.graph_module, layer.weight) / scale).round()
         now = now.clamp(qparams.spec.quant_min, qparams.spec.quant_max)
-        is_above = read_tensor(origin.graph_module, layer.weight) / scale < now
+        weight = read_tensor(origin.graph_module, layer.weight)
+        is_above = weight / scale < now
         floor = torch.where(is_above, now - 1, now)
         share = torch.where(is_above, _FIRST_SHARE, 1 - _FIRST_SHARE)
-        # Where the second integer is out of range, the weight cannot move.
+        # Where the second integer is out of range, the weight cannot move, and a channel of zeros stays its bias.
         stays_up, stays_down = floor < qparams.spec.quant_min, floor + 1 > qparams.spec.quant_max
+        stays_down |= find_zero_channels(weight, axis).reshape(shape)
         logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
         logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)
         weights[layer.site.name] = SoftWeight(layer, floor, nn.Parameter(logit), scale, qparams)

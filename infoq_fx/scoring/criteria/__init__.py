@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from infoq_fx.core.option_checks import with_seed
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria.alps import ALPS
@@ -66,11 +67,13 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
 """Criteria by name, each with its default options."""
 
 
-def find_criterion(criterion: AnyCriterion) -> Criterion:
+def find_criterion(criterion: AnyCriterion, seed: int = 0) -> Criterion:
     """Return a criterion from its registered name, from a user-defined function, or the object itself.
 
+    One made from a name takes the ``seed``, if it has a field for it; an object brings its own.
+
     Raises:
-        OptionError: the name is unknown, or the object is not a criterion.
+        OptionError: the name is unknown, the object is not a criterion, or the seed is not an integer of at least 0.
     """
     if not isinstance(criterion, str):
         if hasattr(criterion, "begin") and not isinstance(criterion, type):
@@ -83,4 +86,4 @@ def find_criterion(criterion: AnyCriterion) -> Criterion:
         )
     if criterion not in CRITERIA:
         raise unknown_name_error("criterion", criterion, CRITERIA)
-    return CRITERIA[criterion]()
+    return with_seed(CRITERIA[criterion](), seed)

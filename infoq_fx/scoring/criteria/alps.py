@@ -35,6 +35,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["ALPS"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
 _MEASURES = {"loss": "finetuned_loss_increase_nats", "accuracy": "finetuned_accuracy_drop"}
 
 
@@ -86,6 +87,7 @@ class ALPS:
         """Return all training options; ``by`` does not affect the measurements."""
         return {
             "measure": "finetuned outputs",
+            "algorithm_version": _ALGORITHM_VERSION,
             "steps": self.steps,
             "training_batch_size": self.batch_size,
             "training_samples": self.samples,

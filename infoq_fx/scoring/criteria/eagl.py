@@ -18,6 +18,8 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["EAGL"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
+
 
 @dataclass(frozen=True)
 class EAGL:
@@ -40,7 +42,7 @@ class EAGL:
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the kind of measurement; only the weights determine it."""
-        return {"measure": "weight entropy"}
+        return {"measure": "weight entropy", "algorithm_version": _ALGORITHM_VERSION}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions

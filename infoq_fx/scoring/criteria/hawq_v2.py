@@ -24,6 +24,7 @@ from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["HAWQv2"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
 _BATCH = 32  # the graph of second derivatives takes several times the memory of a forward pass
 
 
@@ -65,6 +66,7 @@ class HAWQv2:
         """Return probes, samples and seed."""
         return {
             "measure": "Hessian trace",
+            "algorithm_version": _ALGORITHM_VERSION,
             "probes": self.probes,
             "trace_samples": self.samples,
             "seed": self.seed,

@@ -81,7 +81,8 @@ class InfoQ:
         """Return the settings of the measurements; those of observers are included if there are any."""
         if self.observers is None:
             return DESCRIPTION
-        return {**self._sliced().describe(prepared, data), "reads output": True}
+        of_output = DESCRIPTION["algorithm_version"]
+        return {**self._sliced().describe(prepared, data), "reads output": True, "output_version": of_output}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions

@@ -34,6 +34,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QParams, QuantSite
 
 __all__ = ["LIMPQ"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
 _SMALLEST_STEP = 1e-8
 _INITIAL = ("statistics", "same")
 
@@ -94,6 +95,7 @@ class LIMPQ:
         candidates = ";".join(f"{site.name}:{site.bits}" for site in _searched(prepared))
         return {
             "measure": "learned steps",
+            "algorithm_version": _ALGORITHM_VERSION,
             "steps": self.steps,
             "training_batch_size": self.batch_size,
             "training_samples": self.samples,

@@ -22,6 +22,7 @@ from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["MPQCO"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
 _CHANGE = "loss_change_nats"
 
 
@@ -56,7 +57,11 @@ class MPQCO:
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the number of samples."""
-        return {"measure": "Gauss-Newton change of the loss", "gradient_samples": self.samples}
+        return {
+            "measure": "Gauss-Newton change of the loss",
+            "algorithm_version": _ALGORITHM_VERSION,
+            "gradient_samples": self.samples,
+        }
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions

@@ -20,6 +20,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["OMPQ"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
 _GROUP_BYTES = 256 << 20
 
 
@@ -63,6 +64,7 @@ class OMPQ:
         """Return all options."""
         return {
             "measure": "orthogonality",
+            "algorithm_version": _ALGORITHM_VERSION,
             "beta": self.beta,
             "output_samples": self.samples,
             "is_centred": self.is_centred,

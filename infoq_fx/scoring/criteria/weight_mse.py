@@ -15,6 +15,8 @@ from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["WeightMSE"]
 
+_ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
+
 
 @dataclass(frozen=True)
 class WeightMSE:
@@ -35,7 +37,7 @@ class WeightMSE:
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the kind of measurement; only the weights determine it."""
-        return {"measure": "weight error"}
+        return {"measure": "weight error", "algorithm_version": _ALGORITHM_VERSION}
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
