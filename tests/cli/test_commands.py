@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -388,22 +389,28 @@ def test_bits_are_read_as_lists_and_ranges():
 
 @pytest.mark.slow
 def test_the_demo_keeps_the_accuracy_in_a_file_a_fraction_of_the_size(tmp_path):
-    result = run_demo(tmp_path / "digits.onnx", progress=False)
+    result = run_demo(tmp_path, progress=False)
     assert result.float_top1 > 97
     assert result.quantized_top1 > result.float_top1 - 3
     assert abs(result.onnx_top1 - result.quantized_top1) < 0.5
-    assert result.allocation.cost.weight_bits <= 3
+    assert infoq_fx.allocation_of(result.quantized).cost.weight_bits <= 3
     assert result.onnx_bytes < result.float_bytes
     assert len(digits()[1][1]) == 597
 
 
 @pytest.mark.slow
-def test_the_demo_command_prints_the_table(tmp_path):
-    # As the installed command, where the package loads its names late.
+def test_the_demo_command_leaves_its_results_where_it_is_run(tmp_path):
     code = "import sys; sys.argv[0] = 'infoq-fx'; from infoq_fx.cli import main; main()"
-    command = [sys.executable, "-c", code, "demo", "-o", str(tmp_path / "demo.onnx"), "--no-progress"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", code, "demo", "--no-progress"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for text in ("blocks.1.conv1", "float32", "uniform 3 bits", "onnxruntime"):
         assert text in result.stdout
-    assert (tmp_path / "demo.onnx").exists()
+    left = {path.name for path in (tmp_path / "infoq-demo").iterdir()}
+    assert left == {"digits.onnx", "scores.json", "report.html", "settings.toml"}
+    assert "Results in infoq-demo/:" in result.stdout
+    following = shlex.split(result.stdout.strip().splitlines()[-1].removeprefix("Next: infoq-fx "))
+    again = [sys.executable, "-c", code, *following]
+    allocated = subprocess.run(again, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
+    assert allocated.returncode == 0, allocated.stderr
+    assert "2.5 bits a weight" in allocated.stdout or "2.5 bits per weight" in allocated.stdout
