@@ -191,6 +191,7 @@ def test_scores_of_other_options_are_refused(folder, tmp_path):
     assert "with candidates (4, 8) here" in run(*files, *scores, "--bits", "4,8", "--no-progress").stderr
 
 
+@pytest.mark.filterwarnings("always:the scores behind this allocation")
 def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     found = json.loads(
         done("allocate", folder / "scores.json", "--budget", 4, "-o", tmp_path / "a.json", "--json").stdout
@@ -200,7 +201,9 @@ def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     table = infoq_fx.SensitivityTable.load(folder / "scores.json")
     assert allocation == infoq_fx.allocate(table, 4.0)
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "--allocation", tmp_path / "a.json"]
-    done(*files, "-o", tmp_path / "q.pt2", "--bits", "2,4,8", "--recovery", "none", "--no-progress")
+    # The scores are for weights rounded by the default recovery, and these are rounded to nearest.
+    told = done(*files, "-o", tmp_path / "q.pt2", "--bits", "2,4,8", "--recovery", "none", "--no-progress").stderr
+    assert "the scores behind this allocation are for weights rounded by" in told
     assert dict(infoq_fx.allocation_of(infoq_fx.load_quantized(tmp_path / "q.pt2")).bits) == found["bits"]
     done("export", tmp_path / "q.pt2", "-o", tmp_path / "q.onnx", "--container", "packed")
     verified = json.loads(done("verify", tmp_path / "q.onnx", tmp_path / "q.pt2", folder / "data.npz", "--json").stdout)
