@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -191,7 +190,6 @@ def test_scores_of_other_options_are_refused(folder, tmp_path):
     assert "with candidates (4, 8) here" in run(*files, *scores, "--bits", "4,8", "--no-progress").stderr
 
 
-@pytest.mark.filterwarnings("always:the scores behind this allocation")
 def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     found = json.loads(
         done("allocate", folder / "scores.json", "--budget", 4, "-o", tmp_path / "a.json", "--json").stdout
@@ -201,9 +199,7 @@ def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     table = infoq_fx.SensitivityTable.load(folder / "scores.json")
     assert allocation == infoq_fx.allocate(table, 4.0)
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "--allocation", tmp_path / "a.json"]
-    # The scores are for weights rounded by the default recovery, and these are rounded to nearest.
-    told = done(*files, "-o", tmp_path / "q.pt2", "--bits", "2,4,8", "--recovery", "none", "--no-progress").stderr
-    assert "the scores behind this allocation are for weights rounded by" in told
+    done(*files, "-o", tmp_path / "q.pt2", "--bits", "2,4,8", "--recovery", "none", "--no-progress")
     assert dict(infoq_fx.allocation_of(infoq_fx.load_quantized(tmp_path / "q.pt2")).bits) == found["bits"]
     done("export", tmp_path / "q.pt2", "-o", tmp_path / "q.onnx", "--container", "packed")
     verified = json.loads(done("verify", tmp_path / "q.onnx", tmp_path / "q.pt2", folder / "data.npz", "--json").stdout)
@@ -392,28 +388,22 @@ def test_bits_are_read_as_lists_and_ranges():
 
 @pytest.mark.slow
 def test_the_demo_keeps_the_accuracy_in_a_file_a_fraction_of_the_size(tmp_path):
-    result = run_demo(tmp_path, progress=False)
+    result = run_demo(tmp_path / "digits.onnx", progress=False)
     assert result.float_top1 > 97
     assert result.quantized_top1 > result.float_top1 - 3
     assert abs(result.onnx_top1 - result.quantized_top1) < 0.5
-    assert infoq_fx.allocation_of(result.quantized).cost.weight_bits <= 3
+    assert result.allocation.cost.weight_bits <= 3
     assert result.onnx_bytes < result.float_bytes
     assert len(digits()[1][1]) == 597
 
 
 @pytest.mark.slow
-def test_the_demo_command_leaves_its_results_where_it_is_run(tmp_path):
+def test_the_demo_command_prints_the_table(tmp_path):
+    # As the installed command, where the package loads its names late.
     code = "import sys; sys.argv[0] = 'infoq-fx'; from infoq_fx.cli import main; main()"
-    command = [sys.executable, "-c", code, "demo", "--no-progress"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    command = [sys.executable, "-c", code, "demo", "-o", str(tmp_path / "demo.onnx"), "--no-progress"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     for text in ("blocks.1.conv1", "float32", "uniform 3 bits", "onnxruntime"):
         assert text in result.stdout
-    left = {path.name for path in (tmp_path / "infoq-demo").iterdir()}
-    assert left == {"digits.onnx", "scores.json", "report.html", "settings.toml"}
-    assert "Results in infoq-demo/:" in result.stdout
-    following = shlex.split(result.stdout.strip().splitlines()[-1].removeprefix("Next: infoq-fx "))
-    again = [sys.executable, "-c", code, *following]
-    allocated = subprocess.run(again, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
-    assert allocated.returncode == 0, allocated.stderr
-    assert "2.5 bits a weight" in allocated.stdout or "2.5 bits per weight" in allocated.stdout
+    assert (tmp_path / "demo.onnx").exists()

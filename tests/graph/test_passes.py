@@ -1,7 +1,5 @@
 """Each pass: the nodes of the graph before and after, and that outputs do not change."""
 
-import functools
-
 import pytest
 import torch
 from networks import ResidualNet, randomise_norms
@@ -164,26 +162,12 @@ def plan_of(model, x, **options):
     return graph_module, find_sites(graph_module, {"x": x}, **chosen)
 
 
-@functools.cache
-def residual_graph():
-    torch.manual_seed(1)
-    x = torch.randn(4, 1, 8, 8)
-    graph_module = capture(randomise_norms(ResidualNet()).eval(), (x,)).graph_module
-    return run_passes(graph_module, [fold_constants, fold_batch_norm]), x
-
-
-def residual_plan(**options):
-    """Finding sites changes no graph."""
-    graph_module, x = residual_graph()
-    return find_sites(graph_module, {"x": x}, **{"bits": (2, 8), "activation_bits": (8,), **options})
-
-
 def by_kind(plan, kind, searched=True):
     return [s.name for s in plan.inventory.sites if s.kind == kind and s.is_searched is searched]
 
 
-def test_sites_of_a_residual_network():
-    plan = residual_plan()
+def test_sites_of_a_residual_network(residual_net, images):
+    _, plan = plan_of(residual_net, images[0][:4])
     layers = ["stem.0", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "head"]
     assert by_kind(plan, "weight") == [f"{layer}.weight" for layer in layers]
     assert by_kind(plan, "activation") == [f"{layer}.input" for layer in layers]
@@ -239,18 +223,19 @@ def test_shared_tensors_and_shared_weights_are_one_site():
     ],
     ids=str,
 )
-def test_ignored_layers_stay_in_float(ignore, left):
-    plan = residual_plan(ignore=ignore)
+def test_ignored_layers_stay_in_float(ignore, left, residual_net, images):
+    _, plan = plan_of(residual_net, images[0][:4], ignore=ignore)
     assert len(by_kind(plan, "weight")) == left
-    whole = residual_plan()
+    _, whole = plan_of(residual_net, images[0][:4])
     kept = sum(site.numel for site in plan.inventory.sites if site.kind == "weight")
     everything = sum(site.numel for site in whole.inventory.sites if site.kind == "weight")
     assert plan.inventory.ignored_weights == everything - kept
     assert plan.inventory.float_bytes - whole.inventory.float_bytes == 4 * (everything - kept)
 
 
-def test_pins_fix_weights_by_layer_and_any_site_by_name():
-    plan = residual_plan(pin={"blocks.0": 5, "head": 8, "stem.0.input": 4})
+def test_pins_fix_weights_by_layer_and_any_site_by_name(residual_net, images):
+    pin = {"blocks.0": 5, "head": 8, "stem.0.input": 4}
+    _, plan = plan_of(residual_net, images[0][:4], pin=pin)
     bits = {site.name: site.bits for site in plan.inventory.sites}
     assert bits["blocks.0.conv1.weight"] == bits["blocks.0.conv2.weight"] == (5,)
     assert bits["head.weight"] == (8,)
@@ -259,9 +244,9 @@ def test_pins_fix_weights_by_layer_and_any_site_by_name():
 
 
 @pytest.mark.parametrize("option", [{"ignore": ["block.0"]}, {"pin": {"blocks.0.conv3": 4}}], ids=str)
-def test_a_pattern_that_matches_nothing_lists_the_nearest(option):
+def test_a_pattern_that_matches_nothing_lists_the_nearest(option, residual_net, images):
     with pytest.raises(OptionError, match=r"unknown layer in (ignore|pin) .*'blocks\.0"):
-        residual_plan(**option)
+        plan_of(residual_net, images[0][:4], **option)
 
 
 @pytest.mark.parametrize(

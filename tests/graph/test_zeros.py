@@ -76,8 +76,8 @@ def run_file(quantized, x, path, level):
     return torch.from_numpy(found)
 
 
-@pytest.mark.parametrize("recovery", ["none", pytest.param("fast", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("bits", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("recovery", ["none", "fast"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_channel_of_zeros_is_its_bias(kind, bits, recovery, tmp_path):
     make, axis = LAYERS[kind]
@@ -136,7 +136,7 @@ class DeadReLU(nn.Module):
         return torch.randn(32, 6) if isinstance(self.first, nn.Linear) else torch.randn(32, 2, 5, 5)
 
 
-@pytest.mark.parametrize("bits", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_whose_input_is_zeros_is_its_bias(kind, bits, tmp_path):
     model = DeadReLU(kind)
