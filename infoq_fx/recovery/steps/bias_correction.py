@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.errors import OptionError
+from infoq_fx.core.option_checks import check_count
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair, choose_samples
@@ -43,8 +43,7 @@ class BiasCorrection:
     samples: int = 512
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise OptionError(f"{self}: give samples of at least 1")
+        check_count("samples", self.samples, 1)
 
     @property
     def name(self) -> str:

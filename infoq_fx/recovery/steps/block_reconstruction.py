@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from infoq_fx.core.atomic_files import write_atomically
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import check_count, check_rate
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.layers import read_tensor
@@ -92,8 +93,10 @@ class BlockReconstruction:
     reference: Reference = "float_weights"
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.samples, self.batch_size) < 1 or min(self.learning_rate, self.strength) <= 0:
-            raise OptionError(f"{self}: give epochs, samples, batch_size, learning_rate and strength above 0")
+        for option in ("epochs", "samples", "batch_size"):
+            check_count(option, getattr(self, option), 1)
+        for option in ("learning_rate", "strength"):
+            check_rate(option, getattr(self, option))
         if not 0 <= self.drop < 1:
             raise OptionError(f"drop={self.drop}; give a share from 0 to below 1")
         check_reference(self.reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import check_count, check_rate
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, copy_with, float_copy
@@ -84,12 +86,12 @@ class OutputTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        is_counted = min(self.epochs, self.samples, self.batch_size) >= 1
-        if not is_counted or min(self.learning_rate, self.temperature) <= 0 or self.scale_rate < 0:
-            raise OptionError(
-                f"{self}: give epochs, samples and batch_size of at least 1, learning_rate and temperature above 0 and "
-                "scale_rate of 0 or more"
-            )
+        for option in ("epochs", "samples", "batch_size"):
+            check_count(option, getattr(self, option), 1)
+        for option in ("learning_rate", "temperature"):
+            check_rate(option, getattr(self, option))
+        if not 0 <= self.scale_rate < math.inf:
+            raise OptionError(f"scale_rate={self.scale_rate!r}; give a finite number of 0 or more")
 
     @property
     def name(self) -> str:

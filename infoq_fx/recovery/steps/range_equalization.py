@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.option_checks import check_count
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.calibration import weight_digits
@@ -84,8 +85,7 @@ class RangeEqualization:
     samples: int = 512
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise OptionError(f"{self}: give samples of at least 1")
+        check_count("samples", self.samples, 1)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.errors import OptionError
+from infoq_fx.core.option_checks import check_count
 from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.numerics import shorten_scale
@@ -84,8 +84,8 @@ class SecondOrderRounding:
     reference: Reference = "float_weights"
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.rows) < 1 or self.sweeps < 0:
-            raise OptionError(f"{self}: give samples and rows of at least 1 and sweeps of at least 0")
+        for option, least in (("samples", 1), ("rows", 1), ("sweeps", 0)):
+            check_count(option, getattr(self, option), least)
         check_reference(self.reference)
 
     @property

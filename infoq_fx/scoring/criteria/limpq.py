@@ -19,7 +19,7 @@ from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.scoring.criterion import Kind, KnownValues, Measure, Scores
 from infoq_fx.scoring.gradients import (
     Labelled,
     check_trained,
@@ -121,8 +121,9 @@ class LIMPQ:
             module = _indicator_copy(prepared, _first_steps(prepared, first, self.initial))
             check_trained(self.name, self._train(module, chosen, size, run_options), self.learning_rate)
         indicators = _indicators(module)
-        learned = {(one.site.name, bits): one.learned(bits) for one in indicators for bits in one.site.bits}
-        return StepMeasure(learned)
+        return KnownValues(
+            {(one.site.name, bits): {"step": one.learned(bits)} for one in indicators for bits in one.site.bits}
+        )
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Return the learned step sizes."""
@@ -162,25 +163,6 @@ class LIMPQ:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
             clipped_step(optimizer)
         return float(last.detach())
-
-
-@dataclass(frozen=True)
-class StepMeasure:
-    """Reads the learned step sizes by site and bit-width."""
-
-    learned: Mapping[tuple[str, int], float]
-    run_bytes: int = 0
-
-    def __call__(
-        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
-    ) -> list[Measurement]:
-        """Return the learned step size of every (site, bit-width)."""
-        measured = []
-        for site in sites:
-            for bits in site.bits:
-                measured.append(Measurement(site.name, bits, {"step": self.learned[site.name, bits]}))
-                run_options.advance(1.0)
-        return measured
 
 
 class _Indicator(nn.Module):

@@ -16,9 +16,9 @@ from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.scoring.criterion import Kind, KnownValues, Measure, Scores
 from infoq_fx.scoring.gradients import Labelled, losses_of, read_labelled, with_gradients
-from infoq_fx.types import Measurement, Plain, QuantSite, Score
+from infoq_fx.types import Measurement, Plain, Score
 
 __all__ = ["MPQCO"]
 
@@ -72,7 +72,10 @@ class MPQCO:
             CalibrationDataError: there is no data, or a label is not a class of the model.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
-        return ChangeMeasure(_measure_changes(prepared, chosen, run_options))
+        changes = _measure_changes(prepared, chosen, run_options)
+        return KnownValues(
+            {run: {_CHANGE: mean, f"{_CHANGE}:standard_error": error} for run, (mean, error) in changes.items()}
+        )
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Return the mean change and its standard error."""
@@ -81,26 +84,6 @@ class MPQCO:
             value, error = found.values[_CHANGE], found.values[f"{_CHANGE}:standard_error"]
             scores.setdefault(found.site, {})[found.bits] = Score(value, error)
         return scores
-
-
-@dataclass(frozen=True)
-class ChangeMeasure:
-    """Reads the mean changes of the loss and their standard errors by site and bit-width."""
-
-    changes: Mapping[tuple[str, int], tuple[float, float]]
-    run_bytes: int = 0
-
-    def __call__(
-        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
-    ) -> list[Measurement]:
-        """Return the change of every weight site at every bit-width; activation sites are skipped."""
-        measured = []
-        for site in sites:
-            for bits in site.bits if site.kind == "weight" else ():
-                change, error = self.changes[site.name, bits]
-                measured.append(Measurement(site.name, bits, {_CHANGE: change, f"{_CHANGE}:standard_error": error}))
-                run_options.advance(1.0)
-        return measured
 
 
 def _measure_changes(

@@ -14,9 +14,9 @@ from infoq_fx.core.option_checks import check_count
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, run_whole
-from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.scoring.criterion import Kind, KnownValues, Measure, Scores
 from infoq_fx.scoring.gradients import spread_samples
-from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, Score
 
 __all__ = ["OMPQ"]
 
@@ -81,7 +81,11 @@ class OMPQ:
         chosen = spread_samples(self.name, prepared, data, self.samples)
         grams = _output_grams(prepared, chosen, batch_size, run_options)
         orm = orthogonality(torch.stack(list(grams.values())), is_centred=self.is_centred)
-        return ImportanceMeasure(dict(zip(grams, weigh(orm, self.beta).tolist(), strict=True)))
+        importance = dict(zip(grams, weigh(orm, self.beta).tolist(), strict=True))
+        weight_sites = [site for site in prepared.inventory.sites if site.kind == "weight"]
+        return KnownValues(
+            {(site.name, bits): {"importance": importance[site.name]} for site in weight_sites for bits in site.bits}
+        )
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Return the bits below 8 times the importance."""
@@ -90,25 +94,6 @@ class OMPQ:
             short = BASELINE_BITS - found.bits
             scores.setdefault(found.site, {})[found.bits] = Score(short * found.values["importance"])
         return scores
-
-
-@dataclass(frozen=True)
-class ImportanceMeasure:
-    """Reads the importance of every weight site, the same at all its bit-widths."""
-
-    importance: Mapping[str, float]
-    run_bytes: int = 0
-
-    def __call__(
-        self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
-    ) -> list[Measurement]:
-        """Return the importance of every weight site; activation sites are skipped."""
-        measured = []
-        for site in sites:
-            for bits in site.bits if site.kind == "weight" else ():
-                measured.append(Measurement(site.name, bits, {"importance": self.importance[site.name]}))
-                run_options.advance(1.0)
-        return measured
 
 
 def orthogonality(grams: Tensor, *, is_centred: bool) -> Tensor:
