@@ -233,6 +233,7 @@ def test_an_allocation_for_another_model_is_refused(prepared_and_table):
         infoq_fx.convert(prepared, infoq_fx.Allocation(bits={"conv1.weight": 4}))
 
 
+@pytest.mark.slow
 def test_data_and_model_may_live_on_different_devices(model, samples):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:

@@ -86,6 +86,7 @@ def test_the_reproduction_says_where_it_looked_for_real_models(tmp_path):
         run_reproduction("--model", "vit", "--models-file", missing, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks

@@ -94,6 +94,7 @@ def outputs(case, seed, **options):
         return quantized(data[0])
 
 
+@pytest.mark.slow
 def test_the_seed_of_quantize_reaches_its_recovery(case):
     options = {"criterion": "weight_mse", "recovery": "block_reconstruction", "refine": False}
     first = outputs(case, 1, **options)
@@ -101,6 +102,7 @@ def test_the_seed_of_quantize_reaches_its_recovery(case):
     assert not torch.equal(first, outputs(case, 2, **options))
 
 
+@pytest.mark.slow
 def test_recover_takes_a_seed_as_quantize_does(case):
     model, data = case
     prepared = infoq_fx.prepare(model, data, bits=(3, 8))

@@ -72,6 +72,7 @@ def invent_table(inventory: Inventory) -> SensitivityTable:
     return SensitivityTable(criterion="invented", inventory=inventory, scores=scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "layers", "weights", "macs"),
     with_networks(

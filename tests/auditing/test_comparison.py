@@ -89,6 +89,7 @@ def test_the_float_model_is_what_top1_is_beside(found):
     assert found.evaluation_samples == 80
 
 
+@pytest.mark.slow
 def test_allocations_can_be_measured_behind_recovery(model, prepared, samples, tmp_path):
     images, labels = samples
     options = OPTIONS | {"recovery": "fast", "correlate": False, "cache_dir": tmp_path}
@@ -166,6 +167,7 @@ def test_of_criteria_that_top1_does_not_tell_apart_it_recommends_the_one_that_lo
     assert make({}).recommended.name == "good"
 
 
+@pytest.mark.slow
 def test_a_second_audit_pays_only_for_what_is_new(found, model, samples, cache_dir, monkeypatch):
     given, first = dict(cache_dir=cache_dir, **OPTIONS), found
     monkeypatch.setattr(sensitivity, "_measure", lambda *_: pytest.fail("measured again"))
@@ -192,6 +194,7 @@ def test_behind_recovery_a_second_audit_rounds_no_weights_again(model, samples, 
         infoq_fx.audit(model, samples, ["infoq"], [3.0], **given)
 
 
+@pytest.mark.slow
 def test_what_was_kept_without_nats_or_is_damaged_is_run_again(model, samples, tmp_path):
     given = dict(cache_dir=tmp_path, correlate=False, **OPTIONS)
     first = infoq_fx.audit(model, samples, ["infoq"], BUDGETS[:1], **given)

@@ -63,6 +63,7 @@ def quantized(folder):
     return folder / "first.onnx", done(*files, "--budget", 5, *FAST, "--json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["score", "quantize"])
 def test_the_seed_reaches_the_criterion_and_the_steps(command, folder, tmp_path, monkeypatch):
     class Asked(Exception):
@@ -159,6 +160,7 @@ def test_quantize_writes_a_verified_file_and_keeps_what_made_it(folder, quantize
     assert kept["quantize"]["bits"] == "4,8"
 
 
+@pytest.mark.slow
 def test_counting_as_a_container_stores_keeps_to_its_bit_widths(folder, tmp_path):
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "p.onnx", "--budget", 5]
     counted = ["--count-as", "packed", "--container", "packed", "--criterion", "weight_mse"]
@@ -184,6 +186,7 @@ def test_another_budget_needs_no_scoring(folder, quantized, tmp_path, monkeypatc
     assert tomllib.loads((tmp_path / "b.onnx.toml").read_text())["quantize"]["bits"] == "4,8"
 
 
+@pytest.mark.slow
 def test_scores_of_other_options_are_refused(folder, tmp_path):
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "b.onnx", "--budget", 5]
     scores = ["--scores", folder / "scores.json"]
@@ -241,6 +244,7 @@ def test_quantize_from_a_callable_and_an_image_folder(folder):
     assert session.get_outputs()[0].shape[1] == 7
 
 
+@pytest.mark.slow
 def test_audit_compares(folder, tmp_path):
     files = ["audit", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "audit.json", "--no-progress"]
     result = done(*files, "--criteria", "eagl,weight_mse", "--budgets", "6,5", "--bits", "4,8", "--no-correlate")
@@ -255,6 +259,7 @@ def test_audit_compares(folder, tmp_path):
     assert (tmp_path / "audit.json.toml").exists()
 
 
+@pytest.mark.slow
 def test_report_writes_a_page(folder, tmp_path):
     pytest.importorskip("vl_convert")
     done("report", folder / "scores.json", "-o", tmp_path / "page.html", "--title", "Cats & dogs")

@@ -91,6 +91,7 @@ def test_the_pass_stands_in_a_manager_between_others(case):
     assert chosen_bits(done.graph_module) == chosen_bits(quantized)
 
 
+@pytest.mark.slow
 def test_the_pass_finds_an_allocation_under_a_budget(case):
     model, _, _ = case
     options = {"criterion": "weight_mse", "refine": False, "recovery": "none"}
@@ -202,6 +203,7 @@ class Named(nn.Module):
         return {"hidden": hidden, "total": hidden.sum((1, 2))}
 
 
+@pytest.mark.slow
 def test_names_sizes_and_outputs_survive():
     model = Named().eval()
     data = {"tokens": torch.randn(48, 5, 6), "mask": torch.rand(48, 5, 1)}

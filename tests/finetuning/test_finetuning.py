@@ -70,6 +70,7 @@ def test_what_was_finetuned_runs_in_onnxruntime(tmp_path):
     assert float((torch.from_numpy(found) - tuned(x)).abs().max()) < 0.01 * float(tuned(x).std())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_with_any_threads(monkeypatch):
     quantized, x = small()
     monkeypatch.setattr(loop, "_RUN_BYTES", 100_000)
@@ -181,6 +182,7 @@ class PerPixel(nn.Module):
         return self.second(self.first(x).relu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "data", "is_fixed"),
     [
@@ -210,6 +212,7 @@ def test_other_kinds_of_models_learn_too(build, data, is_fixed, caplog):
     assert now < before
 
 
+@pytest.mark.slow
 def test_labels_teach_where_they_are_asked_for():
     _, quantized, (images, labels), test = digits_of()
     read, options = reload(quantized), {"epochs": 3, "batch_size": 16, "learning_rate": 0.05}

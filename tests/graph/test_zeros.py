@@ -32,6 +32,8 @@ LAYERS = {
     "transposed in groups": (lambda: nn.ConvTranspose2d(4, 8, 2, groups=2), 1),
     "linear": (lambda: nn.Linear(12, 8), 0),
 }
+QUICK = {"transposed in groups", "linear"}
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS]
 
 
 def clear(layer, axis):
@@ -78,7 +80,7 @@ def run_file(quantized, x, path, level):
 
 @pytest.mark.parametrize("recovery", ["none", pytest.param("fast", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", [2, pytest.param(4, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_channel_of_zeros_is_its_bias(kind, bits, recovery, tmp_path):
     make, axis = LAYERS[kind]
     layer = clear(make(), axis)
@@ -102,7 +104,7 @@ def test_a_channel_of_zeros_is_its_bias(kind, bits, recovery, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_zeros_is_its_bias(kind, bits):
     make, _ = LAYERS[kind]
     layer = make()
@@ -137,7 +139,7 @@ class DeadReLU(nn.Module):
 
 
 @pytest.mark.parametrize("bits", [2, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_whose_input_is_zeros_is_its_bias(kind, bits, tmp_path):
     model = DeadReLU(kind)
     x = model.make_data()
@@ -168,6 +170,7 @@ def test_an_input_of_zeros_that_no_layer_reads():
         assert decibels(model(left, right), quantized(left, right)) > 30
 
 
+@pytest.mark.slow
 def test_embeddings_with_features_of_zeros():
     class Tokens(nn.Module):
         def __init__(self):

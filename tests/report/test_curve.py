@@ -88,6 +88,7 @@ def test_containers_cost_what_their_integers_take(layers, float_bytes):
     assert packed <= int4 <= int8
 
 
+@pytest.mark.slow
 def test_the_int8_container_is_what_the_file_stores(images, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
     prepared = infoq_fx.prepare(model.eval(), images[0], bits=(2, 4, 8))

@@ -136,6 +136,7 @@ def test_the_slider_shows_what_allocate_finds(visit, path):
     assert page.errors == []
 
 
+@pytest.mark.slow
 def test_the_charts_move_with_the_slider(visit, path):
     page = visit()
     points = read_json(path)["axes"][0]["points"]
@@ -149,6 +150,7 @@ def test_the_charts_move_with_the_slider(visit, path):
     assert places[0] != places[1]
 
 
+@pytest.mark.slow
 def test_other_allocations_can_be_shown(visit):
     page = visit()
     page.select_option("#shown", "uniform 3 bits")
@@ -176,6 +178,7 @@ def test_no_request_leaves_the_page_and_nothing_goes_wrong(visit, path):
     assert page.evaluate("fetch('data:,x').then(() => 'sent', () => 'refused')") == "refused"
 
 
+@pytest.mark.slow
 def test_every_column_sorts_both_ways(visit):
     page = visit()
     heads = page.locator("#layers thead th")
@@ -195,6 +198,7 @@ def test_every_column_sorts_both_ways(visit):
             assert down == sorted(down, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_keyboard_moves_the_slider_and_a_screen_reader_hears_of_it(visit):
     page = visit()
     slider = page.get_by_label("At most")
@@ -211,6 +215,7 @@ def test_the_keyboard_moves_the_slider_and_a_screen_reader_hears_of_it(visit):
     assert page.locator("html").get_attribute("lang") == "en"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_reads_on_a_phone_in_both_schemes(visit, scheme):
     page = visit(viewport={"width": 360, "height": 740}, color_scheme=scheme)
@@ -223,6 +228,7 @@ def test_it_reads_on_a_phone_in_both_schemes(visit, scheme):
     assert contrasts["marks"] >= 3
 
 
+@pytest.mark.slow
 def test_series_are_told_apart_without_colour(visit):
     page = visit()
     for marks, attribute in ((".role-legend-symbol path", "d"), (".mark-line.role-mark path", "stroke-dasharray")):
@@ -231,6 +237,7 @@ def test_series_are_told_apart_without_colour(visit):
         assert len(series) == len(set(series)) == 7
 
 
+@pytest.mark.slow
 def test_printed_it_is_a_report(visit):
     page = visit(color_scheme="dark")
     page.emulate_media(media="print")

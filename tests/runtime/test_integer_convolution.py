@@ -106,6 +106,7 @@ def test_runs_over_integers_give_the_same_values(build):
             assert torch.equal(*seen), (site.name, bits)
 
 
+@pytest.mark.slow
 @exact_here
 def test_scores_do_not_depend_on_it(monkeypatch):
     torch.manual_seed(1)

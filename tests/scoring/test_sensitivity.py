@@ -16,7 +16,9 @@ from infoq_fx.types import Measurement, Score
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("memory_limit", [None, 1, 100_000, 1 << 30])
+@pytest.mark.parametrize(
+    "memory_limit", [None, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (100_000, 1 << 30))]
+)
 def test_threads_and_memory_change_no_digit(threads, memory_limit, prepared_and_data, table):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -121,6 +123,7 @@ def test_the_bar_counts_every_bit_width_once(threads, prepared_and_data, tmp_pat
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_quantize_takes_the_same_resources(prepared_and_data, tmp_path):
     _, data = prepared_and_data
     torch.manual_seed(1)

@@ -31,7 +31,7 @@ def make_loky():
     "make",
     [
         pytest.param(lambda: ThreadPoolExecutor(2), id="threads"),
-        pytest.param(lambda: make_process_pool(1), id="process"),
+        pytest.param(lambda: make_process_pool(1), id="process", marks=pytest.mark.slow),
         pytest.param(lambda: make_process_pool(3), id="processes", marks=pytest.mark.slow),
         pytest.param(make_loky, id="loky", marks=pytest.mark.slow),
     ],
@@ -68,6 +68,7 @@ def test_a_dask_cluster_loses_a_worker_and_no_score(prepared_and_data, table, tm
     assert found.scores == table.scores
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_read_the_files_get_them_sent(prepared_and_data, table, monkeypatch):
     sent = []
     read = workers._read
@@ -134,6 +135,7 @@ class DyingPool(Executor):
         return future
 
 
+@pytest.mark.slow
 def test_a_broken_pool_is_carried_on_here(prepared_and_data, table, caplog):
     pool = DyingPool()
     found = score(*prepared_and_data, executor=pool, memory_limit=1)

@@ -78,6 +78,7 @@ def test_scales_can_be_left_alone(rounded):
     assert all(torch.equal(before[name], after[name]) for name in scales)
 
 
+@pytest.mark.slow
 def test_biases_alone_find_a_shift_that_was_hidden():
     # A linear layer whose bias was spoiled: with everything else right, tuning finds it again.
     torch.manual_seed(0)

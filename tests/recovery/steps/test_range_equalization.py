@@ -102,6 +102,7 @@ def test_a_hidden_scale_is_found_and_the_float_model_stays_to_the_last_bit(behin
     assert measure_error(found, data) < 0.3 * measure_error(prepared, data)
 
 
+@pytest.mark.slow
 def test_grouped_convolutions_meet_their_own_channels(images):
     first, second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 3, groups=2)
     unbalance(first)
@@ -240,6 +241,7 @@ class SpaceAsChannels(nn.Module):
         return self.second(self.first(x).relu()).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_clamps_and_other_axes_let_no_factor_through(images):
     models = [
         make_unbalanced(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3)),
@@ -287,6 +289,7 @@ def test_it_recovers_accuracy_and_converts(images):
     assert measure_error(both, data, allocation.bits) < measure_error(found, data, allocation.bits)
 
 
+@pytest.mark.slow
 def test_residual_net_is_not_harmed_and_results_repeat(residual_net, images):
     prepared, data = prepare(residual_net, images[0])
     bits = {site.name: 4 for site in prepared.inventory.sites if site.kind == "weight"}
