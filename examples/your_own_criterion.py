@@ -9,7 +9,7 @@ smaller is less sensitive. The integer program minimizes the sum over the sites,
 import infoq_fx
 from infoq_fx.demo import digits, train_digits_net
 from infoq_fx.graph.float_interpreter import read_weights
-from infoq_fx.runtime.forward import compute_logits
+from infoq_fx.runtime.forward import hold_outputs
 
 (images, labels), (test_images, test_labels) = digits()
 model = train_digits_net(images, labels, epochs=4)
@@ -18,7 +18,8 @@ data = images[:256], labels[:256]
 
 # 1. From a run of the model: how much the margin of the top class shrinks with one site at a bit-width.
 def margins(prepared, data, bits):
-    best = compute_logits(prepared, data, bits).topk(2, dim=1).values
+    (logits,) = hold_outputs(prepared, data, bits).tensors
+    best = logits.topk(2, dim=1).values
     return best[:, 0] - best[:, 1]
 
 

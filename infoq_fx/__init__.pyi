@@ -53,7 +53,19 @@ from .core import (
     TARGETS as TARGETS,
 )
 from .core import (
+    Bernoulli as Bernoulli,
+)
+from .core import (
+    Categorical as Categorical,
+)
+from .core import (
     Container as Container,
+)
+from .core import (
+    Ignored as Ignored,
+)
+from .core import (
+    Quantity as Quantity,
 )
 from .core import (
     Target as Target,
@@ -93,6 +105,9 @@ from .export import (
 )
 from .export import (
     LevelResult as LevelResult,
+)
+from .export import (
+    OutputResult as OutputResult,
 )
 from .export import (
     Verification as Verification,

@@ -17,19 +17,21 @@ from torch.export import ExportedProgram
 from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
-from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.core.option_checks import check_alpha, check_count, check_device, check_model
 from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
-from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, fit_data, name_examples
+from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, find_arguments, fit_data, name_examples
 from infoq_fx.graph.passes.add_head_dimension import add_head_dimension
 from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
 from infoq_fx.graph.passes.fold_constants import fold_constants
 from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
 from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
+from infoq_fx.graph.program.sizes import Dynamic
+from infoq_fx.graph.reading_choice import OutputsOption, choose_readings, describe_choice, run_samples
 from infoq_fx.graph.sites import find_sites
 from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
@@ -66,8 +68,10 @@ def quantize(
     recovery: AnyRecovery = "fast",
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    outputs: OutputsOption = "auto",
     seed: int = 0,
     device: torch.device | str = "cpu",
+    dynamic: Dynamic = "auto",
     executor: Executor | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
@@ -94,9 +98,16 @@ def quantize(
         recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
         pin: fixed bit-widths by glob pattern on module paths or site names.
+        outputs: what the model's outputs mean, which decides how a loss is measured there: ``"auto"``, a reading
+            (:class:`infoq_fx.Categorical`, :class:`infoq_fx.Bernoulli`, :class:`infoq_fx.Quantity`,
+            :class:`infoq_fx.Ignored`) for all, a mapping from output name or position to a reading, its name or
+            ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
         seed: of all random numbers; the same seed gives the same result. Criteria and recovery steps given as objects
             have their own.
         device: of the computations and of the result.
+        dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
+            as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
+            model's graph does not depend on them; None fixes all to the data's sizes. The data has one size anyway.
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
             more bit-width computes only new scores.
@@ -118,7 +129,7 @@ def quantize(
     check_device(device)
     check_alpha(alpha)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
-    data = None if calibration_data is None else read_data(calibration_data)
+    data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
     if data is None and chosen.needs_data:
         warnings.warn(
             "no calibration data: weights are scored by their own relative error and activations stay in float; "
@@ -134,7 +145,9 @@ def quantize(
         activation_bits=activation_bits if data is not None else None,
         ignore=ignore,
         pin=pin,
+        outputs=outputs,
         device=device,
+        dynamic=dynamic,
         budget=budget,
     )
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
@@ -176,14 +189,15 @@ def quantize_prepared(
     """
     check_alpha(alpha)
     candidates = None if data is None else find_candidates(prepared, data, steps)
+    measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
     if isinstance(scores, SensitivityTable):
         table = scores
     else:
-        table, _ = measure_sensitivity(prepared, data, scores, resources, candidates)
+        table, _ = measure_sensitivity(prepared, measured, scores, resources, candidates)
     if keep_scores is not None:
         keep_scores(table)
-    if refine and data is not None:
-        allocation = choose_allocation(prepared, table, budget, data, alpha=alpha, candidates=candidates)
+    if refine and held is not None:
+        allocation = choose_allocation(prepared, table, budget, held, alpha=alpha, candidates=candidates)
     else:
         allocation = allocate(table, budget, alpha=alpha)
     if isinstance(scores, SensitivityTable):
@@ -204,7 +218,9 @@ def prepare(
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    outputs: OutputsOption = "auto",
     device: torch.device | str = "cpu",
+    dynamic: Dynamic = "auto",
     budget: float | Budget | None = None,
 ) -> PreparedModel:
     """Capture a model, insert configurable quantizers and observers, and calibrate them for every bit-width.
@@ -214,17 +230,22 @@ def prepare(
     """
     check_model(model)
     home = check_device(device)
+    if torch.get_default_dtype() != torch.float32:
+        raise OptionError(
+            f"torch's default dtype is {torch.get_default_dtype()}: call torch.set_default_dtype(torch.float32) first; "
+            "the model itself may have any floating-point dtype"
+        )
     weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
-    data = None if calibration_data is None else read_data(calibration_data)
+    data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
     if data is None and candidates is not None:
         raise CalibrationDataError(
             "activations cannot be quantized without calibration data: give data, or activation_bits=None"
         )
     inputs = choose_example_inputs(model, data, example_inputs)
-    captured = capture(model, inputs, device=home)
+    captured = capture(model, inputs, device=home, dynamic=dynamic)
     examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
@@ -241,8 +262,17 @@ def prepare(
         example_inputs=examples,
         batch_size=captured.batch_size,
         classifier=plan.classifier,
+        form=captured.form,
+        free_axes=captured.free_axes,
     )
     held = CalibrationData({}, None, False) if data is None else fit_data(prepared, data)
+    shown = CalibrationData(examples, None, False) if data is None else held
+    found = run_samples(graph_module, shown, fixed=captured.batch_size)
+    choice = choose_readings(
+        graph_module, found.outputs, captured.output_names, outputs, labels=found.labels, inputs=found.inputs
+    )
+    notes = describe_choice(choice, captured.output_names)
+    prepared = replace(prepared, readings=choice.readings, output_notes=notes, loss_function=choice.function)
     calibrate(prepared, held, batch_size=choose_batch_size(prepared))
     return prepared
 
@@ -274,10 +304,12 @@ def score(
     """
     check_prepared(prepared, "score")
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
-    data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data))
+    arguments = ForwardArguments.exactly(prepared.input_names)
+    data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data, arguments))
     candidates = None if data is None else find_candidates(prepared, data, steps)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
-    return measure_sensitivity(prepared, data, chosen, resources, candidates)[0]
+    measured = None if data is None else data.hold_back(prepared.batch_size or 1)[0]
+    return measure_sensitivity(prepared, measured, chosen, resources, candidates)[0]
 
 
 def refine(
@@ -319,9 +351,11 @@ def refine(
     check_table(table)
     check_alpha(alpha)
     steps = find_steps(recovery)
-    data = fit_data(prepared, read_data(calibration_data))
+    arguments = ForwardArguments.exactly(prepared.input_names)
+    data = fit_data(prepared, read_data(calibration_data, arguments))
     candidates = find_candidates(prepared, data, steps)
-    return choose_allocation(prepared, table, budget, data, alpha=alpha, pin=pin, candidates=candidates)
+    held = data.hold_back(prepared.batch_size or 1)[1]
+    return choose_allocation(prepared, table, budget, held, alpha=alpha, pin=pin, candidates=candidates)
 
 
 def recover(
@@ -364,7 +398,8 @@ def recover(
     check_prepared(prepared, "recover")
     steps = find_steps(recovery, seed)
     check_allocation(prepared, allocation)
-    data = fit_data(prepared, read_data(calibration_data))
+    arguments = ForwardArguments.exactly(prepared.input_names)
+    data = fit_data(prepared, read_data(calibration_data, arguments))
     folder = None if cache_dir is None else Path(cache_dir)
     found = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
     tried = (*prepared.recovery_tried, *(step.name for step in steps))

@@ -1,12 +1,11 @@
 """Models to be recovered, and what they lose."""
 
+from logits import compute_float_logits, compute_logits, diverge, measure_spread
 from torch import nn
 
 import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.runtime.forward import compute_float_logits, compute_logits
-from infoq_fx.runtime.outputs import diverge, measure_spread
 
 CONTEXT = StepContext(batch_size=16)
 

@@ -41,7 +41,7 @@ def allocate(
 ) -> Allocation:
     """Return the allocation with the least total score among all that meet every limit of the budget.
 
-    If two bit-widths of a site have equal scores, only the smaller, cheaper one is considered. The result is
+    If two bit-widths of a site have equal scores, the larger one is taken as far as the budget reaches. The result is
     deterministic.
 
     Args:
@@ -149,10 +149,11 @@ def _propose(
     for power in powers:
         # A user-defined criterion may have scores below 0; their order is kept.
         raised = {n: {b: math.copysign(abs(v) ** power, v) for b, v in d.items()} for n, d in candidates.items()}
-        yield describe(_minimize_score(inventory, limits, raised if power != 1 else candidates, known))
+        scores = raised if power != 1 else candidates
+        yield describe(_spend(inventory, limits, scores, _minimize_score(inventory, limits, scores, known)))
     if second is not None:
         others = {s.name: {b: second.get(s.name, {}).get(b, 0.0) for b in s.bits} for s in inventory.sites}
-        yield describe(_minimize_score(inventory, limits, others, known))
+        yield describe(_spend(inventory, limits, others, _minimize_score(inventory, limits, others, known)))
     if uniform is not None:
         yield describe(uniform)
 
@@ -282,7 +283,7 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
     # Nothing is better than no excess: under a cost that falls with the bits, the fewest of equal scores may not fit.
     while span := _total_score(excess, best):
-        # A candidate whose own excess is above the span cannot be part of anything better.
+        # A candidate whose own excess is above the span cannot be part of a better allocation.
         scaled = {
             name: {b: e / span * _OBJECTIVE_SCALE for b, e in scores.items() if e <= span}
             for name, scores in excess.items()
@@ -292,8 +293,24 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
             best = found
         if _total_score(excess, best) > _RESCALE * span:
             break
-        _LOGGER.debug("scores span many orders of magnitude: solving again around the best found")
+        _LOGGER.debug("scores span many orders of magnitude: solving again, scaled to the best allocation found")
     return best
+
+
+def _spend(inventory: Inventory, budget: Budget, scores: CandidateScores, bits: _Bits) -> _Bits:
+    """Raise bit-widths that cost no score as far as the budget reaches, the lowest and smallest first.
+
+    Scores that tie say nothing against more bits, and what the budget has left is of no other use.
+    """
+    raised = dict(bits)
+    for site in sorted(inventory.sites, key=lambda site: (bits[site.name], site.numel)):
+        known = scores[site.name]
+        for wider in sorted((b for b in known if b > raised[site.name]), reverse=True):
+            tried = {**raised, site.name: wider}
+            if known[wider] <= known[raised[site.name]] and _fits(inventory, budget, tried):
+                raised = tried
+                break
+    return raised
 
 
 def _drop_dominated(scores: Mapping[int, float]) -> dict[int, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.core.targets import DEFAULT_TARGET, TARGETS
@@ -28,12 +30,13 @@ class Summary(str):
         return self.html
 
 
-def summarize_allocation(allocation: Allocation, inventory: Inventory) -> Summary:
+def summarize_allocation(allocation: Allocation, inventory: Inventory, outputs: Sequence[str] = ()) -> Summary:
     """Return a table of an allocation: its sites, its cost, and the best uniform bit-width for comparison.
 
     Args:
         allocation: bits for every site of the inventory.
         inventory: of the prepared model.
+        outputs: a line for each output of the model, which says how it is read.
 
     Returns:
         One line per weight site and per searched activation site, then lines of totals. ``share of size`` is the share
@@ -43,7 +46,7 @@ def summarize_allocation(allocation: Allocation, inventory: Inventory) -> Summar
     cost = (is_own and allocation.cost) or measure_cost(inventory, allocation.bits)
     shown = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
     rows = [_HEAD, *(_describe_site(site, allocation, cost) for site in shown)]
-    notes = _describe_totals(allocation, inventory, cost)
+    notes = [*_describe_totals(allocation, inventory, cost), *outputs]
     text = "\n".join([*align_rows(rows, left=_TEXT_COLUMNS), *notes])
     caption = "Bit-widths" if allocation.budget is None else f"Bit-widths within {allocation.budget}"
     return Summary(text, html_table(caption, rows, notes, left=_TEXT_COLUMNS))

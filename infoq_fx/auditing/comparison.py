@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,22 @@ import torch
 from scipy import stats
 from torch import nn
 from torch.export import ExportedProgram
-from tqdm.auto import tqdm
 
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
 from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, prepare
-from infoq_fx.auditing.result import Audit, AuditRow, Hits, Nats
-from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.auditing.judge import Judge, Metric
+from infoq_fx.auditing.kept_results import kept_folder, load_result, result_path, store_result
+from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.core.data import CalibrationData, read_data
-from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.graph.model_inputs import fit_data
+from infoq_fx.graph.model_inputs import find_arguments, fit_data
+from infoq_fx.graph.reading_choice import OutputsOption
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
-from infoq_fx.recovery.step import RecoveryStep
+from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps
 from infoq_fx.runtime.digest import digest_run
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
-from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
 from infoq_fx.scoring.criterion import Criterion, Measure
 from infoq_fx.scoring.output_measure import ACCURACY_DROP
@@ -60,8 +56,6 @@ DEFAULT_CRITERIA = (
     "ompq",
 )
 _LOW_BITS = 4
-_FORMAT = "infoq_fx.audit"
-_VERSION = 1
 
 
 def audit(
@@ -76,6 +70,8 @@ def audit(
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    outputs: OutputsOption = "auto",
+    metric: Metric | None = None,
     recovery: AnyRecovery = "none",
     device: torch.device | str = "cpu",
     executor: Executor | None = None,
@@ -108,6 +104,9 @@ def audit(
         activation_bits: candidates of activations; criteria that score only weights need a single one.
         ignore: layers to leave in float.
         pin: fixed bit-widths.
+        outputs: what the outputs mean.
+        metric: ``(outputs, labels) -> float`` over all evaluation samples, larger is better; it is measured for every
+            allocation too. The outputs are the model's own, in its own structure.
         recovery: the steps applied to each allocation before it is measured, see :func:`infoq_fx.recover`, and assumed
             in scoring, see :func:`infoq_fx.score`; ``"fast"`` is the default of :func:`infoq_fx.quantize`, and takes
             its time for every row and budget.
@@ -124,18 +123,27 @@ def audit(
         InfeasibleBudgetError: a budget is out of reach.
     """
     chosen, steps = _read_criteria(criteria), find_steps(recovery)
-    calibration, evaluation = _split(read_data(calibration_data), evaluation_data)
+    arguments = find_arguments(model)
+    held_back = None if evaluation_data is None else read_data(evaluation_data, arguments)
+    calibration, evaluation = _split(read_data(calibration_data, arguments), held_back)
     prepared = prepare(
-        model, calibration, bits=bits, activation_bits=activation_bits, ignore=ignore, pin=pin, device=device
+        model,
+        calibration,
+        bits=bits,
+        activation_bits=activation_bits,
+        ignore=ignore,
+        pin=pin,
+        outputs=outputs,
+        device=device,
     )
     limits = {_name_budget(budget): check_budget(prepared.inventory, budget) for budget in budgets}
     if not limits:
         raise OptionError("audit got no budget; give at least one, such as budgets=[4.0, 3.0]")
     calibration, evaluation = (fit_data(prepared, data) for data in (calibration, evaluation))
-    with _kept_folder(cache_dir) as folder:
+    with kept_folder(cache_dir) as folder:
         resources = Resources(executor=executor, cache_dir=folder, memory_limit=memory_limit, progress=progress)
         drops = _measure_drops(prepared, evaluation, resources) if correlate else {}
-        judge = _Judge(prepared, evaluation, calibration, steps, folder, progress)
+        judge = Judge(prepared, evaluation, calibration, steps, folder, progress, metric)
         candidates = find_candidates(prepared, calibration, steps)
         tables, rows = {}, []
         for criterion in chosen:
@@ -167,75 +175,10 @@ def audit(
         budgets=tuple(limits),
         tables=tables,
         accuracy_drops=drops,
-        float_top1=100 * float(judge.float_hits.mean()),
+        float_top1=100 * float(judge.float_hits.mean()) if judge.float_hits.size else math.nan,
         evaluation_samples=evaluation.samples,
+        float_metric=judge.float_metric,
     )
-
-
-class _Judge:
-    """Evaluates allocations over the evaluation samples, each once; results are kept in the folder."""
-
-    def __init__(
-        self,
-        prepared: PreparedModel,
-        data: CalibrationData,
-        calibration: CalibrationData,
-        steps: Sequence[RecoveryStep],
-        folder: Path,
-        progress: bool,
-    ) -> None:
-        self._prepared, self._data, self._folder, self._progress = prepared, data, folder, progress
-        self._calibration, self._steps = calibration, steps
-        self._batch_size = choose_batch_size(prepared)
-        settings: dict[str, Plain] = {"measure": "audit"}
-        if steps:
-            fitted = digest_run(prepared, calibration, {}, batch_size=self._batch_size)
-            settings |= {"recovery": ", ".join(map(repr, steps)), "fitted": fitted}
-        self._key = digest_run(prepared, data, settings, batch_size=self._batch_size)
-        with one_torch_thread() as threads:
-            logits = compute_float_logits(prepared, data, batch_size=self._batch_size, run_options=self._work(threads))
-        data.check_labels(logits.shape[1])
-        self._labels = logits.argmax(1) if data.labels is None else data.labels.cpu()
-        self._float_logits, self._spread = logits, measure_spread(logits)
-        self.float_hits: Hits = (logits.argmax(1) == self._labels).numpy()
-
-    def __call__(self, name: str, allocations: Mapping[str, Allocation]) -> AuditRow:
-        shown = tqdm(allocations.items(), desc=f"top-1 ({name})", unit="budget", disable=not self._progress)
-        found = {budget: self._run(allocation) for budget, allocation in shown}
-        return AuditRow(
-            name=name,
-            hits={budget: hits for budget, (hits, _) in found.items()},
-            nats={budget: nats for budget, (_, nats) in found.items()},
-            allocations=allocations,
-        )
-
-    def _run(self, allocation: Allocation) -> tuple[Hits, Nats]:
-        described = json.dumps(dict(sorted(allocation.bits.items())))
-        path = _path(self._folder, f"{self._key} {described}")
-        if (kept := self._read(path)) is not None:
-            return kept
-        model = recover_accuracy(
-            self._prepared, allocation.bits, self._calibration, self._steps, cache_dir=self._folder, progress=False
-        )
-        with one_torch_thread() as threads:
-            logits = compute_logits(
-                model, self._data, allocation.bits, batch_size=self._batch_size, run_options=self._work(threads)
-            )
-        hits: Hits = (logits.argmax(1) == self._labels).numpy()
-        nats: Nats = diverge(self._float_logits, logits, self._spread).numpy()
-        _store(path, {"hits": "".join("1" if hit else "0" for hit in hits), "nats": nats.tolist()})
-        return hits, nats
-
-    def _read(self, path: Path) -> tuple[Hits, Nats] | None:
-        kept = _load(path)
-        hits, nats = kept.get("hits"), kept.get("nats")
-        if not isinstance(hits, str) or not isinstance(nats, list) or {len(hits), len(nats)} != {self._data.samples}:
-            return None
-        return np.array([hit == "1" for hit in hits]), np.array(nats)
-
-    def _work(self, threads: int) -> RunOptions:
-        on_cpu = self._prepared.device.type == "cpu"
-        return RunOptions(threads=threads if on_cpu else 1)
 
 
 def _score(
@@ -249,13 +192,13 @@ def _score(
     """The table and the CPU seconds of all runs behind it, earlier audits included."""
     settings = describe_measurements(criterion, prepared, data, candidates)
     key = digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared))
-    path = _path(folder, f"seconds {key}")
-    before, timed = float(_load(path).get("seconds", 0.0)), _Timed(criterion, candidates)
+    path = result_path(folder, f"seconds {key}")
+    before, timed = float(load_result(path).get("seconds", 0.0)), _Timed(criterion, candidates)
     try:
         table, _ = measure_sensitivity(prepared, data, timed, resources, candidates)
     finally:
         seconds = before + timed.seconds()
-        _store(path, {"seconds": seconds})
+        store_result(path, {"seconds": seconds})
     return table, seconds
 
 
@@ -273,11 +216,11 @@ def _refine(
     settings: dict[str, Plain] = {"measure": "refinement", "table": table.to_json(), "first": first}
     if candidates is not None:
         settings |= candidates.describe()
-    path = _path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
+    path = result_path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
     with suppress(OptionError, KeyError, TypeError, ValueError, AttributeError):  # not cached, or damaged
-        return decode_allocation(_load(path)["allocation"])
+        return decode_allocation(load_result(path)["allocation"])
     found = choose_allocation(prepared, table, limit, data, candidates=candidates)
-    _store(path, {"allocation": describe_allocation(found)})
+    store_result(path, {"allocation": describe_allocation(found)})
     return found
 
 
@@ -314,9 +257,11 @@ def _measure_drops(
         for site in prepared.inventory.sites
     ]
     low = replace(prepared, inventory=replace(prepared.inventory, sites=tuple(sites)))
-    _, measurements = measure_sensitivity(low, evaluation, "accuracy", resources)
+    _, measurements = measure_sensitivity(low, evaluation, "output_kl", resources)
     drops: dict[str, dict[int, Score]] = {}
     for found in measurements:
+        if ACCURACY_DROP not in found.values:  # no output has classes
+            return {}
         value, error = found.values[ACCURACY_DROP], found.values[f"{ACCURACY_DROP}:standard_error"]
         drops.setdefault(found.site, {})[found.bits] = Score(value, error)
     return drops
@@ -371,32 +316,3 @@ def _count_images(criterion: Criterion, data: CalibrationData) -> int:
 
 def _name_budget(budget: float | Budget) -> str:
     return str(budget) if isinstance(budget, Budget) else f"{budget:g} bits"
-
-
-@contextmanager
-def _kept_folder(cache_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The user's folder, or a temporary one for this audit, through which criteria share measurements."""
-    if cache_dir is not None:
-        yield Path(cache_dir)
-        return
-    with tempfile.TemporaryDirectory(prefix="infoq_fx_audit_") as folder:
-        yield Path(folder)
-
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / "audit" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, _FORMAT, _VERSION) if path.exists() else {}
-    except OptionError:  # cut short or of another release: measure again
-        return {}
-
-
-def _store(path: Path, document: Mapping[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"format": _FORMAT, "version": _VERSION, **document}) + "\n")
-    except OSError as error:
-        raise OptionError(f"cannot write the cache {str(path.parent)!r}: {error}; give another cache_dir") from error

@@ -16,8 +16,8 @@ from infoq_fx.types import Allocation, Score
 
 __all__ = ["Audit", "AuditRow", "Hits", "Nats"]
 
-Hits: TypeAlias = NDArray[np.bool_]
-"""Whether the prediction for each evaluation sample is correct."""
+Hits: TypeAlias = NDArray[np.float64]
+"""Share of correct classes of each evaluation sample: 0 or 1 where it has a single class."""
 Nats: TypeAlias = NDArray[np.float64]
 """KL divergence of the quantized model's output from the float model's, of each evaluation sample."""
 
@@ -42,13 +42,14 @@ class AuditRow:
     cpu_seconds: float | None = None
     images: int | None = None
     nats: Mapping[str, Nats] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def top1(self, budget: str) -> Score | None:
-        """Return the percentage of correct predictions and its standard error; None if nothing fits the budget."""
+        """Return the percentage of correct predictions and its standard error; None if there is none."""
         if budget not in self.hits:
             return None
-        share, samples = float(self.hits[budget].mean()), len(self.hits[budget])
-        return Score(100 * share, 100 * math.sqrt(share * (1 - share) / samples))
+        hits = self.hits[budget]
+        return Score(100 * float(hits.mean()), 100 * float(hits.std()) / math.sqrt(len(hits)))
 
     def lost_nats(self, budget: str) -> Score | None:
         """Return the mean of ``nats`` over the samples and its standard error; None if nothing fits the budget."""
@@ -60,7 +61,7 @@ class AuditRow:
     @property
     def mean_top1(self) -> float:
         """Mean top-1 over the budgets."""
-        return float(np.mean([100 * hits.mean() for hits in self.hits.values()]))
+        return float(np.mean([100 * hits.mean() for hits in self.hits.values()])) if self.hits else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +78,15 @@ class Audit:
     accuracy_drops: Mapping[str, Mapping[int, Score]]
     float_top1: float
     evaluation_samples: int
+    float_metric: float | None = None
 
     @property
     def leader(self) -> AuditRow:
         """The row of the criterion with the best mean top-1; among equals, the one with the lower cost."""
-        return max(self._candidates(), key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
+        rows = self._candidates()
+        if not any(row.hits for row in rows):  # no output has classes
+            return min(rows, key=_mean_log_nats)
+        return max(rows, key=lambda row: (row.mean_top1, -(row.cpu_seconds or 0.0)))
 
     @property
     def recommended(self) -> AuditRow:
@@ -126,8 +131,16 @@ class Audit:
         for row in self.rows:
             nats = [row.lost_nats(b) for b in self.budgets]
             lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
-        head = f"float top-1 {self.float_top1:.1f} on {self.evaluation_samples} samples"
-        return "\n".join([head, *align_rows(cells), "", *align_rows(lost), "", self._advise()])
+        float_top1 = "no classes" if math.isnan(self.float_top1) else f"float top-1 {self.float_top1:.1f}"
+        head = f"{float_top1} on {self.evaluation_samples} samples"
+        measured = []
+        if self.float_metric is not None:
+            measured = [["metric", *self.budgets], ["float", *(f"{self.float_metric:.4g}" for _ in self.budgets)]]
+            for row in self.rows:
+                values = [row.metrics.get(b) for b in self.budgets]
+                measured.append([row.name, *("-" if v is None else f"{v:.4g}" for v in values)])
+        parts = [head, *align_rows(cells), "", *align_rows(lost), ""]
+        return "\n".join([*parts, *([*align_rows(measured), ""] if measured else []), self._advise()])
 
     def _advise(self) -> str:
         best = self.recommended.name
@@ -139,7 +152,7 @@ class Audit:
         )
 
     def _candidates(self) -> list[AuditRow]:
-        return [row for row in self.rows if row.name != "uniform" and len(row.hits) == len(self.budgets)]
+        return [row for row in self.rows if row.name != "uniform" and len(row.allocations) == len(self.budgets)]
 
 
 def _mean_log_nats(row: AuditRow) -> float:

@@ -26,6 +26,7 @@ from infoq_fx.cli.options import (
     Mean,
     MemoryLimit,
     Model,
+    Outputs,
     Pin,
     Progress,
     Resize,
@@ -35,6 +36,7 @@ from infoq_fx.cli.options import (
     Workers,
     read_bits,
     read_numbers,
+    read_outputs,
     read_pins,
 )
 from infoq_fx.core.atomic_files import write_atomically
@@ -77,6 +79,7 @@ def audit(
     bits: Bits = DEFAULT_BITS,
     activation_bits: ActivationBits = DEFAULT_ACTIVATION_BITS,
     ignore: Ignore = None,
+    outputs: Outputs = None,
     pin: Pin = None,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
@@ -107,6 +110,7 @@ def audit(
             activation_bits=read_bits(activation_bits or DEFAULT_ACTIVATION_BITS, "--activation-bits"),
             ignore=ignore or (),
             pin=read_pins(pin),
+            outputs=read_outputs(outputs),
             recovery=recovery.split(",") if "," in recovery else recovery,
             device=device,
             executor=executor,

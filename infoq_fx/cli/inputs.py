@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoq_fx.cli.application import say
-from infoq_fx.cli.options import read_bits, read_numbers, read_pins
+from infoq_fx.cli.options import read_bits, read_dynamic, read_numbers, read_outputs, read_pins
 from infoq_fx.errors import OptionError
 from infoq_fx.types import Budget, Inventory
 
@@ -66,7 +66,9 @@ def prepare_model(
         activation_bits=read_bits(options["activation_bits"], "--activation-bits"),
         ignore=options["ignore"] or (),
         pin=read_pins(options["pin"]),
+        outputs=read_outputs(options["outputs"]),
         device=options["device"],
+        dynamic=read_dynamic(options.get("dynamic")),
         budget=budget,
     )
 

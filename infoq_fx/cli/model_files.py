@@ -17,7 +17,8 @@ from torch.export import ExportedProgram
 
 from infoq_fx.cli.image_folder import load_images, spread_rows
 from infoq_fx.errors import CalibrationDataError, OptionError, nearest_names
-from infoq_fx.graph.capture import load_quietly
+from infoq_fx.export.quantized_files import refuse_code
+from infoq_fx.graph.program.exporting import load_quietly
 
 __all__ = ["load_model", "load_samples"]
 
@@ -120,10 +121,12 @@ def _load_program(name: str, weights: Path | None) -> ExportedProgram:
     if weights is not None:
         raise OptionError(f"{name!r} is an exported program with weights of its own; leave --weights out")
     try:
+        refuse_code(Path(name).read_bytes())
         return load_quietly(name)
     except Exception as error:
         raise OptionError(
-            f"{name!r} is not an exported program that this torch can load: {error}; save one with torch.export.save"
+            f"{name!r} is not an exported program that this torch can load: {error}; save one with torch.export.save, "
+            "or load a file that you trust in a callable of your own, package.module:callable"
         ) from error
 
 

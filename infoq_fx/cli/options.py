@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ __all__ = [
     "Data",
     "Debug",
     "Device",
+    "DynamicAxes",
     "Ignore",
     "ImageSize",
     "Json",
@@ -32,6 +33,7 @@ __all__ = [
     "Mean",
     "MemoryLimit",
     "Model",
+    "Outputs",
     "Pin",
     "Progress",
     "Recovery",
@@ -44,8 +46,10 @@ __all__ = [
     "Weights",
     "Workers",
     "read_bits",
+    "read_dynamic",
     "read_limits",
     "read_numbers",
+    "read_outputs",
     "read_pins",
 ]
 
@@ -131,6 +135,21 @@ Ignore = Annotated[
 Pin = Annotated[
     list[str] | None,
     typer.Option(help="A fixed bit-width, such as 'layer1.*=8'; may be repeated.", rich_help_panel=_SEARCH),
+]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What an output means, NAME=KIND with KIND categorical, bernoulli, quantity or ignored; may be repeated.",
+        rich_help_panel=_SEARCH,
+    ),
+]
+DynamicAxes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic",
+        help="auto, none, or the axes of an input that may have any size, such as 'image=2,3'; may be repeated.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 Recovery = Annotated[
     str,
@@ -220,6 +239,38 @@ def read_numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise OptionError(f"{option} is {text!r}; give numbers separated by commas, such as 0.5,0.25") from error
+
+
+def read_outputs(texts: list[str] | None) -> str | dict[str, str]:
+    """Return the readings of ``--outputs`` by output name; ``"auto"`` without any."""
+    if not texts:
+        return "auto"
+    found = {}
+    for text in texts:
+        name, sign, kind = text.partition("=")
+        if not (name and sign and kind):
+            raise OptionError(f"--outputs is {text!r}; give NAME=KIND, such as boxes=quantity")
+        found[name] = kind
+    return found
+
+
+def read_dynamic(texts: list[str] | None) -> dict[str, tuple[int, ...]] | Literal["auto"] | None:
+    """Parse axes that stay free by input name; ``"auto"`` if nothing is given, None for ``none``.
+
+    Raises:
+        OptionError: an entry is not ``input=axes``.
+    """
+    if not texts or texts == ["auto"]:
+        return "auto"
+    if texts == ["none"]:
+        return None
+    axes = {}
+    for text in texts:
+        name, _, given = text.rpartition("=")
+        if not name or not all(part.isdecimal() for part in given.split(",")):
+            raise OptionError(f"--dynamic is {text!r}; give auto, none, or an input and axes, such as 'image=2,3'")
+        axes[name] = tuple(int(part) for part in given.split(","))
+    return axes
 
 
 def read_pins(texts: list[str] | None) -> dict[str, int]:

@@ -39,6 +39,11 @@ def convert_prepared(
         inventory=prepared.inventory,
         table=table,
         prepared=prepared.origin or prepared,
+        readings=prepared.readings,
+        loss_function=prepared.loss_function,
+        output_notes=prepared.output_notes,
+        form=prepared.form,
+        free_axes=prepared.free_axes,
     )
     return wrap_quantized(run_passes(graph_module, passes), provenance)
 

@@ -6,17 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.summary import Summary, summarize_allocation
+from infoq_fx.core.readings import Ignored, LossFunction, Reading
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.passes.annotate_bits import annotate_bits, read_bits
+from infoq_fx.quantization.call_forms import CallForm
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Inventory
 
-__all__ = ["Provenance", "QuantizedModule", "allocation_of", "provenance_of", "summarize", "wrap_quantized"]
+__all__ = [
+    "Provenance",
+    "QuantizedModule",
+    "allocation_of",
+    "plain_graph",
+    "provenance_of",
+    "summarize",
+    "wrap_quantized",
+]
 
 _META_KEY = "infoq"
 
@@ -28,7 +39,8 @@ class Provenance:
     ``example_inputs`` are two samples by input name, for export. ``batch_size`` is None unless the graph is fixed to
     one. ``inventory`` is that of the prepared model, ``table`` the scores that the allocation was found with, if
     :func:`infoq_fx.quantize` made it. ``prepared`` is the model that it was converted from, in this process; it is not
-    saved to files.
+    saved to files. ``form`` tells how the float model is called and answers: the module does the same.
+    ``free_axes`` are axes besides the first, by input name, that may have any size.
     """
 
     allocation: Allocation
@@ -38,17 +50,41 @@ class Provenance:
     inventory: Inventory | None = None
     table: SensitivityTable | None = field(default=None, repr=False)
     prepared: PreparedModel | None = field(default=None, compare=False, repr=False)
+    form: CallForm = field(default_factory=CallForm, repr=False)
+    free_axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
+    loss_function: LossFunction | None = field(default=None, compare=False, repr=False)
+    output_notes: tuple[str, ...] = ()
+
+    @property
+    def read_outputs(self) -> tuple[int, ...]:
+        """Indices of the outputs that are read."""
+        return tuple(i for i, reading in enumerate(self.readings) if not isinstance(reading, Ignored))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         kept = (self.allocation, self.example_inputs, self.output_names, self.batch_size, self.inventory, self.table)
-        return Provenance, kept
+        return Provenance, (*kept, None, self.form, dict(self.free_axes), self.readings, None, self.output_notes)
 
 
 class QuantizedModule(fx.GraphModule):
-    """A quantized graph module; ``node.meta["infoq"]`` has each node's bits, also after pickle and deepcopy."""
+    """A quantized graph module; ``node.meta["infoq"]`` has each node's bits, also after pickle and deepcopy.
+
+    It takes and returns what the float model does: its structure of outputs, with None and constants, and its dtypes.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on inputs ``[samples, ...]``, by position or by name."""
+        provenance = provenance_of(self)
+        if provenance is None or provenance.form.is_plain:
+            return super().__call__(*args, **kwargs)
+        form, given = provenance.form, (*args, *kwargs.values())
+        taken = {name: form.take(x) for name, x in kwargs.items()}
+        outputs = super().__call__(*(form.take(x) for x in args), **taken)
+        has_floats = any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in given)
+        return form.give(outputs, narrow=not (has_floats and form.input_dtypes))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # fx pickles a graph as its code and drops all meta.
@@ -65,6 +101,17 @@ def wrap_quantized(graph_module: fx.GraphModule, provenance: Provenance) -> Quan
     annotate_bits(module)
     module.meta[_META_KEY] = provenance
     return module
+
+
+def plain_graph(quantized: nn.Module) -> nn.Module:
+    """Return a module that shares the graph and tensors of a quantized one, and gives tensors alone, as the graph does.
+
+    A module whose outputs have that form already is returned itself.
+    """
+    provenance = provenance_of(quantized)
+    if provenance is None or provenance.form.is_plain or not isinstance(quantized, fx.GraphModule):
+        return quantized
+    return fx.GraphModule(quantized, quantized.graph, class_name="QuantizedModule")
 
 
 def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
@@ -106,7 +153,7 @@ def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inven
     known = inventory or (None if provenance is None else provenance.inventory)
     if known is None:
         return Summary(str(allocation), allocation._repr_html_())
-    return summarize_allocation(allocation, known)
+    return summarize_allocation(allocation, known, () if provenance is None else provenance.output_notes)
 
 
 def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:

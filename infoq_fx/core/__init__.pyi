@@ -11,6 +11,21 @@ from .data import (
     read_data as read_data,
 )
 from .memory import available_memory_bytes as available_memory_bytes
+from .readings import (
+    Bernoulli as Bernoulli,
+)
+from .readings import (
+    Categorical as Categorical,
+)
+from .readings import (
+    Ignored as Ignored,
+)
+from .readings import (
+    OutputLoss as OutputLoss,
+)
+from .readings import (
+    Quantity as Quantity,
+)
 from .targets import (
     CONTAINERS as CONTAINERS,
 )

@@ -11,6 +11,7 @@ from .quantized_files import (
 from .verification import (
     LevelResult as LevelResult,
 )
+from .verification import OutputResult as OutputResult
 from .verification import (
     Verification as Verification,
 )

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.export.quantize_target import check_options, quantize_target, shorten_names
-from infoq_fx.graph.capture import export_quietly
 from infoq_fx.graph.layers import module_path
+from infoq_fx.graph.program.exporting import export_quietly
 from infoq_fx.quantization.custom_ops import decompose_in_inductor
 from infoq_fx.types import Allocation, Budget
 

@@ -16,6 +16,7 @@ from infoq_fx.api import convert, prepare, quantize, recover
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
+from infoq_fx.graph.model_inputs import find_arguments
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import MAX_BITS, Allocation, Budget
 
@@ -68,7 +69,7 @@ def _quantize_by(
     progress: bool = True,
 ) -> QuantizedModule:
     """Calibrate at an allocation's bit-widths, recover and convert; layers that it does not contain stay in float."""
-    data = None if calibration_data is None else read_data(calibration_data)
+    data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
     examples = example_inputs if data is None else data.example_inputs
     draft = prepare(model, example_inputs=examples, bits=MAX_BITS, activation_bits=None, device=device)
     weights = {site.name for site in draft.inventory.sites}

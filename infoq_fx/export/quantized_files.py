@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
-from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
+from infoq_fx.conversion.quantized import Provenance, QuantizedModule, plain_graph, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import check_format, write_atomically
 from infoq_fx.core.option_checks import check_device
+from infoq_fx.core.readings import Reading, decode_reading, describe_reading
 from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
-from infoq_fx.graph.capture import export_quietly, flatten_program, load_quietly
 from infoq_fx.graph.passes.annotate_bits import read_bits
+from infoq_fx.graph.program.exporting import FreeAxes, export_quietly, load_quietly
+from infoq_fx.graph.program.flattening import flatten_program
+from infoq_fx.graph.reading_choice import choose_readings, flatten_tensors
 from infoq_fx.types import Allocation
 
-__all__ = ["load_quantized", "save_quantized"]
+__all__ = ["load_quantized", "refuse_code", "save_quantized"]
 
 _EXTRA_FILE = "infoq_fx.json"
 _FORMAT = "infoq_fx quantized module"
@@ -62,7 +65,7 @@ def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = _on_cpu(export_quietly(quantized, tuple(provenance.example_inputs.values())))
+            program = _on_cpu(_export(quantized, provenance))
             torch.export.save(program, content, extra_files={_EXTRA_FILE: _describe(provenance)})
         except Exception as error:
             reason = " ".join(str(error).split())[-400:]
@@ -99,16 +102,58 @@ def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str =
         content = source.read_bytes()
         document, examples = _inspect(content)
         program = load_quietly(io.BytesIO(content))
-        graph_module, input_names, output_names = flatten_program(program, home)
-        allocation = _read_allocation(document["allocation"], read_bits(graph_module.graph))
+        flat = flatten_program(program, home)
+        allocation = _read_allocation(document["allocation"], read_bits(flat.graph_module.graph))
         names, outputs = tuple(document["input_names"]), tuple(document["output_names"])
-        if not len(names) == len(input_names) == len(examples) or len(outputs) != len(output_names):
+        if not len(names) == len(flat.input_names) == len(examples) or len(outputs) != len(flat.output_names):
             raise OptionError("its inputs and outputs are not those of its graph")
         batch_size = document["batch_size"]
         if not (batch_size is None or (type(batch_size) is int and batch_size > 0)):
             raise OptionError(f"its batch size is {batch_size!r}")
-    held = {name: x.to(device) for name, x in zip(names, examples, strict=True)}
-    return wrap_quantized(graph_module, Provenance(allocation, held, outputs, batch_size=batch_size))
+        held = {name: x.to(device) for name, x in zip(names, examples, strict=True)}
+        readings = _read_readings(document.get("readings"), flat.graph_module, held)
+    axes = {name: axes for name, x in zip(names, flat.symbolic_axes(), strict=True) if (axes := x)}
+    provenance = Provenance(allocation, held, outputs, batch_size=batch_size, free_axes=axes, readings=readings)
+    return wrap_quantized(flat.graph_module, provenance)
+
+
+def _read_readings(described: Any, graph_module: fx.GraphModule, examples: Mapping[str, Tensor]) -> tuple[Reading, ...]:
+    """The readings that the file holds; a file of an earlier release holds none, and they are chosen again."""
+    if isinstance(described, list):
+        return tuple(decode_reading(one) for one in described)
+    with torch.no_grad():
+        outputs = flatten_tensors(graph_module(*examples.values()))
+    return choose_readings(graph_module, outputs).readings
+
+
+def _export(quantized: QuantizedModule, provenance: Provenance) -> ExportedProgram:
+    axes: FreeAxes = {index: provenance.free_axes.get(name, ()) for index, name in enumerate(provenance.example_inputs)}
+    examples = tuple(provenance.example_inputs.values())
+    return export_quietly(plain_graph(quantized), examples, axes, is_batch_free=provenance.batch_size is None)
+
+
+def refuse_code(content: bytes) -> None:
+    """Refuse a file of ``torch.export.save`` from which ``torch.export.load`` would unpickle or evaluate code.
+
+    Raises:
+        OptionError: it holds more than tensors, numbers and a graph, or is damaged.
+    """
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+    except zipfile.BadZipFile as error:
+        raise OptionError("not an archive, or cut short") from error
+    with archive:
+        entries = _entries_of(archive)
+        _refuse_code(archive, entries)
+        if _SAMPLE_INPUTS in entries:
+            torch.load(io.BytesIO(archive.read(entries[_SAMPLE_INPUTS])), weights_only=True)
+
+
+def _entries_of(archive: zipfile.ZipFile) -> dict[str, str]:
+    entries = {name.partition("/")[2]: name for name in archive.namelist()}
+    if len({name.casefold() for name in entries}) != len(archive.namelist()):
+        raise OptionError("two entries have one name")
+    return entries
 
 
 def _on_cpu(program: ExportedProgram) -> ExportedProgram:
@@ -130,6 +175,7 @@ def _describe(provenance: Provenance) -> str:
         "input_names": list(provenance.example_inputs),
         "output_names": list(provenance.output_names),
         "batch_size": provenance.batch_size,
+        "readings": [describe_reading(reading) for reading in provenance.readings],
     }
     return json.dumps(document, sort_keys=True)
 
@@ -158,9 +204,7 @@ def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     except zipfile.BadZipFile as error:
         raise OptionError("not an archive, or cut short") from error
     with archive:
-        entries = {name.partition("/")[2]: name for name in archive.namelist()}
-        if len({name.casefold() for name in entries}) != len(archive.namelist()):
-            raise OptionError("two entries have one name")
+        entries = _entries_of(archive)
         if f"extra/{_EXTRA_FILE}" not in entries:
             raise OptionError("it holds no allocation; a program of torch.export alone is read by torch.export.load")
         document = check_format(json.loads(archive.read(entries[f"extra/{_EXTRA_FILE}"])), _FORMAT, _VERSION)
@@ -177,6 +221,8 @@ def _refuse_code(archive: zipfile.ZipFile, entries: Mapping[str, str]) -> None:
     if any(not name or (name.endswith(".pt") and name != _SAMPLE_INPUTS) for name in entries):
         raise OptionError("it is of an older format that is unpickled")
     for kind, prefix in (("weights", "weight_"), ("constants", "tensor_")):
+        if f"data/{kind}/model_{kind}_config.json" not in entries:
+            raise OptionError("it is of an older format that is unpickled")
         config = json.loads(archive.read(entries[f"data/{kind}/model_{kind}_config.json"]))["config"]
         if any(held["use_pickle"] or not held["path_name"].startswith(prefix) for held in config.values()):
             raise OptionError(f"its {kind} hold objects that would be unpickled")

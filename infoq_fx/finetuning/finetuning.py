@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import write_atomically
-from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.data import read_classes
 from infoq_fx.core.option_checks import check_count, check_rate
+from infoq_fx.core.readings import Categorical, OutputLoss, Reading
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.retraining import TrainableModule, to_quantized, to_trainable
@@ -35,17 +36,20 @@ from infoq_fx.finetuning.training_loop import (
     begin_optimizer,
     choose_run_size,
     compute_gradients,
+    hold_reference,
     list_learned,
     measure_loss,
     place,
+    run_student,
     update,
 )
+from infoq_fx.graph.reading_choice import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.runtime.outputs import class_logits, first_tensor, measure_spread, output_rows
+from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
+from infoq_fx.runtime.outputs import find_labelled
 
 __all__ = ["finetune"]
 
-_REFERENCE_BYTES = 256 << 20
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
 _FORMAT, _VERSION = "infoq_fx.finetune", 4
 
@@ -210,47 +214,67 @@ def _prepare(
     size = provenance.batch_size or settings.batch_size
     if provenance.batch_size is None and device.type == "cpu":
         size = choose_run_size(student, examples, settings.batch_size)
-    ask, variance = None, torch.zeros(1, device=device)
+    read = provenance.read_outputs
+    readings = tuple(provenance.readings[index] for index in read)
+    ask: Callable[[Samples], tuple[Tensor, ...]] | None = None
+    variances: tuple[Tensor | None, ...] = (None,) * len(read)
     if float_model is not None:
-        ask = functools.partial(_ask, float_model.to(device).eval(), device)
+        ask = functools.partial(_ask, float_model.to(device).eval(), read, device)
     first = next(source.held_back.split(size))
-    output = first_tensor(student(*place(first.inputs, device).values()))
-    _check_output(output, None if ask is None else ask(first), source)
+    outputs = run_student(student, first.inputs, read, device)
+    _check_outputs(outputs, None if ask is None else ask(first))
+    labelled = _find_labels(readings, outputs, source)
     if ask is not None:
-        held, kept = _refer(source.held_back, ask, size, spread), source.training
+        held, kept = hold_reference(source.held_back, ask, size, spread), source.training
         assert held.reference is not None
-        variance = measure_spread(output_rows(held.reference)).to(device)
-        if kept is not None and kept.count * held.reference[:1].numel() * 4 <= _REFERENCE_BYTES:
-            kept = _refer(kept, ask, size, spread)
+        variances = measure_variances(readings, HeldOutputs(held.reference))
+        if kept is not None:
+            kept = hold_reference(kept, ask, size, spread)
         source = replace(source, held_back=held, training=kept)
-    return Training(student, list_learned(student, settings.learning_rate), source, settings, ask, variance, size)
+    loss = OutputLoss(readings, variances, provenance.loss_function)
+    learned = list_learned(student, settings.learning_rate)
+    return Training(student, learned, source, settings, ask, loss, read, labelled, device, size)
 
 
-def _ask(float_model: nn.Module, device: torch.device, samples: Samples) -> Tensor:
-    """The float model's first output."""
+def _ask(float_model: nn.Module, read: Sequence[int], device: torch.device, samples: Samples) -> tuple[Tensor, ...]:
+    """The float model's outputs that are read."""
     inputs = {name: x.to(device) for name, x in samples.inputs.items()}
     with torch.inference_mode(False), torch.no_grad():
-        return first_tensor(float_model(**inputs) if samples.by_name else float_model(*inputs.values()))
-
-
-def _refer(samples: Samples, ask: Callable[[Samples], Tensor], size: int, spread: ThreadMap) -> Samples:
-    """The samples with the float model's outputs as reference."""
-    return replace(samples, reference=torch.cat(list(spread(lambda part: ask(part).cpu(), samples.split(size)))))
-
-
-def _check_output(output: Tensor, reference: Tensor | None, source: Source) -> None:
-    if reference is not None and reference.shape != output.shape:
+        outputs = flatten_tensors(float_model(**inputs) if samples.by_name else float_model(*inputs.values()))
+    if max(read) >= len(outputs):
         raise OptionError(
-            f"the teacher's output for {len(output)} samples has shape {list(reference.shape)}, the quantized model's "
-            f"{list(output.shape)}; give the float model that it was made from"
+            f"the teacher has {len(outputs)} outputs, the quantized model reads number {max(read)}; give the float "
+            "model that it was made from"
         )
-    classes = class_logits(output).shape[1]
-    labelled = [part for part in (source.held_back, source.training) if part is not None and part.labels is not None]
-    if labelled and classes == 1:
-        raise OptionError("label_weight needs classes, but the model has a single output; give label_weight=0")
-    if labelled:
-        labels = torch.cat([part.labels for part in labelled if part.labels is not None])
-        CalibrationData(labelled[0].inputs, labels, False).check_labels(classes)
+    return tuple(outputs[index] for index in read)
+
+
+def _check_outputs(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> None:
+    for ours, theirs in zip(outputs, reference or (), strict=False):
+        if ours.shape != theirs.shape:
+            raise OptionError(
+                f"the teacher's output for {len(ours)} samples has shape {list(theirs.shape)}, the quantized model's "
+                f"{list(ours.shape)}; give the float model that it was made from"
+            )
+
+
+def _find_labels(readings: tuple[Reading, ...], outputs: tuple[Tensor, ...], source: Source) -> int | None:
+    """The index of the output that the labels are for, None without labels; labels that are no classes are refused."""
+    parts = [part for part in (source.held_back, source.training) if part is not None and part.labels is not None]
+    if not parts:
+        return None
+    labels = torch.cat([part.labels for part in parts if part.labels is not None])
+    index = find_labelled(readings, outputs, labels)
+    if index is None:
+        shapes = ", ".join(f"{list(x.shape[1:])} ({reading})" for x, reading in zip(outputs, readings, strict=True))
+        raise OptionError(
+            f"label_weight needs classes, and labels {list(labels.shape[1:])} a sample fit no output that is "
+            f"read as classes: {shapes}; give label_weight=0, or say which output has classes (outputs=...)"
+        )
+    reading = readings[index]
+    assert isinstance(reading, Categorical)
+    read_classes(labels, outputs[index].shape[reading.axis])
+    return index
 
 
 def _train(training: Training, file: _File | None, spread: ThreadMap, *, progress: bool) -> _State:
@@ -365,7 +389,7 @@ def _save(file: _File, training: Training, state: _State) -> None:
 def _load(file: _File, training: Training) -> _State:
     shown = f"checkpoint={str(file.path)!r}"
     try:
-        document = torch.load(file.path, map_location=training.variance.device, weights_only=True)
+        document = torch.load(file.path, map_location=training.device, weights_only=True)
     except Exception as error:
         raise OptionError(f"cannot read {shown} ({error}); remove it, or give another path") from error
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, make_trainable, usable_step
-from infoq_fx.graph.layers import LAYER_OPS, read_tensor, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
@@ -25,7 +26,7 @@ from infoq_fx.types import FLOAT_BITS, QParams, QuantSite
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
 _META_KEY = "infoq_trainable"
-_FLOAT_TWIN = "_float"  # suffix that conversion gives to a weight's path for its readers in float
+_FLOAT_TWIN = re.compile(r"(.*)_float(_\d+)*")  # what conversion calls a weight for its readers in float
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def to_trainable(quantized: nn.Module) -> TrainableModule:
         weights = {node.args[0].target for node in origin.quantized.graph.nodes if _is_weight(node)}
         targets = {str(node.target) for node in draft.graph.nodes if node.op == "get_attr"}
         module = _wrap(draft, origin)
-        make_trainable(module, targets & {f"{name}{_FLOAT_TWIN}" for name in weights})
+        named = {target: _FLOAT_TWIN.fullmatch(target) for target in targets}
+        make_trainable(module, {target for target, twin in named.items() if twin and twin[1] in weights})
     return module
 
 
@@ -183,7 +185,7 @@ def _device_of(quantized: QuantizedModule) -> torch.device:
 
 
 def _replace(draft: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, operands: tuple[fx.Node, ...]) -> None:
-    path = f"quantizers.{name}.quantizer"
+    path = free_path(draft, f"quantizers.{name}.quantizer")
     draft.add_submodule(path, module)
     with draft.graph.inserting_before(node):
         learned = draft.graph.call_module(path, operands)

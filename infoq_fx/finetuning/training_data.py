@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.errors import CalibrationDataError
 
 __all__ = ["Form", "Samples", "Source", "digest_tensors", "open_source"]
@@ -27,13 +27,13 @@ _EPOCHS_APART = 1_000_003
 class Samples:
     """Samples: inputs by name ``[samples, ...]``, with optional labels and reference outputs.
 
-    ``labels`` are int64 ``[samples]``. ``reference`` is the float model's output, ``[samples, ...]``. ``by_name`` says
-    whether the user's model takes the inputs by name.
+    ``labels`` are int64 ``[samples]``. ``reference`` are the float model's outputs that are read, each
+    ``[samples, ...]``. ``by_name`` says whether the user's model takes the inputs by name.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor | None = None
-    reference: Tensor | None = None
+    reference: tuple[Tensor, ...] | None = None
     by_name: bool = True
 
     @property
@@ -43,12 +43,12 @@ class Samples:
 
     def take(self, rows: Tensor) -> Samples:
         """Return copies of the samples with the given indices, int64 ``[samples]``."""
-        labels, reference = (None if x is None else x[rows.to(x.device)] for x in (self.labels, self.reference))
+        reference = self.reference
         return replace(
             self,
             inputs={name: x[rows.to(x.device)] for name, x in self.inputs.items()},
-            labels=labels,
-            reference=reference,
+            labels=None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            reference=None if reference is None else tuple(x[rows.to(x.device)] for x in reference),
         )
 
     def split(self, size: int) -> Iterator[Samples]:
@@ -74,7 +74,7 @@ class Form:
         Raises:
             CalibrationDataError: they cannot be read, differ in form from the examples, or lack labels.
         """
-        found = read_data(data)
+        found = read_data(data, ForwardArguments.exactly(tuple(self.examples)))
         named = found.named(tuple(self.examples))
         for name, wanted in self.examples.items():
             x = named.inputs[name]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
+from infoq_fx.core.data import read_classes
+from infoq_fx.core.readings import Categorical, OutputLoss, measure_cross_entropy
 from infoq_fx.core.threads import ThreadMap
 from infoq_fx.finetuning.retraining import TrainableModule
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer
 from infoq_fx.finetuning.training_data import Samples, Source
 from infoq_fx.graph.float_interpreter import channels_last
-from infoq_fx.runtime.outputs import class_logits, diverge, first_tensor, output_rows
+from infoq_fx.graph.reading_choice import flatten_tensors
+from infoq_fx.runtime.held_outputs import OutputHolder
 
 __all__ = [
     "Learned",
@@ -27,9 +29,11 @@ __all__ = [
     "begin_optimizer",
     "choose_run_size",
     "compute_gradients",
+    "hold_reference",
     "list_learned",
     "measure_loss",
     "place",
+    "run_student",
     "update",
 ]
 
@@ -86,16 +90,20 @@ class Optimizer:
 class Training:
     """A training: the module, its parameters, the data and the options.
 
-    ``ask`` returns the float model's first output; it is None if only labels are used. ``variance`` is the ``spread``
-    of :func:`infoq_fx.runtime.outputs.diverge`. Batches are run in parts of ``run_size`` samples, by several threads.
+    ``ask`` returns the float model's outputs that are read, None if labels alone count; ``loss`` compares them with the
+    student's. ``read`` are the indices of these outputs among all; ``labelled`` is the index of the one that has the
+    labels, among those that are read. Batches are run in parts of ``run_size`` samples, by several threads.
     """
 
     student: fx.GraphModule
     learned: Sequence[Learned]
     source: Source
     settings: Settings
-    ask: Callable[[Samples], Tensor] | None
-    variance: Tensor
+    ask: Callable[[Samples], tuple[Tensor, ...]] | None
+    loss: OutputLoss
+    read: tuple[int, ...]
+    labelled: int | None
+    device: torch.device
     run_size: int
 
 
@@ -197,18 +205,44 @@ def place(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: channels_last(x.to(device)) for name, x in inputs.items()}
 
 
+def run_student(
+    module: nn.Module, inputs: Mapping[str, Tensor], read: Sequence[int], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Run a module on a batch and return the outputs of the given indices."""
+    outputs = flatten_tensors(module(*place(inputs, device).values()))
+    return tuple(outputs[index] for index in read)
+
+
+def hold_reference(
+    samples: Samples, ask: Callable[[Samples], tuple[Tensor, ...]], size: int, spread: ThreadMap
+) -> Samples:
+    """Return the samples with the float model's outputs, which are mapped from disk if they are large."""
+    holder = OutputHolder(samples.count)
+
+    def run(numbered: tuple[int, Samples]) -> None:
+        start, part = numbered
+        holder.add(start, ask(part))
+
+    for _ in spread(run, list(zip(range(0, samples.count, size), samples.split(size), strict=True))):
+        pass
+    return replace(samples, reference=holder.finish().tensors)
+
+
 def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
     """The loss of every sample, float64 ``[samples]``."""
-    weight, device = training.settings.label_weight, training.variance.device
-    output = first_tensor(training.student(*place(samples.inputs, device).values()))
+    weight, device = training.settings.label_weight, training.device
+    outputs = run_student(training.student, samples.inputs, training.read, device)
     losses = torch.zeros(samples.count, dtype=torch.float64, device=device)
     if training.ask is not None:
-        reference = training.ask(samples) if samples.reference is None else samples.reference.to(device)
-        theirs, ours = (output_rows(x) / temperature for x in (reference, output))
-        divergence = temperature**2 * diverge(theirs, ours, training.variance)
-        losses = (1 - weight) * divergence.reshape(samples.count, -1).mean(1)
-    if samples.labels is not None:
-        entropy = functional.cross_entropy(class_logits(output), samples.labels.to(device), reduction="none")
+        reference = training.ask(samples) if samples.reference is None else samples.reference
+        theirs = tuple(x.to(device) for x in reference)
+        losses = (1 - weight) * training.loss(theirs, outputs, temperature)
+    if samples.labels is not None and training.labelled is not None:
+        reading = training.loss.readings[training.labelled]
+        assert isinstance(reading, Categorical)
+        output = outputs[training.labelled]
+        labels = read_classes(samples.labels, output.shape[reading.axis]).to(device)
+        entropy = measure_cross_entropy(reading, output, labels)
         losses = losses + weight * entropy
     return losses
 

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
+from infoq_fx.errors import CalibrationDataError, InfoqError, UnsupportedModelError
+from infoq_fx.graph.program.dtypes import cast_inputs, floating_dtypes, note_casts, take_in_float32
+from infoq_fx.graph.program.exporting import ExampleInputs, FreeAxes, export_quietly, exporting
+from infoq_fx.graph.program.flattening import flatten_program
+from infoq_fx.graph.program.sample_axis import refuse_other_sample_axes
+from infoq_fx.graph.program.sizes import (
+    Dynamic,
+    are_equal,
+    choose_axes,
+    free_batch,
+    keys_of,
+    place_of_difference,
+    resize,
+    same_operations,
+)
+from infoq_fx.quantization.call_forms import CallForm
 
-__all__ = ["BufferTracer", "CapturedModel", "capture", "export_quietly", "flatten_program", "load_quietly"]
+__all__ = ["CapturedModel", "capture"]
 
+_LOGGER = logging.getLogger(__name__)
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
-# A view is valid only for the memory layout at capture; quantized values and channels-last images have others.
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -33,29 +46,25 @@ class CapturedModel:
 
     ``graph_module`` takes the model's tensor inputs by position or by name, holds copies of its parameters under
     their own paths, and has fake tensors with shapes in ``node.meta["val"]``. ``batch_size`` is None if the
-    first dimension of every input is dynamic, else the size that the graph is fixed to.
+    first dimension of every input is dynamic, else the size that the graph is fixed to. ``form`` tells how the model
+    itself is called and answers, where the graph cannot. ``free_axes`` are axes besides the first, by input name,
+    that may have any size; the fake tensors may have the example's sizes there.
     """
 
     graph_module: fx.GraphModule
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     batch_size: int | None
-
-
-class BufferTracer(fx.Tracer):
-    """Tracer that records reads of buffers as nodes.
-
-    Unpickling a graph module traces it again, which would otherwise constant-fold its integer weights.
-    """
-
-    proxy_buffer_attributes = True
+    form: CallForm = field(default_factory=CallForm)
+    free_axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def capture(
     model: nn.Module | ExportedProgram,
-    example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
+    example_inputs: ExampleInputs,
     *,
     device: torch.device | str = "cpu",
+    dynamic: Dynamic = "auto",
 ) -> CapturedModel:
     """Capture a model for inference; the model itself is not changed.
 
@@ -63,6 +72,7 @@ def capture(
         model: an ``nn.Module`` (an ``fx.GraphModule`` too), in any mode, or an ``ExportedProgram``.
         example_inputs: one batch of at least two samples, positional or by name, each ``[samples, ...]``.
         device: of the captured copy.
+        dynamic: axes besides the first that stay free, see :func:`infoq_fx.quantize`.
 
     Returns:
         The functional graph without dropout; views become reshapes, and batch norms are still separate nodes.
@@ -70,93 +80,177 @@ def capture(
     Raises:
         UnsupportedModelError: torch cannot export the model; the message names the module and torch's reason.
         CalibrationDataError: the model itself rejects the example inputs.
+        OptionError: ``dynamic`` does not fit the inputs.
     """
-    program = model if isinstance(model, ExportedProgram) else _export_module(model, example_inputs)
-    _refuse_training_graph(program)
-    program = _decompose(program)
-    graph_module, input_names, output_names = flatten_program(program, torch.device(device))
-    batch_size = _fixed_batch_size(graph_module)
-    if batch_size is None:
-        _check_inputs(graph_module, input_names, _move(example_inputs, torch.device(device)))
-    if batch_size is not None:
-        logging.getLogger(__name__).info("the graph is fixed to batches of %d", batch_size)
-    return CapturedModel(graph_module, input_names, output_names, batch_size)
-
-
-def load_quietly(source: str | IO[bytes]) -> ExportedProgram:
-    """Run ``torch.export.load`` on a file without the warnings of torch's own that come with it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.export.load(source)
-
-
-def export_quietly(module: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
-    """Call ``torch.export`` with a dynamic first dimension on every input that has one.
-
-    Args:
-        module: any module that ``torch.export`` takes.
-        example_inputs: at least two samples, by position or by name.
-    """
-    free = torch.export.Dim.AUTO
-    if isinstance(example_inputs, Mapping):
-        args: tuple[Tensor, ...] = ()
-        kwargs: dict[str, Tensor] = dict(example_inputs)
-        shapes: Any = {name: {0: free} if x.ndim else None for name, x in kwargs.items()}
+    given, target = example_inputs, torch.device(device)
+    if isinstance(model, nn.Module) and floating_dtypes(model) == {torch.float32}:
+        example_inputs = cast_inputs(given, torch.float32)  # what a model of float32 would reject
+    draft = _draft(model, example_inputs, target)
+    form = note_casts(draft.form, draft.input_names, given, example_inputs)
+    _tell_dtypes(draft.dtypes | set(form.input_dtypes.values()))
+    _check_examples(draft, form, _move(example_inputs, target))
+    batch_size = _fixed_batch_size(draft.graph_module)
+    if isinstance(model, nn.Module):
+        as_is = draft
+        draft, free_axes = _free_axes(model, draft, example_inputs, dynamic, target)
+        if batch_size is not None:
+            draft, free_axes = (as_is, free_axes if draft is as_is else {})
+            draft = _free_batch(model, draft, example_inputs, batch_size, target)
+            batch_size = _fixed_batch_size(draft.graph_module)
     else:
-        args, kwargs = tuple(example_inputs), {}
-        shapes = tuple({0: free} if x.ndim else None for x in args)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused encoder layer would hide the linear layers
+        every = {name: tuple(range(1, x.ndim)) for name, x in _by_name(draft, example_inputs).items()}
+        free_axes = _symbolic_axes(draft.graph_module, every)
+    return CapturedModel(draft.graph_module, draft.input_names, draft.output_names, batch_size, form, free_axes)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One capture of a model, at the sizes of its example inputs. ``dtypes`` are those taken in float32."""
+
+    graph_module: fx.GraphModule
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    form: CallForm
+    dtypes: set[torch.dtype]
+
+
+def _draft(
+    model: nn.Module | ExportedProgram,
+    inputs: ExampleInputs,
+    device: torch.device,
+    free_axes: FreeAxes | None = None,
+) -> _Draft:
+    program = model if isinstance(model, ExportedProgram) else _export_module(model, inputs, free_axes)
+    _refuse_training_graph(program)
+    flat = flatten_program(_decompose(program), device)
+    form, dtypes = take_in_float32(flat.graph_module)
+    form = replace(form, template=flat.template)
+    return _Draft(flat.graph_module, flat.input_names, flat.output_names, form, dtypes)
+
+
+def _try_draft(
+    model: nn.Module, inputs: ExampleInputs, device: torch.device, free_axes: FreeAxes | None = None
+) -> _Draft | None:
+    """A capture at other sizes, None if the model does not take them."""
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        return _draft(model, inputs, device, free_axes)
+    except InfoqError:
+        return None
 
 
-def flatten_program(
-    program: ExportedProgram, device: torch.device
-) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
-    """Turn a program into a graph module that holds its tensors under their own paths.
+def _tell_dtypes(dtypes: set[torch.dtype]) -> None:
+    if dtypes:
+        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        _LOGGER.warning("what the model computes in %s is taken in float32", named)
 
-    Args:
-        program: functional; its tensors are copied.
-        device: of the copies.
 
-    Returns:
-        The graph module, the names of its inputs and the names of its outputs.
+def _by_name(draft: _Draft, inputs: ExampleInputs) -> dict[str, Tensor]:
+    values = [inputs[name] for name in draft.input_names] if isinstance(inputs, Mapping) else inputs
+    return dict(zip(draft.input_names, values, strict=True))
+
+
+def _check_examples(draft: _Draft, form: CallForm, inputs: ExampleInputs) -> None:
+    """Run the graph on real inputs: fake tensors accept dtypes that kernels reject, and do not show what is mixed."""
+    if isinstance(inputs, Mapping) and set(inputs) != set(draft.input_names):
+        return
+    examples = {name: form.take(x) for name, x in _by_name(draft, inputs).items()}
+    size = _fixed_batch_size(draft.graph_module)
+    if any(x.ndim and size not in (None, x.shape[0]) for x in examples.values()):
+        return  # of a program with another batch
+    _raise_if_inputs_rejected(draft.graph_module, list(examples.values()))
+    refuse_other_sample_axes(draft.graph_module, examples)
+
+
+def _free_batch(
+    model: nn.Module, draft: _Draft, inputs: ExampleInputs, batch_size: int, device: torch.device
+) -> _Draft:
+    """The capture with a free batch where the model wrote its size into the graph, ``int(x.shape[0])``; else a warning.
+
+    The batch is free if captures at other sizes differ only in numbers that grow linearly with it.
+    """
+    keys = keys_of(inputs)
+    sizes = batch_size, batch_size + 1, batch_size + 3
+    others = [
+        _try_draft(model, resize(inputs, {(key, 0): size for key in keys}), device) for size in sizes[1:]
+    ]  # fmt: skip
+    found = [draft, *(other for other in others if other is not None)]
+    if len(found) == len(sizes):
+        examples = {name: draft.form.take(x) for name, x in _by_name(draft, _move(inputs, device)).items()}
+        freed = _draft_again(draft)
+        free = free_batch([freed.graph_module, *(x.graph_module for x in found[1:])], sizes, examples)
+        if free is not None and _fixed_batch_size(free) is None:
+            return freed
+    place = place_of_difference(draft.graph_module, found[1].graph_module) if len(found) > 1 else ""
+    warnings.warn(
+        f"the model fixes the batch to the {batch_size} samples of the capture{place and ' ' + place}: the quantized "
+        f"module and its file take {batch_size} samples at a time; to keep it free, use x.shape[0] as it is, without "
+        "int(), and no Python loop over samples",
+        stacklevel=4,
+    )
+    return draft
+
+
+def _draft_again(draft: _Draft) -> _Draft:
+    return replace(draft, graph_module=copy.deepcopy(draft.graph_module))
+
+
+def _free_axes(
+    model: nn.Module, draft: _Draft, inputs: ExampleInputs, dynamic: Dynamic, device: torch.device
+) -> tuple[_Draft, dict[str, tuple[int, ...]]]:
+    """The capture with further axes free, and these, by input name.
+
+    Axes are free in the capture as it is if captures at other sizes are the same. Else ``torch.export`` is asked for
+    symbolic sizes, whose capture is taken if its operations are the same.
 
     Raises:
-        UnsupportedModelError: an input is not a tensor, or the program changes state while it runs.
+        OptionError: ``dynamic`` names an input or an axis that is not there.
+        UnsupportedModelError: an axis that it names cannot be free.
     """
-    if any(_device_of(tensor) != device for tensor in program.state_dict.values()):
-        from torch.export.passes import move_to_device_pass
+    examples = _by_name(draft, inputs)
+    wanted = choose_axes(examples, dynamic)
+    if not wanted:
+        return draft, {}
+    keys = dict(zip(examples, keys_of(inputs) if not isinstance(inputs, Mapping) else examples, strict=True))
+    keyed = {keys[name]: axes for name, axes in wanted.items()}
+    for extra in (1, 0):  # odd sizes first: paddings to whole blocks differ there
+        sizes = {
+            (keys[name], axis): examples[name].shape[axis] + 32 * (axis % 3 + 1) + extra
+            for name, axes in wanted.items()
+            for axis in axes
+        }
+        other = _try_draft(model, resize(inputs, sizes), device)
+        if other is None:
+            continue
+        if are_equal(draft.graph_module, other.graph_module):
+            return draft, wanted
+        free = _try_draft(model, inputs, device, keyed)
+        if free is not None and same_operations(draft.graph_module, free.graph_module):
+            kept = _symbolic_axes(free.graph_module, wanted)
+            if kept == wanted or (kept and dynamic == "auto"):
+                return free, kept
+        break
+    if dynamic != "auto":
+        named = ", ".join(f"{list(axes)} of input {name!r}" for name, axes in wanted.items())
+        raise UnsupportedModelError(
+            f"the axes {named} cannot stay free: the model's graph depends on their sizes; leave them out of dynamic, "
+            'or take dynamic="auto" for those that can'
+        )
+    return draft, {}
 
-        program = move_to_device_pass(program, device)
-    signature = program.graph_signature
-    lifted: dict[str, str] = {}
-    input_names = []
-    for spec in signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            lifted[spec.arg.name] = str(spec.target)
-        elif spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
-            input_names.append(spec.arg.name)
-        elif not isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModelError(f"input {spec.arg.name!r} is a {spec.kind.name}; give the model tensors alone")
-    for out in signature.output_specs:
-        if out.kind is not OutputKind.USER_OUTPUT:
-            raise UnsupportedModelError(
-                f"the model changes {out.target!r} while it runs ({out.kind.name}); quantize a stateless model"
-            )
-    graph, output_names = _copy_graph(program, lifted, set(input_names))
-    held = {target: _copy_tensor(program, target, device) for target in lifted.values()}
-    graph_module = fx.GraphModule(held, graph, class_name="CapturedModel")
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()
-    return graph_module, tuple(input_names), output_names
+
+def _symbolic_axes(graph_module: fx.GraphModule, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and node.target in wanted:
+            shape = node.meta["val"].shape
+            axes = tuple(axis for axis in wanted[str(node.target)] if not is_concrete_int(shape[axis]))
+            found |= {str(node.target): axes} if axes else {}
+    return found
 
 
-def _export_module(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> ExportedProgram:
+def _export_module(
+    model: nn.Module, example_inputs: ExampleInputs, free_axes: FreeAxes | None = None
+) -> ExportedProgram:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
@@ -164,7 +258,7 @@ def _export_module(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[
     at_home = _in_signature_order(model, _move(example_inputs, home))
     with _inference_mode_of(model):
         try:
-            return export_quietly(model, at_home)
+            return _export_in_own_dtype(model, at_home, free_axes)
         except Exception as error:
             place = _place_in_model(error.__traceback__, model)
             _raise_if_inputs_rejected(model, at_home)
@@ -174,29 +268,27 @@ def _export_module(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[
             ) from error
 
 
-def _in_signature_order(
-    model: nn.Module, inputs: Sequence[Tensor] | Mapping[str, Tensor]
-) -> Sequence[Tensor] | Mapping[str, Tensor]:
+def _export_in_own_dtype(model: nn.Module, inputs: ExampleInputs, free_axes: FreeAxes | None) -> ExportedProgram:
+    """Export a model; one of half or double precision that rejects float32 gets inputs of its own dtype."""
+    try:
+        return export_quietly(model, inputs, free_axes)
+    except Exception:
+        own = floating_dtypes(model)
+        given = inputs.values() if isinstance(inputs, Mapping) else inputs
+        if len(own) != 1 or torch.float32 in own or not any(x.dtype == torch.float32 for x in given):
+            raise
+        (dtype,) = own
+        return export_quietly(model, cast_inputs(inputs, dtype), free_axes)
+
+
+def _in_signature_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     if not isinstance(inputs, Mapping):
         return inputs
     order = [name for name in inspect.signature(model.forward).parameters if name in inputs]
     return {name: inputs[name] for name in dict.fromkeys([*order, *inputs])}
 
 
-def _check_inputs(
-    graph_module: fx.GraphModule,
-    input_names: Sequence[str],
-    example_inputs: Sequence[Tensor] | Mapping[str, Tensor],
-) -> None:
-    # Fake tensors accept dtypes that real kernels reject.
-    if isinstance(example_inputs, Mapping):
-        if set(example_inputs) != set(input_names):
-            return
-        example_inputs = [example_inputs[name] for name in input_names]
-    _raise_if_inputs_rejected(graph_module, example_inputs)
-
-
-def _raise_if_inputs_rejected(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+def _raise_if_inputs_rejected(model: nn.Module, example_inputs: ExampleInputs) -> None:
     named = isinstance(example_inputs, Mapping)
     args = () if named else example_inputs
     kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
@@ -253,82 +345,26 @@ def _refuse_training_graph(program: ExportedProgram) -> None:
             )
 
 
+def _reserved_advice(error: Exception) -> str:
+    """What to do where torch itself has an attribute of the name of a parameter or module; empty for other errors."""
+    is_taken = any(part in str(error) for part in ("already exists", "references nonexistent attribute"))
+    return "torch's own graphs have an attribute of that name: rename the model's" if is_taken else ""
+
+
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     try:
         # An empty table makes the graph functional without decomposing conv2d, linear and attention.
-        functional: ExportedProgram = program.run_decompositions({})
+        with exporting():
+            functional: ExportedProgram = program.run_decompositions({})
         return functional
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.export cannot make the graph functional: {_first_lines(error)}; "
-            "rewrite the in-place parts of the model"
+            f"{_reserved_advice(error) or 'rewrite the in-place parts of the model'}"
         ) from error
 
 
-def _copy_graph(
-    program: ExportedProgram, lifted: Mapping[str, str], input_names: set[str]
-) -> tuple[fx.Graph, tuple[str, ...]]:
-    graph = fx.Graph(tracer_cls=BufferTracer)
-    copies: dict[fx.Node, fx.Node] = {}
-    output_names: tuple[str, ...] = ()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in lifted:
-            copies[node] = graph.get_attr(lifted[node.name])
-            copies[node].meta = dict(node.meta)
-        elif node.op == "placeholder" and node.name not in input_names:
-            continue  # a constant argument: torch.export specialised on its value
-        elif node.op == "output":
-            flat = [copies[x] if isinstance(x, fx.Node) else x for x in node.args[0]]
-            value, output_names = _restore_outputs(program, flat)
-            graph.output(value)
-        elif _is_dropout_or_assert(node):
-            if node.args and isinstance(node.args[0], fx.Node):
-                copies[node] = copies[node.args[0]]
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.target in _VIEWS:
-                copies[node].target = torch.ops.aten.reshape.default
-    return graph, output_names
-
-
-def _is_dropout_or_assert(node: fx.Node) -> bool:
-    name = str(node.target)
-    is_dropout = name.startswith("aten.") and "dropout" in name
-    return node.op == "call_function" and (is_dropout or "_assert" in name or "sym_constrain_range" in name)
-
-
-def _restore_outputs(program: ExportedProgram, flat: list[Any]) -> tuple[Any, tuple[str, ...]]:
-    """The structure of the model's own outputs as far as a graph can hold it, and a name for each tensor."""
-    value = program.call_spec.out_spec.unflatten(flat)
-    if isinstance(value, Mapping):
-        value = dict(value)
-        names = [str(key) for key, item in value.items() if isinstance(item, fx.Node)]
-        if len(names) == len(flat):
-            return value, tuple(names)
-    elif isinstance(value, fx.Node):
-        return value, ("output",)
-    elif not (isinstance(value, tuple | list) and all(isinstance(item, fx.Node) for item in value)):
-        value = tuple(flat)
-    return value, tuple(f"output_{i}" for i, item in enumerate(flat) if isinstance(item, fx.Node))
-
-
-def _copy_tensor(program: ExportedProgram, target: str, device: torch.device) -> Tensor:
-    source = program.state_dict.get(target)
-    is_parameter = isinstance(source, nn.Parameter)
-    if source is None:
-        source = program.constants[target]
-    copied = source.detach().to(device, copy=True)
-    return nn.Parameter(copied, requires_grad=False) if is_parameter else copied
-
-
-def _device_of(tensor: Tensor) -> torch.device:
-    # "cuda" and "cuda:0" are one device when only one is meant.
-    return torch.device(tensor.device.type) if tensor.device.index in (None, 0) else tensor.device
-
-
-def _move(
-    inputs: Sequence[Tensor] | Mapping[str, Tensor], device: torch.device
-) -> Sequence[Tensor] | Mapping[str, Tensor]:
+def _move(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
     if isinstance(inputs, Mapping):
         return {name: x.to(device) for name, x in inputs.items()}
     return tuple(x.to(device) for x in inputs)

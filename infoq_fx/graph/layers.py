@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["ATTENTION", "LAYER_OPS", "MATMUL_OPS", "LayerOp", "module_path", "read_tensor", "write_tensor"]
+__all__ = [
+    "ATTENTION",
+    "LAYER_OPS",
+    "MATMUL_OPS",
+    "LayerOp",
+    "called_modules",
+    "free_path",
+    "is_call",
+    "module_path",
+    "read_tensor",
+    "write_tensor",
+]
 
 _ATEN = torch.ops.aten
 
@@ -85,6 +96,26 @@ def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
     owner, _, name = (source if isinstance(source, str) else str(source.target)).rpartition(".")
     value: Tensor = getattr(graph_module.get_submodule(owner), name)
     return value.detach()
+
+
+def free_path(graph_module: fx.GraphModule, path: str) -> str:
+    """Return a dotted path at which nothing lies yet: the given one, with numbers appended to parts that are taken.
+
+    Whatever the model's own parameters and modules are called, a tensor or module added there replaces none of them.
+    """
+    *owners, last = path.split(".")
+    owner: nn.Module = graph_module
+    found = []
+    for part in owners:
+        name, count = part, 1
+        while hasattr(owner, name) and not isinstance(getattr(owner, name), nn.Module):
+            name, count = f"{part}_{count}", count + 1
+        owner = getattr(owner, name) if hasattr(owner, name) else nn.Module()
+        found.append(name)
+    name, count = last, 1
+    while hasattr(owner, name):
+        name, count = f"{last}_{count}", count + 1
+    return ".".join([*found, name])
 
 
 def write_tensor(graph_module: fx.GraphModule, target: str, value: Tensor) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.capture import CapturedModel
 from infoq_fx.quantization.prepared import PreparedModel
 
-__all__ = ["Inputs", "check_against_graph", "choose_example_inputs", "fit_data", "name_examples"]
+__all__ = ["Inputs", "check_against_graph", "choose_example_inputs", "find_arguments", "fit_data", "name_examples"]
+
+
+def find_arguments(model: nn.Module | ExportedProgram) -> ForwardArguments | None:
+    """Return what a model's forward takes; None for a forward that passes everything on (``*args, **kwargs``)."""
+    if isinstance(model, ExportedProgram):
+        return ForwardArguments.exactly([str(name) for name in model.graph_signature.user_inputs])
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+    is_open = any(x.kind is x.VAR_POSITIONAL for x in parameters)
+    if is_open and any(x.kind is x.VAR_KEYWORD for x in parameters):
+        return None
+    required = sum(x.default is x.empty for x in named)
+    return ForwardArguments(tuple(x.name for x in named), required, is_open)
 
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -30,9 +45,8 @@ def choose_example_inputs(
     if data is not None:
         return data.example_inputs
     if example_inputs is not None:
-        batch = read_data(
-            example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
-        )
+        given = example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
+        batch = read_data(given, find_arguments(model))
         return batch.example_inputs
     if isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
@@ -50,7 +64,9 @@ def name_examples(
     Raises:
         CalibrationDataError: the model does not take these inputs.
     """
-    held = read_data(inputs if isinstance(inputs, dict) else [(inputs, None)]).named(captured.input_names)
+    given = inputs if isinstance(inputs, dict) else [(inputs, None)]
+    held = read_data(given, ForwardArguments.exactly(captured.input_names)).named(captured.input_names)
+    held = replace(held, inputs=captured.form.take_inputs(held.inputs))
     check_against_graph(captured.graph_module, held)
     rows = torch.arange(captured.batch_size or max(2, held.samples)) % held.samples
     return {name: x[rows.to(x.device)].to(device) for name, x in held.inputs.items()}
@@ -63,6 +79,7 @@ def fit_data(prepared: PreparedModel, data: CalibrationData) -> CalibrationData:
         CalibrationDataError: the model does not take these names, shapes or dtypes, or there is less than one batch.
     """
     named = data.named(prepared.input_names)
+    named = replace(named, inputs=prepared.form.take_inputs(named.inputs))
     check_against_graph(prepared.graph_module, named)
     if prepared.batch_size is not None:
         whole = named.samples - named.samples % prepared.batch_size

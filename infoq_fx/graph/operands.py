@@ -79,6 +79,7 @@ def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLay
     """List the layers, matrix products and attentions of a graph, in graph order, under unique names."""
     layers = []
     names: set[str] = set()
+    parameters = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for node in graph_module.graph.nodes:
         op = LAYER_OPS.get(node.target)
         if op is not None and is_parameter(node.args[op.weight]):
@@ -88,14 +89,15 @@ def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLay
                 continue
             name = make_unique(module_path(node) or target.rpartition(".")[0] or target, names)
             read = (weight, target, "weight", op.channel_axis)
-            source = (node.args[op.source], f"{name}.input", "activation", None)
+            source = (node.args[op.source], make_unique(f"{name}.input", set(parameters)), "activation", None)
             layers.append(MultiplyingLayer(node, name, (read,) if op.is_lookup else (read, source)))
         elif node.target in MATMUL_OPS or node.target is ATTENTION:
             roles = ("query", "key", "value") if node.target is ATTENTION else ("left", "right")
             base = "attention" if node.target is ATTENTION else "matmul"
             name = make_unique(f"{module_path(node)}.{base}".removeprefix("."), names)
             operands = tuple(
-                (x, f"{name}.{role}", "activation", None) for x, role in zip(node.args, roles, strict=False)
+                (x, make_unique(f"{name}.{role}", set(parameters)), "activation", None)
+                for x, role in zip(node.args, roles, strict=False)
             )
             layers.append(MultiplyingLayer(node, name, operands))
     return layers

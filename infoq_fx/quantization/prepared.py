@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.core.readings import LossFunction, Reading
 from infoq_fx.errors import OptionError
+from infoq_fx.quantization.call_forms import CallForm
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.types import Inventory, RoundedWeight
 
@@ -21,10 +23,13 @@ class PreparedModel:
     """A captured model with a quantizer at every site and an observer at every named tensor.
 
     ``example_inputs`` are two samples by input name. ``classifier`` is the weight site of the layer that computes
-    the logits, None if there is none. ``batch_size`` is None unless the graph is fixed to one. ``origin`` is the
-    prepared model before recovery changed its parameters, by the steps ``recovered_by``; ``recovery_tried`` has those
-    that did not help too. ``rounded`` are
-    weights by site and bit-width that measurements use in place of those rounded to nearest; conversion does not.
+    the logits, None if there is none. ``batch_size`` is None unless the graph is fixed to one. ``form`` tells how the
+    model itself is called and answers, where the graph cannot. ``free_axes`` are axes besides the first, by input name,
+    that may have any size. ``origin`` is the prepared model before recovery changed its parameters, by the steps
+    ``recovered_by``; ``recovery_tried`` has those that did not help too. ``rounded`` are weights by site and bit-width
+    that measurements use in place of those rounded to nearest; conversion does not. ``readings`` say what each output
+    means, in the order of ``output_names``; ``loss_function``, if given, compares the outputs in their place.
+    ``output_notes`` say the same to people, and how it was found.
     """
 
     graph_module: fx.GraphModule
@@ -34,10 +39,15 @@ class PreparedModel:
     example_inputs: Mapping[str, Tensor]
     batch_size: int | None = None
     classifier: str | None = None
+    form: CallForm = field(default_factory=CallForm)
+    free_axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     origin: PreparedModel | None = None
     recovered_by: tuple[str, ...] = ()
     recovery_tried: tuple[str, ...] = ()
     rounded: Mapping[tuple[str, int], RoundedWeight] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
+    loss_function: LossFunction | None = None
+    output_notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:

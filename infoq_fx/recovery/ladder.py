@@ -22,8 +22,8 @@ from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
 from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.range_equalization import RangeEqualization
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
-from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
+from infoq_fx.runtime.held_outputs import make_loss
 
 __all__ = [
     "LADDER",
@@ -166,14 +166,22 @@ class _Check:
         batch_size: int,
         run_options: RunOptions,
     ) -> None:
-        self._held, self._bits, self._batch_size, self._work = held, bits, batch_size, run_options
+        self._held, self._bits, self._batch_size, self._run_options = held, bits, batch_size, run_options
         origin = prepared.origin or prepared
-        self._reference = compute_float_logits(origin, held, batch_size=batch_size, run_options=run_options)
-        self._spread = measure_spread(self._reference)
+        self._reference = hold_float_outputs(origin, held, batch_size=batch_size, run_options=run_options)
+        self._loss = make_loss(origin, self._reference)
 
     def __call__(self, prepared: PreparedModel) -> float:
-        logits = compute_logits(prepared, self._held, self._bits, batch_size=self._batch_size, run_options=self._work)
-        return float(diverge(self._reference, logits, self._spread).mean())
+        nats = measure_lost_nats(
+            prepared,
+            self._held,
+            self._bits,
+            self._reference,
+            self._loss,
+            batch_size=self._batch_size,
+            run_options=self._run_options,
+        )
+        return float(nats.mean())
 
 
 def _hold_back(data: CalibrationData, fixed: int) -> tuple[CalibrationData, CalibrationData]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.readings import draw_log_likelihood
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.float_interpreter import channels_last
@@ -19,7 +20,8 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer, Segment, find_segments
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.runtime.outputs import class_logits, first_output
+from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
+from infoq_fx.runtime.outputs import read_nodes, read_readings
 from infoq_fx.types import BASELINE_BITS
 
 __all__ = [
@@ -101,8 +103,8 @@ class LayerwiseRunner:
     ) -> dict[fx.Node, list[Tensor]]:
         """Apply ``read`` to squared gradients of the float model's log-likelihood at some nodes, by batch.
 
-        The class is drawn from the model's own outputs, so that the mean of the squares is the Fisher information of
-        each value. The runner must be at the first segment.
+        All outputs are drawn from the model's own distributions, by their readings, so that the mean of the squares is
+        the Fisher information of each value. The runner must be at the first segment.
         """
         seeds = torch.randint(1 << 62, (len(self._reference),), generator=torch.Generator().manual_seed(seed)).tolist()
         found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
@@ -227,9 +229,15 @@ def _squared_gradients(
             values[node] = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
         for segment in segments:
             values = segment_runner.compute([*segment.constants, *segment.nodes], values)
-        output = class_logits(values[first_output(prepared)])
-        drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).to(output.device)
-        likelihood = output.log_softmax(1).gather(1, drawn).sum()
+        outputs = [values[node] for node in read_nodes(prepared)]
+        readings = read_readings(prepared)
+        variances = measure_variances(readings, HeldOutputs(tuple(x.detach().float().cpu() for x in outputs)))
+        likelihood = torch.stack(
+            [
+                draw_log_likelihood(reading, x, variance, generator)
+                for reading, x, variance in zip(readings, outputs, variances, strict=True)
+            ]
+        ).sum()
         wanted = [values[node] for node in nodes]
         gradients = torch.autograd.grad(likelihood, wanted, allow_unused=True)
     return [

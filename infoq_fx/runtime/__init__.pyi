@@ -3,10 +3,13 @@ from .forward import (
     RunOptions as RunOptions,
 )
 from .forward import (
-    compute_float_logits as compute_float_logits,
+    hold_float_outputs as hold_float_outputs,
 )
 from .forward import (
-    compute_logits as compute_logits,
+    hold_outputs as hold_outputs,
+)
+from .forward import (
+    measure_lost_nats as measure_lost_nats,
 )
 from .forward import (
     run_perturbed as run_perturbed,
@@ -14,10 +17,10 @@ from .forward import (
 from .forward import (
     run_whole as run_whole,
 )
+from .held_outputs import (
+    HeldOutputs as HeldOutputs,
+)
+from .held_outputs import (
+    make_loss as make_loss,
+)
 from .interpreter import SiteInterpreter as SiteInterpreter
-from .outputs import (
-    class_logits as class_logits,
-)
-from .outputs import (
-    diverge as diverge,
-)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def digest_run(
     device = prepared.device.type
     parts: list[str | Tensor] = [__version__, torch.__version__, device, str(batch_size)]
     parts.append(json.dumps(dict(settings), sort_keys=True))
+    parts += [repr(prepared.readings), _name_function(prepared.loss_function)]
     for node in prepared.graph_module.graph.nodes:
         parts.append(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}")
     quantizers = [quantizer for _, quantizer in prepared.quantizer_nodes()]
@@ -50,6 +52,15 @@ def digest_run(
         parts += [name, tensor]
     parts.append("no labels" if data is None or data.labels is None else data.labels)
     return _digest(parts)
+
+
+def _name_function(function: Callable[..., Any] | None) -> str:
+    """The name of a user's function, with its code: another function of the same name is another one."""
+    if function is None:
+        return "no function"
+    code = getattr(function, "__code__", None)
+    content = b"" if code is None else code.co_code + repr(code.co_consts).encode()
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)} {hashlib.blake2b(content).hexdigest()}"
 
 
 def _digest(parts: Iterable[str | Tensor]) -> str:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.readings import OutputLoss
 from infoq_fx.core.threads import ThreadMap, thread_map
-from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.held_outputs import HeldOutputs, OutputHolder
 from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
-from infoq_fx.runtime.outputs import class_logits, first_output, first_tensor
+from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
 from infoq_fx.types import BASELINE_BITS, QuantSite
 
@@ -25,8 +26,9 @@ __all__ = [
     "RunOptions",
     "bytes_per_sample",
     "choose_batch_size",
-    "compute_float_logits",
-    "compute_logits",
+    "hold_float_outputs",
+    "hold_outputs",
+    "measure_lost_nats",
     "run_perturbed",
     "run_whole",
 ]
@@ -51,15 +53,15 @@ class RunOptions:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def compute_logits(
+def hold_outputs(
     prepared: PreparedModel,
     data: CalibrationData,
     bits: Mapping[str, int] | None = None,
     *,
     batch_size: int | None = None,
     run_options: RunOptions | None = None,
-) -> Tensor:
-    """Compute the model's logits at given bit-widths: float32 ``[samples, classes]``, see :func:`class_logits`.
+) -> HeldOutputs:
+    """Run all samples at given bit-widths and hold the outputs that are read.
 
     Args:
         prepared: calibrated.
@@ -68,28 +70,65 @@ def compute_logits(
         batch_size: samples per run; None for that of :func:`choose_batch_size`.
         run_options: threads.
     """
-    output, size = first_output(prepared), batch_size or choose_batch_size(prepared)
-    found: list[Tensor] = [torch.empty(0)] * -(-data.samples // size)
+    nodes, holder = read_nodes(prepared), OutputHolder(data.samples)
 
     def read(start: int, values: Mapping[fx.Node, Any]) -> None:
-        found[start // size] = class_logits(values[output]).cpu()
+        holder.add(start, [values[node] for node in nodes])
 
-    run_whole(prepared, data, {output}, read, bits=bits, batch_size=size, run_options=run_options or RunOptions())
-    return torch.cat(found)
+    size = batch_size or choose_batch_size(prepared)
+    run_whole(prepared, data, set(nodes), read, bits=bits, batch_size=size, run_options=run_options or RunOptions())
+    return holder.finish()
 
 
-def compute_float_logits(
+def hold_float_outputs(
     prepared: PreparedModel, data: CalibrationData, *, batch_size: int, run_options: RunOptions | None = None
-) -> Tensor:
-    """Compute the float model's logits: float32 ``[samples, classes]``, as :func:`compute_logits`."""
-    given = run_options or RunOptions()
+) -> HeldOutputs:
+    """Run the float model over all samples and hold the outputs that are read."""
+    given, holder = run_options or RunOptions(), OutputHolder(data.samples)
 
-    def run(batch: Mapping[str, Tensor]) -> Tensor:
+    def run(numbered: tuple[int, Mapping[str, Tensor]]) -> None:
+        start, batch = numbered
         with torch.inference_mode():
-            return class_logits(first_tensor(FloatInterpreter(prepared).run(*batch.values()))).cpu()
+            holder.add(start, FloatOutputs(prepared).run(*batch.values()))
 
     with thread_map(given.threads, given.stop) as spread:
-        return torch.cat(list(spread(run, data.batches(batch_size))))
+        for _ in spread(run, _number_batches(data, batch_size)):
+            pass
+    return holder.finish()
+
+
+def measure_lost_nats(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    bits: Mapping[str, int],
+    reference: HeldOutputs,
+    loss: OutputLoss,
+    *,
+    batch_size: int,
+    run_options: RunOptions,
+) -> Tensor:
+    """Measure what the model loses at given bit-widths against the float model, in nats, float64 ``[samples]``.
+
+    Outputs are compared batch by batch and not held.
+
+    Args:
+        prepared: calibrated.
+        data: by the model's input names.
+        bits: bit-width by site; sites that are not named are at 8 bits.
+        reference: the float model's outputs for the same samples.
+        loss: what the outputs say.
+        batch_size: samples per run.
+        run_options: threads.
+    """
+    nodes, nats = read_nodes(prepared), torch.zeros(data.samples, dtype=torch.float64)
+
+    def read(start: int, values: Mapping[fx.Node, Any]) -> None:
+        found = [values[node].detach().to("cpu", torch.float32) for node in nodes]
+        count = len(found[0])
+        nats[start : start + count] = loss(reference.rows(start, count), found)
+
+    run_whole(prepared, data, set(nodes), read, bits=bits, batch_size=batch_size, run_options=run_options)
+    return nats
 
 
 def run_whole(

@@ -1,59 +1,65 @@
-"""Reads the outputs of a model, and measures the divergence of two outputs in nats."""
+"""The outputs of a prepared model that are read: their nodes, and their values in a run of the float model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
 
+from infoq_fx.core.readings import Categorical, Ignored, Reading
+from infoq_fx.graph.float_interpreter import FloatInterpreter
+from infoq_fx.graph.reading_choice import list_output_nodes
 from infoq_fx.quantization.prepared import PreparedModel
 
-__all__ = ["class_logits", "diverge", "first_output", "first_tensor", "measure_spread", "output_rows"]
+__all__ = [
+    "FloatOutputs",
+    "find_labelled",
+    "predict_classes",
+    "read_nodes",
+    "read_readings",
+]
 
 
-def class_logits(output: Tensor) -> Tensor:
-    """Return a model's output as ``[samples, classes]``, averaged over tokens or pixels.
+class FloatOutputs(FloatInterpreter):
+    """Runs the float model behind a prepared graph; the result are the outputs that are read, in order."""
 
-    Three dimensions are read as ``[samples, tokens, classes]``, four and more as ``[samples, classes, ...]``.
+    def __init__(self, prepared: PreparedModel) -> None:
+        super().__init__(prepared)
+        self._read = read_nodes(prepared)
+
+    def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the outputs that are read."""
+        return tuple(self.env[node] for node in self._read)
+
+
+def read_nodes(prepared: PreparedModel) -> tuple[fx.Node, ...]:
+    """Return the nodes of the outputs that are read, in order."""
+    nodes = list_output_nodes(prepared.graph_module)
+    return tuple(node for node, reading in zip(nodes, prepared.readings, strict=True) if _is_read(reading))
+
+
+def read_readings(prepared: PreparedModel) -> tuple[Reading, ...]:
+    """Return the readings of the outputs that are read, in order."""
+    return tuple(reading for reading in prepared.readings if _is_read(reading))
+
+
+def find_labelled(readings: tuple[Reading, ...], outputs: tuple[Tensor, ...], labels: Tensor | None) -> int | None:
+    """Return the index of the first categorical output that the labels fit: its shape without the classes.
+
+    Without labels it is the first categorical output; None if there is none.
     """
-    if output.ndim < 3:
-        return output.float().reshape(output.shape[0], -1)
-    return output.float().mean(1) if output.ndim == 3 else output.float().flatten(2).mean(2)
+    for index, (reading, output) in enumerate(zip(readings, outputs, strict=True)):
+        if isinstance(reading, Categorical):
+            positions = [size for axis, size in enumerate(output.shape) if axis != reading.axis % output.ndim]
+            if labels is None or (not labels.is_floating_point() and list(labels.shape[1:]) == positions[1:]):
+                return index
+    return None
 
 
-def first_output(prepared: PreparedModel) -> fx.Node:
-    """Return the node of the model's first output."""
-    return prepared.graph_module.graph.output_node().all_input_nodes[0]
+def predict_classes(reading: Categorical, output: Tensor) -> Tensor:
+    """Return the most probable class at every position, int64 ``[samples, ...]``."""
+    return output.argmax(reading.axis)
 
 
-def measure_spread(logits: Tensor) -> Tensor:
-    """Return the variance of every output column over the samples, float64 ``[classes]``."""
-    return logits.double().var(0, correction=0)
-
-
-def diverge(reference: Tensor, found: Tensor, spread: Tensor) -> Tensor:
-    """Return the KL divergence between the distributions of Y given by two outputs, in nats, float64 ``[samples]``.
-
-    Outputs ``[samples, classes]`` are logits. A single column is a regression output: Y is Gaussian with this mean and
-    the variance ``spread [1]`` of the float model's output over the samples.
-    """
-    reference, found = reference.double(), found.double()
-    if reference.shape[1] == 1:
-        return (reference - found).square()[:, 0] / (2 * spread[0].clamp_min(1e-30))
-    log_p, log_q = reference.log_softmax(1), found.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return a model's output, or its first output if it has several."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output
-
-
-def output_rows(output: Tensor) -> Tensor:
-    """Return an output as float32 ``[rows, classes]``, a row per token or pixel; see :func:`class_logits`."""
-    if output.ndim < 3:
-        return output.float().reshape(output.shape[0], -1)
-    return (output if output.ndim == 3 else output.flatten(2).transpose(1, 2)).float().flatten(0, 1)
+def _is_read(reading: Reading) -> bool:
+    return not isinstance(reading, Ignored)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.readings import Categorical, Ignored, measure_cross_entropy
 from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.graph.reading_choice import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.runtime.forward import RunOptions, compute_logits
-from infoq_fx.runtime.outputs import class_logits, first_tensor
-from infoq_fx.scoring.output_measure import read_labels
+from infoq_fx.runtime.forward import RunOptions, hold_outputs
+from infoq_fx.runtime.outputs import read_readings
+from infoq_fx.scoring.output_measure import read_class_labels
 
 __all__ = [
     "WORST_LOSS",
@@ -35,10 +36,15 @@ _LARGEST_NORM = 1.0
 
 @dataclass(frozen=True)
 class Labelled:
-    """Samples by input name with a class number each, int64 ``[samples]``, all on the model's device."""
+    """Samples by input name with class numbers, int64 ``[samples, ...]``, all on the model's device.
+
+    ``reading`` is that of the output that has the classes, ``index`` its number among all outputs.
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+    reading: Categorical = field(default_factory=Categorical)
+    index: int = 0
 
     @property
     def samples(self) -> int:
@@ -48,7 +54,7 @@ class Labelled:
     def take(self, rows: Tensor) -> Labelled:
         """Return copies of some samples."""
         rows = rows.to(self.labels.device)
-        return Labelled({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+        return replace(self, inputs={name: x[rows] for name, x in self.inputs.items()}, labels=self.labels[rows])
 
     def batches(self, batch_size: int) -> Iterator[Labelled]:
         """Yield consecutive batches, copied."""
@@ -71,11 +77,18 @@ def read_labelled(
         CalibrationDataError: there is no data, or a label is not a class of the model.
     """
     chosen = spread_samples(criterion, prepared, data, samples)
-    seen = chosen if chosen.labels is None else chosen.take(prepared.batch_size or 2)
-    logits = compute_logits(prepared, seen, batch_size=batch_size, run_options=run_options)
-    chosen.check_labels(logits.shape[1])
-    labels = read_labels(seen, logits) if chosen.labels is None else chosen.labels
-    return Labelled(chosen.inputs, labels.to(next(iter(chosen.inputs.values())).device))
+    base = hold_outputs(prepared, chosen, batch_size=batch_size, run_options=run_options)
+    classes = read_class_labels(prepared, chosen, base)
+    if classes is None:
+        raise CalibrationDataError(
+            f"criterion {criterion!r} needs an output with classes, and none is read so: "
+            f"{'; '.join(prepared.output_notes)}; say which has classes (outputs=...), or take criterion='infoq'"
+        )
+    reading = read_readings(prepared)[classes.index]
+    assert isinstance(reading, Categorical)
+    index = [i for i, one in enumerate(prepared.readings) if not isinstance(one, Ignored)][classes.index]
+    labels = classes.labels.to(next(iter(chosen.inputs.values())).device)
+    return Labelled(chosen.inputs, labels, reading, index)
 
 
 def spread_samples(
@@ -96,9 +109,9 @@ def spread_samples(
 
 
 def losses_of(module: nn.Module, batch: Labelled) -> tuple[Tensor, Tensor]:
-    """Return each sample's cross-entropy in nats, float32 ``[samples]``, and the logits ``[samples, classes]``."""
-    logits = class_logits(first_tensor(module(*batch.inputs.values())))
-    return functional.cross_entropy(logits, batch.labels, reduction="none"), logits
+    """Return each sample's cross-entropy in nats, float32 ``[samples]``, and the output with the classes."""
+    output = flatten_tensors(module(*batch.inputs.values()))[batch.index]
+    return measure_cross_entropy(batch.reading, output, batch.labels), output
 
 
 def shuffled_batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Measures how quantizing one site changes the outputs; several criteria share these runs."""
+"""Measures how quantizing one site changes the outputs; one kind of run that several criteria share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.data import CalibrationData, read_classes
+from infoq_fx.core.readings import Categorical, OutputLoss
 from infoq_fx.core.threads import thread_map
-from infoq_fx.errors import CalibrationDataError
+from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits, run_perturbed
+from infoq_fx.runtime.forward import RunOptions, hold_float_outputs, hold_outputs, run_perturbed
+from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
 from infoq_fx.runtime.interpreter import ReadValue
-from infoq_fx.runtime.outputs import class_logits, diverge, first_output, measure_spread
+from infoq_fx.runtime.outputs import find_labelled, predict_classes, read_nodes, read_readings
+from infoq_fx.runtime.run_plan import plan_perturbed_run
+from infoq_fx.scoring.criterion import Measure
 from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
 __all__ = [
@@ -25,11 +29,13 @@ __all__ = [
     "KL",
     "LOSS_INCREASE",
     "NOISE_TO_SIGNAL",
+    "ClassLabels",
     "OutputMeasure",
     "OutputRecord",
     "Outputs",
+    "affected_outputs",
     "measure_outputs",
-    "read_labels",
+    "read_class_labels",
     "read_outputs",
 ]
 
@@ -41,66 +47,96 @@ ACCURACY_DROP = "accuracy_drop"
 # "algorithm_version" is raised when the same data gives other measurements.
 DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 1}
 _KEYS = (INFORMATION_LOSS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
+_OF_LABELS = {LOSS_INCREASE, ACCURACY_DROP}
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Classes of one output: the data's labels, or the 8-bit baseline's predictions if it has none that fit.
+
+    ``index`` is that of the output among those that are read; ``labels`` are int64 ``[samples, ...]``, one for each
+    position of the output.
+    """
+
+    index: int
+    labels: Tensor
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The reference outputs that perturbed runs are compared with.
+    """What perturbed runs are compared with.
 
-    ``logits`` of the 8-bit baseline and ``float_logits`` of the float model are float32 ``[samples, classes]``.
-    ``labels`` are int64 ``[samples]``, the baseline's predictions if the data has none. ``spread`` is that of
-    :func:`infoq_fx.runtime.outputs.diverge`.
+    ``base`` are the outputs of the 8-bit baseline, ``reference`` those of the float model; ``lost`` are the baseline's
+    own nats, float64 ``[samples]``; ``signals`` the mean power of each output per sample; ``classes`` are None if no
+    output is categorical.
     """
 
-    logits: Tensor
-    float_logits: Tensor
-    labels: Tensor
-    spread: Tensor
+    base: HeldOutputs
+    reference: HeldOutputs
+    loss: OutputLoss
+    lost: Tensor
+    signals: tuple[float, ...]
+    classes: ClassLabels | None
 
-    def compare(self, start: int, logits: Tensor) -> Tensor:
-        """Return all changes per sample, float64 ``[5, samples]``, in the order of ``_KEYS``.
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.base.samples
+
+    def compare(self, start: int, found: Mapping[int, Tensor]) -> Tensor:
+        """Compare a perturbed run with the baseline per sample, float64 ``[5, samples]``, in the order of ``_KEYS``.
 
         Args:
             start: index of the first sample.
-            logits: of a perturbed run, ``[samples, classes]``.
+            found: outputs of the run by index, ``[samples, ...]``; those that are not there are the baseline's.
         """
-        rows = slice(start, start + len(logits))
-        base, labels, found = self.logits[rows].double(), self.labels[rows], logits.double()
-        in_float = self.float_logits[rows]
-        information = diverge(in_float, found, self.spread) - diverge(in_float, base, self.spread)
-        kl = diverge(base, found, self.spread)
-        log_base, log_found = base.log_softmax(1), found.log_softmax(1)
-        loss = (log_base - log_found).gather(1, labels[:, None])[:, 0]
-        lost = (base.argmax(1) == labels).double() - (found.argmax(1) == labels).double()
-        return torch.stack([information, kl, (base - found).square().sum(1), loss, 100 * lost])
+        count = len(next(iter(found.values())))
+        base, reference = self.base.rows(start, count), self.reference.rows(start, count)
+        outputs = [found.get(index, x) for index, x in enumerate(base)]
+        information = self.loss(reference, outputs) - self.lost[start : start + count]
+        noise, loss, lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        for index, x in found.items():
+            weight = getattr(self.loss.readings[index], "weight", 1.0)
+            error = (base[index].double() - x.double()).square().flatten(1).sum(1)
+            noise += weight * error / max(self.signals[index], 1e-30)
+        if self.classes is not None and self.classes.index in found:
+            index, labels = self.classes.index, self.classes.labels[start : start + count]
+            loss, lost = _compare_classes(self.loss.readings[index], base[index], found[index], labels)
+        return torch.stack([information, self.loss(base, outputs), noise, loss, 100 * lost])
 
     def summarize(self, compared: Tensor) -> dict[str, float]:
-        """Return the means over the samples of the result of :meth:`compare`, each with its standard error.
+        """Return means over the samples of the rows of :meth:`compare`, each with its standard error.
 
-        Information, divergence and loss are in nats, noise is a ratio of powers, accuracy is in points.
+        Information loss and divergence are in nats, noise is a ratio of powers, loss is in nats, accuracy in points;
+        the latter two are left out if no output is categorical.
         """
-        signal = float(self.logits.double().square().sum(1).mean())
         values = {}
         for key, rows in zip(_KEYS, compared, strict=True):
-            scaled = rows / max(signal, 1e-30) if key == NOISE_TO_SIGNAL else rows
-            values[key] = float(scaled.mean())
-            values[f"{key}:standard_error"] = float(scaled.std(correction=0)) / math.sqrt(len(rows))
+            if key not in _OF_LABELS or self.classes is not None:
+                values[key] = float(rows.mean())
+                values[f"{key}:standard_error"] = float(rows.std(correction=0)) / math.sqrt(len(rows))
         return values
 
 
 class OutputRecord:
-    """Collects the changes of the outputs in one run, batch by batch; zero for samples that were not run."""
+    """Collects the changes of the outputs in one run, batch by batch; zero for samples that were not run.
+
+    ``affected`` are the indices of the outputs that the run reaches.
+    """
 
     SAMPLE_BYTES = 8 * len(_KEYS)
 
-    def __init__(self, outputs: Outputs) -> None:
-        self._outputs = outputs
-        self._compared = torch.zeros(len(_KEYS), len(outputs.labels), dtype=torch.float64)
+    def __init__(self, outputs: Outputs, affected: Sequence[int]) -> None:
+        self._outputs, self._affected = outputs, frozenset(affected)
+        self._compared = torch.zeros(len(_KEYS), outputs.samples, dtype=torch.float64)
+        self._waiting: dict[int, dict[int, Tensor]] = {}
 
-    def add(self, start: int, output: Tensor) -> None:
-        """Compare the model's output for the samples from ``start`` on."""
-        logits = class_logits(output).cpu()
-        self._compared[:, start : start + len(logits)] = self._outputs.compare(start, logits)
+    def add(self, start: int, index: int, output: Tensor) -> None:
+        """Take one output for the samples from ``start`` on; the last of them that the run reaches compares all."""
+        found = self._waiting.setdefault(start, {})
+        found[index] = output.detach().to("cpu", torch.float32)
+        if len(found) == len(self._affected):
+            self._compared[:, start : start + len(output)] = self._outputs.compare(start, self._waiting.pop(start))
 
     def summarize(self) -> dict[str, float]:
         """Return means and standard errors; see :meth:`Outputs.summarize`."""
@@ -109,7 +145,7 @@ class OutputRecord:
 
 @dataclass(frozen=True)
 class OutputMeasure:
-    """Runs perturbed sites up to the output and compares it with the baseline's, sample by sample."""
+    """Runs perturbed sites up to the outputs and compares them with the baseline's, sample by sample."""
 
     outputs: Outputs
     batch_size: int
@@ -117,7 +153,7 @@ class OutputMeasure:
     @property
     def run_bytes(self) -> int:
         """Bytes of one float64 per sample for every value compared."""
-        return OutputRecord.SAMPLE_BYTES * len(self.outputs.labels)
+        return OutputRecord.SAMPLE_BYTES * self.outputs.samples
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
@@ -127,14 +163,16 @@ class OutputMeasure:
             raise CalibrationDataError(
                 "comparing outputs needs calibration data, found none; give some, or take criterion='weight_mse'"
             )
-        output = first_output(prepared)
+        nodes = read_nodes(prepared)
+        reached = {site.name: affected_outputs(prepared, site.name) for site in sites}
         wanted = [(site.name, bits) for site in sites for bits in site.bits]
-        records = {run: OutputRecord(self.outputs) for run in wanted}
+        records = {run: OutputRecord(self.outputs, reached[run[0]]) for run in wanted}
 
         def make_reader(run: tuple[str, int], start: int) -> ReadValue:
             def read(node: fx.Node, value: Tensor) -> None:
-                if node is output:
-                    records[run].add(start, value)
+                for index in reached[run[0]]:
+                    if nodes[index] is node:
+                        records[run].add(start, index, value)
 
             return read
 
@@ -143,7 +181,7 @@ class OutputMeasure:
                 prepared,
                 data,
                 sites,
-                {output},
+                set(nodes),
                 make_reader,
                 batch_size=self.batch_size,
                 run_options=run_options,
@@ -156,36 +194,93 @@ class OutputMeasure:
         return [Measurement(*run, record.summarize()) for run, record in records.items()]
 
 
+def affected_outputs(prepared: PreparedModel, site: str) -> tuple[int, ...]:
+    """Return the indices of the outputs that are read and that a site reaches.
+
+    Raises:
+        OptionError: it reaches none, so that nothing could be said of it.
+    """
+    nodes = read_nodes(prepared)
+    run = set(plan_perturbed_run(prepared, site, set(nodes)).nodes)
+    found = tuple(index for index, node in enumerate(nodes) if node in run)
+    if not found:
+        read = ", ".join(map(repr, _read_names(prepared)))
+        raise OptionError(
+            f"site {site!r} reaches none of the outputs that are read ({read}): read the output that it computes "
+            "(outputs=...), or leave its layer in float with ignore=[...]"
+        )
+    return found
+
+
 def measure_outputs(
     criterion: str, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
-) -> OutputMeasure:
+) -> Measure:
     """Run the float model and the 8-bit baseline over all samples.
 
     Raises:
         CalibrationDataError: there is no data, or a label is not a class of the model; the message names ``criterion``.
+        OptionError: a searched site reaches no output that is read.
     """
     if data is None:
         raise CalibrationDataError(f"criterion {criterion!r} needs calibration data; give some, or take 'weight_mse'")
-    logits = compute_logits(prepared, data, batch_size=batch_size, run_options=run_options)
-    return OutputMeasure(
-        read_outputs(prepared, data, logits, batch_size=batch_size, run_options=run_options), batch_size
-    )
+    base = hold_outputs(prepared, data, batch_size=batch_size, run_options=run_options)
+    return OutputMeasure(read_outputs(prepared, data, base, batch_size=batch_size, run_options=run_options), batch_size)
 
 
 def read_outputs(
-    prepared: PreparedModel, data: CalibrationData, logits: Tensor, *, batch_size: int, run_options: RunOptions
+    prepared: PreparedModel, data: CalibrationData, base: HeldOutputs, *, batch_size: int, run_options: RunOptions
 ) -> Outputs:
-    """Return the baseline's and the float model's outputs; without labels, the baseline's predictions are used."""
-    labels = read_labels(data, logits)
-    in_float = compute_float_logits(prepared, data, batch_size=batch_size, run_options=run_options)
-    return Outputs(logits, in_float, labels, measure_spread(in_float))
+    """Compare the outputs of the baseline, ``base``, with those of the float model, which is run here."""
+    for site in prepared.inventory.sites:
+        if site.is_searched and len(site.bits) > 1:
+            affected_outputs(prepared, site.name)
+    reference = hold_float_outputs(prepared, data, batch_size=batch_size, run_options=run_options)
+    loss = make_loss(prepared, reference)
+    starts = range(0, data.samples, batch_size)
+    lost = torch.cat([loss(reference.rows(s, batch_size), base.rows(s, batch_size)) for s in starts])
+    powers = [[x.double().square().flatten(1).sum(1) for x in base.rows(s, batch_size)] for s in starts]
+    signals = tuple(float(torch.cat(rows).mean()) for rows in zip(*powers, strict=True))
+    return Outputs(base, reference, loss, lost, signals, read_class_labels(prepared, data, base))
 
 
-def read_labels(data: CalibrationData, logits: Tensor) -> Tensor:
-    """Return the data's labels, int64 ``[samples]``, or the predictions of ``logits`` if it has none.
+def read_class_labels(prepared: PreparedModel, data: CalibrationData, base: HeldOutputs) -> ClassLabels | None:
+    """Return the data's labels for the output that they fit, else the baseline's predictions for the first classes.
 
     Raises:
-        CalibrationDataError: a label is not a class of the model.
+        CalibrationDataError: a label is not a class of the output that it fits.
     """
-    data.check_labels(logits.shape[1])
-    return logits.argmax(1) if data.labels is None else data.labels.cpu()
+    readings, tensors = read_readings(prepared), base.tensors
+    index = find_labelled(readings, tensors, data.labels)
+    if index is not None and data.labels is not None:
+        reading = readings[index]
+        assert isinstance(reading, Categorical)
+        return ClassLabels(index, read_classes(data.labels, tensors[index].shape[reading.axis]))
+    index = find_labelled(readings, tensors, None)
+    if index is None:
+        return None
+    reading = readings[index]
+    assert isinstance(reading, Categorical)
+    return ClassLabels(index, predict_classes(reading, tensors[index]))
+
+
+def _read_names(prepared: PreparedModel) -> list[str]:
+    named = zip(prepared.output_names, prepared.readings, strict=True)
+    return [name for name, reading in named if hasattr(reading, "weight")]
+
+
+def _compare_classes(reading: object, base: Tensor, found: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Increase of the cross-entropy in nats, and of the share of wrong classes, per sample."""
+    assert isinstance(reading, Categorical)
+    axis, known = reading.axis, (labels >= 0).double()
+    classes = labels.clamp_min(0).unsqueeze(axis)
+    log_base, log_found = (_log_probabilities(x.double(), reading) for x in (base, found))
+    loss = (log_base - log_found).gather(axis, classes).squeeze(axis) * known
+    lost = ((base.argmax(axis) == labels).double() - (found.argmax(axis) == labels).double()) * known
+    counted = known.reshape(len(known), -1).sum(1).clamp_min(1)
+    return tuple(x.reshape(len(x), -1).sum(1) / counted for x in (loss, lost))  # type: ignore[return-value]
+
+
+def _log_probabilities(x: Tensor, reading: Categorical) -> Tensor:
+    if reading.form == "probabilities":
+        return x.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return x.log_softmax(reading.axis)

@@ -11,8 +11,8 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
-from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
+from infoq_fx.runtime.held_outputs import make_loss
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, QuantSite
@@ -62,12 +62,13 @@ def choose_allocation(
         run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
         if candidates is not None:
             prepared = candidates.round(_sites_at(prepared, proposals), run_options)
-        reference = compute_float_logits(prepared, samples, batch_size=batch_size, run_options=run_options)
-        spread = measure_spread(reference)
-        measured = []
+        reference = hold_float_outputs(prepared, samples, batch_size=batch_size, run_options=run_options)
+        loss, measured = make_loss(prepared, reference), []
         for proposal in proposals:
-            logits = compute_logits(prepared, samples, proposal.bits, batch_size=batch_size, run_options=run_options)
-            measured.append(replace(proposal, lost_nats=float(diverge(reference, logits, spread).mean())))
+            nats = measure_lost_nats(
+                prepared, samples, proposal.bits, reference, loss, batch_size=batch_size, run_options=run_options
+            )
+            measured.append(replace(proposal, lost_nats=float(nats.mean())))
     best = min(measured, key=lambda allocation: allocation.lost_nats or 0.0)
     logging.getLogger(__name__).info(
         "%d proposals lose %s nats a sample", len(measured), ", ".join(f"{m.lost_nats:.4g}" for m in measured)

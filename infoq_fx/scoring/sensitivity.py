@@ -147,6 +147,7 @@ def measure_sensitivity(
             **settings,
             **_name_recovery(found, data, candidates),
             "samples": None if data is None else data.samples,
+            "outputs": "; ".join(prepared.output_notes),
         },
     )
     return table, ordered

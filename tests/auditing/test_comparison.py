@@ -4,12 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from logits import compute_logits
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx.auditing.result import AuditRow
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.runtime.forward import compute_logits
 from infoq_fx.scoring import sensitivity
 
 OPTIONS = dict(bits=(2, 3, 4, 8), progress=False)

@@ -48,7 +48,7 @@ from infoq_fx.runtime import integer_convolution
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size
 from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import SiteInterpreter
-from infoq_fx.runtime.outputs import first_output
+from infoq_fx.runtime.outputs import read_nodes
 from infoq_fx.runtime.run_plan import plan_whole_run
 from infoq_fx.scoring.information.measurement import InformationMeasure
 from infoq_fx.scoring.information.mutual_info import estimate_ksg, estimate_ross, rank_samples, unit_projections
@@ -164,7 +164,7 @@ def run_whole(prepared, data):
 
 def run_whole_in_interpreter(prepared, data):
     with one_torch_thread():
-        integers, output = find_integer_nodes(prepared), first_output(prepared)
+        integers, output = find_integer_nodes(prepared), read_nodes(prepared)[0]
         interpreter, plan = SiteInterpreter(prepared, integers), plan_whole_run(prepared, [output], integers)
         for batch in data.batches(choose_batch_size(prepared)):
             interpreter.run_plan(plan, {}, inputs=batch)
@@ -200,18 +200,18 @@ def run_tried(real):
     prepared, data = prepare_resnet20(real)
     data = data.take(256)
     with one_torch_thread():
-        plan, interpreter = plan_whole_run(prepared, [first_output(prepared)]), SiteInterpreter(prepared)
+        plan, interpreter = plan_whole_run(prepared, [read_nodes(prepared)[0]]), SiteInterpreter(prepared)
         batches = list(data.batches(64))
 
         def run_all():
-            return torch.cat([interpreter.run_plan(plan, {}, inputs=b)[first_output(prepared)] for b in batches])
+            return torch.cat([interpreter.run_plan(plan, {}, inputs=b)[read_nodes(prepared)[0]] for b in batches])
 
         run_all()
         last, expected = cpu_seconds(run_all)
         integers = find_integer_nodes(prepared)
         interpreter, plan = (
             SiteInterpreter(prepared, integers),
-            plan_whole_run(prepared, [first_output(prepared)], integers),
+            plan_whole_run(prepared, [read_nodes(prepared)[0]], integers),
         )
         run_all()
         whole, found = cpu_seconds(run_all)
@@ -219,7 +219,7 @@ def run_tried(real):
             f"integers: {whole / last:.2f} times the CPU of float32 convolutions in the forward pass, values "
             f"{'equal' if torch.equal(found, expected) else 'NOT equal'} ({len(integers)} nodes)"
         )
-        interpreter, plan = SiteInterpreter(prepared), plan_whole_run(prepared, [first_output(prepared)])
+        interpreter, plan = SiteInterpreter(prepared), plan_whole_run(prepared, [read_nodes(prepared)[0]])
         import infoq_fx.runtime.interpreter as module
 
         module._channels_last = lambda x: x.contiguous()

@@ -1,5 +1,8 @@
 """What the command line reads: models and their weights, arrays and images."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from torchvision import transforms
 
 from infoq_fx.cli.model_files import load_model, load_samples
+from infoq_fx.cli.options import read_dynamic
 from infoq_fx.errors import CalibrationDataError, InfoqError, OptionError
 
 
@@ -164,3 +168,35 @@ def test_a_broken_model_file(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"not a program")
     with pytest.raises(OptionError, match="is not an exported program"):
         load_model(str(tmp_path / "model.pt2"))
+
+
+class RunsCode:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_of_a_strangers_program_is_unpickled(tmp_path):
+    program = torch.export.export(nn.Linear(3, 2), (torch.randn(2, 3),))
+    torch.export.save(program, tmp_path / "sound.pt2")
+    assert isinstance(load_model(str(tmp_path / "sound.pt2")), torch.export.ExportedProgram)
+    held = io.BytesIO()
+    torch.save(RunsCode(tmp_path / "ran"), held)
+    with zipfile.ZipFile(tmp_path / "sound.pt2") as sound, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as bad:
+        for name in sound.namelist():
+            bad.writestr(name, held.getvalue() if name.endswith("sample_inputs/model.pt") else sound.read(name))
+    with pytest.raises(OptionError, match=r"load a file that you trust in a callable of your own"):
+        load_model(str(tmp_path / "bad.pt2"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_axes_that_stay_free_are_read_by_input():
+    assert read_dynamic(None) == read_dynamic(["auto"]) == "auto"
+    assert read_dynamic(["none"]) is None
+    assert read_dynamic(["image=2,3", "mask=1"]) == {"image": (2, 3), "mask": (1,)}
+    with pytest.raises(OptionError, match="image=2,3"):
+        read_dynamic(["image"])

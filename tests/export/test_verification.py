@@ -10,7 +10,8 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
-from infoq_fx.export.verification import LevelResult, _find_problem
+from infoq_fx.export.output_comparison import find_problem
+from infoq_fx.export.verification_result import LevelResult
 from infoq_fx.types import Allocation
 
 
@@ -122,7 +123,7 @@ def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
 )
 def test_what_is_sound(result, is_problem):
     top1 = None if result.top1 is None else 80.0
-    assert (_find_problem(result, top1, 1000) is not None) == is_problem
+    assert (find_problem(result, top1, 1000) is not None) == is_problem
 
 
 @pytest.mark.parametrize(

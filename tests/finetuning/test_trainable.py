@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from logits import compute_logits
 from networks import Attention, NormFirst, ResidualNet, randomise_norms
 from torch.nn import functional
 
@@ -13,7 +14,6 @@ from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy, trainable_copy, weights_by_site
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.quantizers import Observe, Quantizer
-from infoq_fx.runtime.forward import compute_logits
 from infoq_fx.types import QParams, QuantSite, QuantSpec
 
 IMAGES = torch.randn(48, 1, 8, 8)

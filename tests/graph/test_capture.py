@@ -6,7 +6,8 @@ from networks import ResidualNet, randomise_norms
 from torch import fx, nn
 
 from infoq_fx.errors import CalibrationDataError, UnsupportedModelError
-from infoq_fx.graph.capture import capture, export_quietly
+from infoq_fx.graph.capture import capture
+from infoq_fx.graph.program.exporting import export_quietly
 
 ATEN = torch.ops.aten
 
@@ -154,8 +155,8 @@ def test_what_torch_cannot_export_names_the_place_and_the_reason():
 
 @pytest.mark.parametrize(
     "x",
-    [torch.randn(3, 5), torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.int64)],
-    ids=["shape", "float64", "int64"],
+    [torch.randn(3, 5), torch.zeros(3, 4, dtype=torch.int64)],
+    ids=["shape", "int64"],
 )
 def test_inputs_the_model_rejects_are_the_datas_fault(x):
     with pytest.raises(CalibrationDataError, match="rejects a calibration batch of"):

@@ -2,6 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from logits import compute_float_logits, compute_logits, diverge, measure_spread
 from networks import ResidualNet, randomise_norms
 from torch import nn
 
@@ -11,8 +12,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.quantization.numerics import dequantize
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.parameters import fork, set_parameter
-from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
-from infoq_fx.runtime.outputs import diverge, measure_spread
+from infoq_fx.runtime.forward import RunOptions
 
 
 @pytest.fixture(scope="module")

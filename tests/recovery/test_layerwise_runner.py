@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from logits import compute_float_logits, compute_logits
 from recovered import CONTEXT
 from torch import fx
 
@@ -9,7 +10,6 @@ from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
 from infoq_fx.recovery.parameters import fork, set_parameter
-from infoq_fx.runtime.forward import compute_float_logits, compute_logits
 
 
 @pytest.mark.parametrize("name", ["residual", "branches"])

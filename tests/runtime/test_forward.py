@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
+from logits import compute_float_logits, compute_logits
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.quantization.quantizers import Quantizer
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, compute_float_logits, compute_logits
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size
 
 
 @pytest.fixture(scope="module")

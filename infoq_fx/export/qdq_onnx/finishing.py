@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +20,11 @@ from infoq_fx.types import BASELINE_BITS, Allocation
 __all__ = ["METADATA_KEY", "finish"]
 
 METADATA_KEY = "infoq.allocation"
+# Names of axes by the number of axes and the axis.
+_AXES = {
+    **{(2, 1): "length", (3, 1): "length", (3, 2): "length", (4, 2): "height", (4, 3): "width"},
+    **{(5, 2): "depth", (5, 3): "height", (5, 4): "width"},
+}
 _CONTAINER_KEY, _VERSION_KEY = "infoq.container", "infoq.version"
 
 
@@ -27,7 +34,8 @@ def finish(model: ir.Model, allocation: Allocation, container: Container) -> Non
     Layers are named by the module path of their weight; packed containers name only these. The metadata has the
     allocation, with its budget and criterion, as JSON.
     """
-    _name_batch(model)
+    _name_sizes(model)
+    _compute_outputs(model)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
     ClearMetadataAndDocStringPass()(model)
@@ -87,14 +95,35 @@ def _is_stored(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _name_batch(model: ir.Model) -> None:
-    """Name the dynamic first dimension ``batch`` instead of the exporter's symbol."""
-    first = model.graph.inputs[0].shape
-    symbol = str(first[0].value) if first and isinstance(first[0], ir.SymbolicDim) else None
+def _compute_outputs(model: ir.Model) -> None:
+    """Let an Identity compute every output that is a constant or an input, which the ONNX checker asks for."""
+    for index, value in enumerate(model.graph.outputs):
+        if value.producer() is None:
+            copied = ir.Node("", "Identity", [value], num_outputs=1)
+            result = copied.outputs[0]
+            result.name, result.shape, result.type = value.name, value.shape, value.type
+            value.name = f"{value.name}_value" if value.is_initializer() else value.name
+            model.graph.append(copied)
+            model.graph.outputs[index] = result
+
+
+def _name_sizes(model: ir.Model) -> None:
+    """Name free sizes of the inputs ``batch``, ``height``, ``width``, ... instead of the exporter's symbols."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and str(size.value) not in names:
+                known = "batch" if axis == 0 else _AXES.get((len(value.shape or ()), axis), f"size_{axis}")
+                is_taken = axis > 0 and known in names.values()
+                names[str(size.value)] = f"{value.name}_{known}" if is_taken else known
     outputs = [value for node in model.graph for value in node.outputs]
-    for value in [*model.graph.inputs, *outputs] if symbol else []:
+    for value in [*model.graph.inputs, *outputs] if names else []:
         if value.shape is not None:
-            renamed = [
-                str(d.value).replace(str(symbol), "batch") if isinstance(d, ir.SymbolicDim) else d for d in value.shape
-            ]
-            value.shape = ir.Shape(renamed)
+            value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _renamed(size: Any, names: Mapping[str, str]) -> Any:
+    """A size with the symbols in it renamed, ``s77 + 1`` too."""
+    if not isinstance(size, ir.SymbolicDim):
+        return size
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size.value))

@@ -29,6 +29,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     """
     if not target.quantizes_before_parameters:
         _drop_outputs_before_parameters(model)
+        _write_relus_as_maxima(model)
     _store_transposed(model)
     _lower_dequantize(model, container, target)
     _gather_integers(model)
@@ -49,6 +50,24 @@ def _drop_outputs_before_parameters(model: ir.Model) -> None:
         if producer is not None and producer.op_type == "Conv" and is_joined:
             node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
             node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _write_relus_as_maxima(model: ir.Model) -> None:
+    """Write a Relu behind a Concat with a parameter as Max: OpenVINO 2026.4 computes the fused one wrongly.
+
+    It does so where the batch is dynamic.
+    """
+    for node in [node for node in model.graph if node.op_type == "Relu"]:
+        source = node.inputs[0]
+        producer = None if source is None else source.producer()
+        if producer is not None and producer.op_type == "Concat" and any(map(_is_parameter, producer.inputs)):
+            zero = _add_initializer(model, "no_less_than", np.float32(0))
+            maximum = ir.Node("", "Max", [source, zero], num_outputs=1, name=node.name)
+            old, new = node.outputs[0], maximum.outputs[0]
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            model.graph.insert_before(node, maximum)
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 def _is_parameter(value: ir.Value | None) -> bool:
@@ -261,8 +280,23 @@ def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
 
 
 def _add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
-    if name not in model.graph.initializers:
-        tensor = ir.Tensor(np.asarray(array), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        model.graph.initializers[name] = value
-    return model.graph.initializers[name]
+    """An initializer with these values: the one of that name if it holds them, else a new one under a free name."""
+    tensor, held = ir.Tensor(np.asarray(array), name=name), model.graph.initializers
+    base, count = name, 1
+    while name in held:
+        if _holds(held[name], tensor):
+            return held[name]
+        name, count = f"{base}_{count}", count + 1
+    tensor.name = name
+    held[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return held[name]
+
+
+def _holds(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    found = value.const_value
+    return (
+        found is not None
+        and found.dtype == tensor.dtype
+        and found.shape == tensor.shape
+        and found.tobytes() == tensor.tobytes()
+    )

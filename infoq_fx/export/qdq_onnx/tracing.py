@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +10,18 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from infoq_fx.conversion.quantized import Provenance
+from infoq_fx.conversion.quantized import Provenance, plain_graph
 from infoq_fx.errors import ExportError
-from infoq_fx.graph.capture import export_quietly
+from infoq_fx.graph.program.exporting import FreeAxes, export_quietly, exporting
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 
 __all__ = ["DOMAIN", "find_placeholders", "trace"]
 
 DOMAIN = "infoq_fx"
+_LOGGER = logging.getLogger(__name__)
 _LAST_OPSET = 23  # later opsets do not change the operators that the exporter writes
 
 
@@ -29,32 +31,81 @@ def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> i
     Raises:
         ExportError: torch cannot translate the graph.
     """
-    names = list(provenance.example_inputs)
+    try:
+        model = _translate(quantized, provenance, opset_version, has_free_axes=bool(provenance.free_axes))
+    except Exception as error:
+        if not provenance.free_axes:
+            raise _describe_failure(error) from error
+        try:
+            model = _translate(quantized, provenance, opset_version, has_free_axes=False)
+        except Exception as error:
+            raise _describe_failure(error) from error
+        _LOGGER.warning("the file has fixed sizes: torch.onnx.export cannot translate the graph with free ones")
+    _rename_tensors(model)
+    return model
+
+
+def _describe_failure(error: Exception) -> ExportError:
+    reason = " ".join(str(error).split())[-400:]
+    return ExportError(f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part")
+
+
+def _translate(quantized: nn.Module, provenance: Provenance, opset_version: int, *, has_free_axes: bool) -> ir.Model:
     table: dict[Any, Callable[..., Any]] = {
         quantize_dequantize_op: _translate_quantize_dequantize,
         dequantize_op: _translate_dequantize,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = export_quietly(quantized, tuple(provenance.example_inputs.values()))
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=min(opset_version, _LAST_OPSET),
-                custom_translation_table=table,
-                input_names=names,
-                output_names=list(provenance.output_names),
-                verbose=False,
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split())[-400:]
-            raise ExportError(
-                f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part"
-            ) from error
+    examples = provenance.form.file_inputs(provenance.example_inputs)
+    axes: FreeAxes = {index: provenance.free_axes.get(name, ()) for index, name in enumerate(examples) if has_free_axes}
+    is_batch_free = provenance.batch_size is None
+    with exporting():
+        program = export_quietly(
+            _in_file_dtypes(quantized, provenance), tuple(examples.values()), axes, is_batch_free=is_batch_free
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=min(opset_version, _LAST_OPSET),
+            custom_translation_table=table,
+            input_names=list(examples),
+            output_names=list(provenance.output_names),
+            verbose=False,
+        )
     if exported is None:
         raise ExportError("torch.onnx.export returned no model; install a later torch")
     return exported.model
+
+
+def _in_file_dtypes(quantized: nn.Module, provenance: Provenance) -> nn.Module:
+    """The module's graph with casts at inputs and outputs of another dtype than float32."""
+    plain, form = plain_graph(quantized), provenance.form
+    narrow = {index: dtype for index, dtype in form.output_dtypes.items() if dtype != torch.bfloat16}
+    if not isinstance(plain, fx.GraphModule) or not (form.file_dtypes or narrow):
+        return plain
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(plain.graph, copies))
+    for node in [node for node in graph.nodes if node.op == "placeholder" and node.target in form.file_dtypes]:
+        with graph.inserting_after(node):
+            cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    output = graph.output_node()
+    leaves, tree = pytree.tree_flatten(output.args[0])
+    with graph.inserting_before(output):
+        for index, dtype in narrow.items():
+            leaves[index] = graph.call_function(torch.ops.aten._to_copy.default, (leaves[index],), {"dtype": dtype})
+    output.args = (pytree.tree_unflatten(leaves, tree),)
+    return fx.GraphModule(plain, graph)
+
+
+def _rename_tensors(model: ir.Model) -> None:
+    """Give stored tensors that are called like an input or an output another name; both are in one file."""
+    taken = {value.name for value in [*model.graph.inputs, *model.graph.outputs] if not value.is_initializer()}
+    for value in list(model.graph.initializers.values()):
+        name, count = value.name, 1
+        while value.name in taken:
+            value.name = f"{name}_{count}" if f"{name}_{count}" not in model.graph.initializers else value.name
+            count += 1
 
 
 def find_placeholders(model: ir.Model, op_type: str) -> list[ir.Node]:

@@ -6,17 +6,17 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from infoq_fx.conversion.quantized import Provenance
+from infoq_fx.conversion.quantized import Provenance, plain_graph
 from infoq_fx.errors import ExportError
+from infoq_fx.quantization.call_forms import flat_tensors
 
 __all__ = ["check_file", "folder_beside", "write_model"]
 
@@ -71,7 +71,8 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    feeds = {name: x.detach().cpu().numpy() for name, x in provenance.example_inputs.items()}
+    examples = provenance.form.file_inputs(provenance.example_inputs)
+    feeds = {name: x.detach().cpu().numpy() for name, x in examples.items()}
     try:
         session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
         found = session.run(list(provenance.output_names), feeds)
@@ -80,23 +81,17 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
             f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer release"
         ) from error
     with torch.no_grad():
-        outputs = quantized(*provenance.example_inputs.values())
-    expected = [x.cpu().numpy() for x in _flat_tensors(outputs)]
+        outputs = plain_graph(quantized)(*provenance.example_inputs.values())
+    expected = [x.cpu().numpy() for x in flat_tensors(outputs)]
     for name, ours, theirs in zip(provenance.output_names, expected, found, strict=True):
         if ours.shape != theirs.shape:
             raise ExportError(
                 f"onnxruntime gives {name!r} the shape {theirs.shape}, the module {ours.shape}; report it"
             )
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         # Sums in another order change values by single steps, which grow downstream; a wrong graph is off by far more.
         distance = float(np.linalg.norm(ours - theirs))
         if not distance <= _TOLERATED_ERROR * float(np.linalg.norm(ours)):
             raise ExportError(
                 f"onnxruntime disagrees with the module at output {name!r} by {distance:g} (L2); report it"
             )
-
-
-def _flat_tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    return [tensor for item in items for tensor in _flat_tensors(item)]

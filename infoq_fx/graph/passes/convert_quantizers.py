@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import LAYER_OPS, called_modules, is_call, read_tensor, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, called_modules, free_path, is_call, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
@@ -64,19 +64,21 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     qparams = _fit_biases(graph_module, node, qparams, find_zero_channels(weight, qparams.spec.channel_axis))
     others = [user for user in source.users if user is not node]
     if others:
-        write_tensor(graph_module, f"{target}_float", weight)
+        twin = free_path(graph_module, f"{target}_float")
+        write_tensor(graph_module, twin, weight)
         with graph_module.graph.inserting_before(node):
-            kept = graph_module.graph.get_attr(f"{target}_float")
+            kept = graph_module.graph.get_attr(twin)
         kept.meta = dict(source.meta)
         first = min(others)
         first.prepend(kept)
         for user in others:
             user.replace_input_with(source, kept)
     write_tensor(graph_module, target, numerics.quantize(weight, qparams))
-    write_tensor(graph_module, f"{target}_scale", qparams.scale.detach().clone())
+    scale_path = free_path(graph_module, f"{target}_scale")
+    write_tensor(graph_module, scale_path, qparams.scale.detach().clone())
     with graph_module.graph.inserting_before(node):
         integers = graph_module.graph.get_attr(target)
-        scale = graph_module.graph.get_attr(f"{target}_scale")
+        scale = graph_module.graph.get_attr(scale_path)
         weight_node = graph_module.graph.call_function(dequantize_op, (integers, scale, axis, qparams.spec.bits, site))
     weight_node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     return weight_node

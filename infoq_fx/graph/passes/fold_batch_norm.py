@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import LAYER_OPS, LayerOp, module_path, read_tensor, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, LayerOp, free_path, module_path, read_tensor, write_tensor
 
 __all__ = ["fold_batch_norm"]
 
@@ -98,10 +98,11 @@ def _affine_map(graph_module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Te
 def _set_bias(graph_module: fx.GraphModule, layer: fx.Node, op: LayerOp, bias: Tensor) -> None:
     weight_name = str(layer.args[op.weight].target)  # type: ignore[union-attr]
     path = module_path(layer) or weight_name.rpartition(".")[0]
-    name = f"{path}.bias" if path else "bias"
     old = op.bias_of(layer)
     if isinstance(old, fx.Node) and len(old.users) == 1:
         name = str(old.target)
+    else:
+        name = free_path(graph_module, f"{path}.bias" if path else "bias")
     write_tensor(graph_module, name, bias)
     with graph_module.graph.inserting_before(layer):
         node = graph_module.graph.get_attr(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from infoq_fx.graph.layers import LAYER_OPS, module_path, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, free_path, module_path, write_tensor
 
 __all__ = ["fold_constants"]
 
@@ -26,7 +26,9 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
             continue
         for operand, kind in ((node.args[op.weight], "weight"), (op.bias_of(node), "bias")):
             if isinstance(operand, fx.Node) and operand in constant and operand.op != "get_attr":
-                _replace(graph_module, operand, _free_name(graph_module, module_path(node), kind))
+                _replace(
+                    graph_module, operand, free_path(graph_module, f"{module_path(node)}.{kind}".removeprefix("."))
+                )
                 changed = True
     return changed
 
@@ -58,12 +60,3 @@ def _replace(graph_module: fx.GraphModule, operand: fx.Node, name: str) -> None:
         folded = graph_module.graph.get_attr(name)
     folded.meta = dict(operand.meta)
     operand.replace_all_uses_with(folded)
-
-
-def _free_name(graph_module: fx.GraphModule, path: str, kind: str) -> str:
-    taken = {name for name, _ in graph_module.named_parameters()} | {n for n, _ in graph_module.named_buffers()}
-    base = f"{path}.{kind}" if path else kind
-    name, count = base, 1
-    while name in taken:
-        name, count = f"{base}_{count}", count + 1
-    return name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import LAYER_OPS, module_path
+from infoq_fx.graph.layers import LAYER_OPS, free_path, module_path
+from infoq_fx.graph.operands import make_unique
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 
 __all__ = ["OUTPUT", "insert_observers"]
@@ -18,7 +19,7 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
     1. the last value of every module path: named by the path.
     2. the tensor that feeds a layer or a searched activation site: ``"<layer>.input"`` or the site's name,
        observed before the quantizer.
-    3. the first output of the model: ``"output"``.
+    3. the first output of the model: ``"output"`` (a module of that name whose value is another: ``"output_1"``).
 
     Left alone: values that are not floating-point tensors, or the same for all samples (position embeddings). Each
     node gets at most one observer, which has all its names.
@@ -44,7 +45,11 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
         if path:
             names.setdefault(node, []).append(path)
     if output.all_input_nodes:
-        names.setdefault(output.all_input_nodes[0], []).append(OUTPUT)
+        last = output.all_input_nodes[0]
+        for node, known in names.items():
+            if node is not last and OUTPUT in known:  # a module of that name; the model's output goes first
+                known[known.index(OUTPUT)] = make_unique(OUTPUT, {OUTPUT, *last_of})
+        names.setdefault(last, []).append(OUTPUT)
     for index, (node, known) in enumerate(names.items()):
         _insert(graph_module, node, f"observers.{index}", tuple(dict.fromkeys(known)))
     return bool(names)
@@ -63,6 +68,7 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def _insert(graph_module: fx.GraphModule, node: fx.Node, target: str, names: tuple[str, ...]) -> None:
+    target = free_path(graph_module, target)
     graph_module.add_submodule(target, Observe(names))
     with graph_module.graph.inserting_after(node):
         observed = graph_module.graph.call_module(target, (node,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from infoq_fx.graph.layers import free_path
 from infoq_fx.graph.operands import Placement
 from infoq_fx.graph.sites import SitePlan
 from infoq_fx.quantization.quantizers import Quantizer
@@ -25,7 +26,7 @@ def insert_quantizers(graph_module: fx.GraphModule, plan: SitePlan) -> bool:
 
 
 def _insert(graph_module: fx.GraphModule, placement: Placement) -> None:
-    target = f"quantizers.{placement.site.name}.quantizer"
+    target = free_path(graph_module, f"quantizers.{placement.site.name}.quantizer")
     graph_module.add_submodule(target, Quantizer(placement.site))
     with graph_module.graph.inserting_after(placement.node):
         quantized = graph_module.graph.call_module(target, (placement.node,))

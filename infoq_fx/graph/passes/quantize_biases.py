@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import LAYER_OPS, is_call, module_path, read_tensor, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, free_path, is_call, module_path, read_tensor, write_tensor
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.types import FLOAT_BITS
 
@@ -107,12 +107,13 @@ def _convert_bias(graph_module: fx.GraphModule, layer: fx.Node, bias: fx.Node, s
     integers = torch.round(value.double() / scale.double()).to(torch.int32)
     target = str(bias.target)
     if len(bias.users) > 1:
-        target = f"{target}_of_{layer.name}"
+        target = free_path(graph_module, f"{target}_of_{layer.name}")
     write_tensor(graph_module, target, integers)
-    write_tensor(graph_module, f"{target}_scale", scale)
+    scale_path = free_path(graph_module, f"{target}_scale")
+    write_tensor(graph_module, scale_path, scale)
     with graph_module.graph.inserting_before(layer):
         stored = graph_module.graph.get_attr(target)
-        scale_node = graph_module.graph.get_attr(f"{target}_scale")
+        scale_node = graph_module.graph.get_attr(scale_path)
         converted = graph_module.graph.call_function(
             dequantize_op, (stored, scale_node, 0, FLOAT_BITS, f"{module_path(layer)}.bias")
         )

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.option_checks import check_count, check_rate
+from infoq_fx.core.readings import Ignored
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, copy_with, float_copy
@@ -23,7 +24,8 @@ from infoq_fx.finetuning.training_loop import (
     begin_optimizer,
     choose_run_size,
     compute_gradients,
-    place,
+    hold_reference,
+    run_student,
     update,
 )
 from infoq_fx.graph.calibration import weight_digits
@@ -35,7 +37,7 @@ from infoq_fx.recovery.layerwise_runner import choose_samples
 from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_parameter, set_qparams
 from infoq_fx.recovery.segments import Layer, find_segments
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.runtime.outputs import first_tensor, measure_spread, output_rows
+from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
 from infoq_fx.types import BASELINE_BITS, QParams
 
 __all__ = ["OutputTuning"]
@@ -174,13 +176,15 @@ def _prepare(
         size = choose_run_size(student, changed.example_inputs, options.batch_size)
     float_model = float_copy(changed.origin or changed)
 
-    def ask(samples: Samples) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return first_tensor(float_model(*place(samples.inputs, device).values()))
+    read = tuple(i for i, reading in enumerate(changed.readings) if not isinstance(reading, Ignored))
 
-    samples = Samples(data.inputs)
-    samples = Samples(data.inputs, reference=torch.cat(list(spread(ask, samples.split(size)))))
+    def ask(samples: Samples) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.no_grad():
+            return run_student(float_model, samples.inputs, read, device)
+
+    samples = hold_reference(Samples(data.inputs), ask, size, spread)
     assert samples.reference is not None
+    loss = make_loss(changed, HeldOutputs(samples.reference))
     batch_size = min(max(options.batch_size, fixed or 1), samples.count) // (fixed or 1) * (fixed or 1)
     steps = samples.count // batch_size
     source = Source(
@@ -196,7 +200,7 @@ def _prepare(
     )
     settings = Settings(options.epochs, options.learning_rate, batch_size, 0.0, options.seed, options.temperature)
     learned = list(_list_learned(student, layers, options))
-    return Training(student, learned, source, settings, ask, measure_spread(output_rows(samples.reference)), size)
+    return Training(student, learned, source, settings, ask, loss, read, None, device, size)
 
 
 def _list_learned(student: fx.GraphModule, layers: list[Layer], options: OutputTuning) -> Iterator[Learned]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -109,7 +109,7 @@ class ALPS:
         training = Finetuning(self.steps, size, self.learning_rate, self.seed)
         baseline = training.run(prepared, chosen, {}, run_options, lambda share: None)
         check_trained(self.name, float(baseline[0].mean()), self.learning_rate)
-        return FinetunedMeasure(training, chosen.labels, baseline)
+        return FinetunedMeasure(training, replace(chosen, inputs={}), baseline)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
         """Return the increase of the loss or the drop of the accuracy, at least 0."""
@@ -165,9 +165,10 @@ class Finetuning:
             for start, batch in enumerate(chosen.batches(self.batch_size)):
                 if run_options.stop.is_set():
                     break
-                losses, logits = losses_of(module, batch)
+                losses, output = losses_of(module, batch)
+                right = (output.argmax(batch.reading.axis) == batch.labels).double().reshape(batch.samples, -1).mean(1)
                 place = slice(start * self.batch_size, start * self.batch_size + batch.samples)
-                found[:, place] = torch.stack([losses, 100.0 * (logits.argmax(1) == batch.labels)]).cpu()
+                found[:, place] = torch.stack([losses.double(), 100.0 * right]).cpu()
         advance(share)
         return found
 
@@ -177,7 +178,7 @@ class FinetunedMeasure:
     """Finetunes with one site at fewer bits and compares with the finetuned 8-bit model, sample by sample."""
 
     training: Finetuning
-    labels: Tensor
+    labelled: Labelled
     baseline: Tensor
     run_bytes: int = 0
 
@@ -185,8 +186,8 @@ class FinetunedMeasure:
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
     ) -> list[Measurement]:
         """Measure both differences for every (site, bit-width)."""
-        samples = len(self.labels)
-        chosen = Labelled(spread_samples("alps", prepared, data, samples).inputs, self.labels)
+        samples = self.labelled.samples
+        chosen = replace(self.labelled, inputs=spread_samples("alps", prepared, data, samples).inputs)
         lock = threading.Lock()
 
         def advance(share: float) -> None:

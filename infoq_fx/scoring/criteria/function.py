@@ -24,7 +24,7 @@ ScoreFunction = Callable[[PreparedModel, CalibrationData | None, QuantSite, int]
 class FunctionCriterion:
     """Scores by a function of the prepared model, the data, a site and a bit-width.
 
-    :func:`infoq_fx.runtime.forward.compute_logits` gives the outputs with one site at other bits, and
+    :func:`infoq_fx.runtime.forward.hold_outputs` gives the outputs with one site at other bits, and
     :func:`infoq_fx.graph.float_interpreter.read_weights` the sites' weights. The function is called once per (site,
     bit-width), 8 bits included, from one thread; for an ``executor`` it must be picklable.
 

@@ -21,6 +21,7 @@ __all__ = ["InfoQ"]
 _PRIOR_SPREAD = 0.7  # relative spread of the prior on the loss with one more bit, whose mean is about a quarter
 _SMALLEST_SHARE = 0.05
 _NOTHING_NATS = 1e-12
+_FARTHEST = 8.0  # standard errors below zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +132,32 @@ def _shrink(measured: Mapping[int, Score]) -> dict[int, Score]:
         if bits >= BASELINE_BITS:
             shrunk[bits] = Score(0.0)
         elif below is None:
-            shrunk[bits] = Score(max(found.value, 0.0), found.standard_error)
+            shrunk[bits] = Score(_positive_mean(found.value, found.standard_error), found.standard_error)
         else:
             shrunk[bits] = _update(shrunk[below].value, below, bits, found)
         below = bits
     return shrunk
 
 
+def _positive_mean(value: float, standard_error: float) -> float:
+    """The mean of a loss that is known to be positive, measured as ``value`` with a normal error.
+
+    It is the value itself where that is well above its error, and of the size of the error where the measurement says
+    nothing: a site is not insensitive for want of evidence.
+    """
+    if standard_error <= 0:
+        return max(value, 0.0)
+    ratio = value / standard_error
+    if ratio < -_FARTHEST:  # a normal tail: the mean is about the error over the distance
+        return standard_error / -ratio
+    hazard = math.exp(-ratio * ratio / 2) / math.sqrt(2 * math.pi) / (0.5 * math.erfc(-ratio / math.sqrt(2)))
+    return value + standard_error * hazard
+
+
 def _update(loss_below: float, below: int, bits: int, found: Score) -> Score:
     expected = loss_below * (4.0**-bits - 4.0**-BASELINE_BITS) / (4.0**-below - 4.0**-BASELINE_BITS)
     if expected < _NOTHING_NATS:
-        return Score(0.0, found.standard_error)
+        return Score(expected, found.standard_error)
     prior = (_PRIOR_SPREAD * expected) ** -2
     data = max(found.standard_error, _NOTHING_NATS) ** -2
     value = (data * found.value + prior * expected) / (data + prior)

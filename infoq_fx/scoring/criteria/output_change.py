@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.errors import CalibrationDataError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criterion import Kind, Measure, Scores
@@ -48,6 +49,11 @@ class OutputCriterion:
         """Return the measured mean, at least 0, and its standard error over the samples."""
         scores: dict[str, dict[int, Score]] = {}
         for found in measurements:
+            if self.measured not in found.values:
+                raise CalibrationDataError(
+                    f"criterion {self.name!r} needs an output with classes, and none is read so: "
+                    f"{'; '.join(prepared.output_notes)}; say which has classes (outputs=), or take criterion='infoq'"
+                )
             value, error = found.values[self.measured], found.values[f"{self.measured}:standard_error"]
             scores.setdefault(found.site, {})[found.bits] = Score(max(0.0, value), error)
         return scores

@@ -19,7 +19,8 @@ Encoder = Callable[[Tensor], Tensor]
 _PATCH = 14
 _COMPONENT_SAMPLES = 2048
 _PART_FEATURES = 4096
-_DINOV2_REPOSITORY = "facebookresearch/dinov2"
+# A revision, since whatever code lies on a branch would run here.
+_DINOV2_REPOSITORY = "facebookresearch/dinov2:12592a9bdfea0a6e4ee4767cd5a8d3195c0e3509"
 
 
 def encode_inputs(inputs: Mapping[str, Tensor], encoder: Encoder | str | None, *, batch_size: int = 64) -> Tensor:
@@ -98,9 +99,10 @@ def _centred_parts(inputs: Mapping[str, Tensor], used: int) -> Iterator[Tensor]:
 
 
 def load_dinov2(name: str = "dinov2_vits14") -> Encoder:
-    """Load the paper's encoder, a DINOv2 vision transformer, from torch hub (downloaded at the first call).
+    """Load the paper's encoder, a DINOv2 vision transformer, from torch hub.
 
-    Images are resized to the nearest multiple of 14 pixels, at least 98, and must be normalised as for ImageNet.
+    It is downloaded at the first call, of one fixed revision. Images are resized to the nearest multiple of 14 pixels,
+    at least 98, and must be normalised as for ImageNet.
 
     Raises:
         EncoderUnavailableError: the hub cannot be reached and the model is not in its cache.
@@ -109,7 +111,7 @@ def load_dinov2(name: str = "dinov2_vits14") -> Encoder:
         Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023.
     """
     try:
-        model = torch.hub.load(_DINOV2_REPOSITORY, name, trust_repo=True, verbose=False)
+        model = torch.hub.load(_DINOV2_REPOSITORY, name, trust_repo=True, skip_validation=True, verbose=False)
     except Exception as error:
         raise EncoderUnavailableError(
             f"DINOv2 encoder {name!r} could not be loaded from torch hub ({error}); go online once so that it is "

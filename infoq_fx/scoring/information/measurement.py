@@ -19,8 +19,9 @@ from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization.pointwise import project_rows
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, run_perturbed, run_whole
+from infoq_fx.runtime.held_outputs import OutputHolder
 from infoq_fx.runtime.interpreter import ReadValue
-from infoq_fx.runtime.outputs import class_logits, first_output
+from infoq_fx.runtime.outputs import read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run
 from infoq_fx.scoring.information.mutual_info import (
     ClassedSamples,
@@ -34,7 +35,7 @@ from infoq_fx.scoring.information.mutual_info import (
     unit_projections,
 )
 from infoq_fx.scoring.information.observers import pool_features
-from infoq_fx.scoring.output_measure import OutputRecord, Outputs, read_outputs
+from infoq_fx.scoring.output_measure import OutputRecord, Outputs, affected_outputs, read_outputs
 from infoq_fx.types import BASELINE_BITS, Measurement, Observer, QuantSite
 
 __all__ = ["InformationMeasure", "Neighbours", "measure_baseline"]
@@ -86,7 +87,7 @@ class InformationMeasure:
     def run_bytes(self) -> int:
         """Bytes of a run's projections, float32, and of what is kept of its outputs."""
         slices: int = sum(place.directions.shape[1] for place in self.places)
-        return len(self.outputs.labels) * (OutputRecord.SAMPLE_BYTES + 4 * slices)
+        return self.outputs.samples * (OutputRecord.SAMPLE_BYTES + 4 * slices)
 
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData | None, sites: Sequence[QuantSite], run_options: RunOptions
@@ -119,14 +120,15 @@ class InformationMeasure:
         spread: ThreadMap,
     ) -> dict[tuple[str, int], _Record]:
         """A record of every perturbed run of a block."""
-        nodes, output = self._nodes(prepared), first_output(prepared)
+        nodes, read = self._nodes(prepared), read_nodes(prepared)
         runs = [(site.name, bits) for site in sites for bits in site.bits if bits != BASELINE_BITS]
-        records = {run: _Record(nodes, output, self.outputs) for run in runs}
+        reached = {site.name: affected_outputs(prepared, site.name) if self.reads_output else () for site in sites}
+        records = {run: _Record(nodes, [(i, read[i]) for i in reached[run[0]]], self.outputs) for run in runs}
         run_perturbed(
             prepared,
             data,
             sites,
-            {*nodes, output} if self.reads_output else nodes,
+            {*nodes, *read} if self.reads_output else nodes,
             lambda run, start: records[run].reader(start),
             batch_size=self.batch_size,
             run_options=run_options,
@@ -143,7 +145,7 @@ class InformationMeasure:
         """The values of a site at 8 bits, where nothing is perturbed: no change downstream."""
         nodes = self._nodes(prepared)
         downstream = set(plan_perturbed_run(prepared, site, set(nodes)).nodes)
-        values = OutputRecord(self.outputs).summarize() if self.reads_output else {}
+        values = OutputRecord(self.outputs, ()).summarize() if self.reads_output else {}
         for node, place in nodes.items():
             for key, baseline in place.baseline.items() if node in downstream else ():
                 values[f"{key}:baseline"] = float(np.mean(baseline))
@@ -186,14 +188,16 @@ class _Projections:
 class _Record:
     """What is kept of one run: projections at the observers, and the change of the outputs."""
 
-    def __init__(self, places: Mapping[fx.Node, _Place], output: fx.Node, outputs: Outputs) -> None:
-        self._output = output
-        self.projections, self.outputs = _Projections(places, len(outputs.labels)), OutputRecord(outputs)
+    def __init__(self, places: Mapping[fx.Node, _Place], read: Sequence[tuple[int, fx.Node]], outputs: Outputs) -> None:
+        self._read = read
+        self.projections = _Projections(places, outputs.samples)
+        self.outputs = OutputRecord(outputs, [index for index, _ in read])
 
     def reader(self, start: int) -> ReadValue:
         def read(node: fx.Node, value: Any) -> None:
-            if node is self._output:
-                self.outputs.add(start, value)
+            for index, output in self._read:
+                if node is output:
+                    self.outputs.add(start, index, value)
             if node in self.projections.places:
                 self.projections.add(node, pool_features(value, node).float(), start)
 
@@ -227,13 +231,12 @@ def measure_baseline(
         reads_output: whether perturbed runs continue to the output even if no observer needs it.
         run_options: threads and progress.
     """
-    output = first_output(prepared)
+    nodes = read_nodes(prepared)
     names = {node: min(n for n, m in prepared.observer_nodes().items() if m is node) for node in observers.values()}
-    logits: list[Tensor] = [torch.empty(0)] * -(-data.samples // batch_size)
-    record = _Projections({}, data.samples)
+    holder, record = OutputHolder(data.samples), _Projections({}, data.samples)
 
     def read(start: int, values: Mapping[fx.Node, Any]) -> None:
-        logits[start // batch_size] = class_logits(values[output]).cpu()
+        holder.add(start, [values[node] for node in nodes])
         pooled = {node: pool_features(values[node], node).float() for node in names}
         if not record.places:  # the first batch determines the number of features
             record.places = {
@@ -243,9 +246,9 @@ def measure_baseline(
         for node, rows in pooled.items():
             record.add(node, rows, start)
 
-    run_whole(prepared, data, {*names, output}, read, batch_size=batch_size, run_options=run_options)
-    outputs = read_outputs(prepared, data, torch.cat(logits), batch_size=batch_size, run_options=run_options)
-    classes = class_samples(group_labels(prepared, outputs.labels, outputs.logits, seed))
+    run_whole(prepared, data, {*names, *nodes}, read, batch_size=batch_size, run_options=run_options)
+    outputs = read_outputs(prepared, data, holder.finish(), batch_size=batch_size, run_options=run_options)
+    classes = class_samples(_choose_classes(prepared, outputs, seed))
     places = [
         _measure_place(
             place,
@@ -258,7 +261,9 @@ def measure_baseline(
         )
         for node, place in record.places.items()
     ]
-    return InformationMeasure(tuple(places), classes, outputs, neighbours, batch_size, reads_output or output in names)
+    return InformationMeasure(
+        tuple(places), classes, outputs, neighbours, batch_size, reads_output or not set(nodes).isdisjoint(names)
+    )
 
 
 def _measure_place(
@@ -289,6 +294,15 @@ def _estimate_information(
     if key in inputs:
         return estimate_ksg(inputs[key], projected, k=neighbours.ksg, threads=1)
     return estimate_ross(projected, classes, k=neighbours.ross, threads=1)
+
+
+def _choose_classes(prepared: PreparedModel, outputs: Outputs, seed: int) -> NDArray[np.int64]:
+    """Y of a sample: its label, the baseline's prediction, or the group that its outputs are in."""
+    classes = outputs.classes
+    if classes is not None and classes.labels.ndim == 1:
+        return group_labels(prepared, classes.labels, outputs.base.tensors[classes.index], seed)
+    rows = torch.cat([x.flatten(2).mean(2) if x.ndim > 3 else x.flatten(1) for x in outputs.base.tensors], 1)
+    return group_classes(rows.numpy(), max(2, len(rows) // _SAMPLES_PER_GROUP), seed)
 
 
 def group_labels(prepared: PreparedModel, labels: Tensor, logits: Tensor, seed: int) -> NDArray[np.int64]:

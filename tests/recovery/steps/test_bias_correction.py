@@ -1,8 +1,8 @@
 import torch
+from logits import compute_float_logits, compute_logits
 from recovered import CONTEXT
 
 from infoq_fx.recovery.steps.bias_correction import BiasCorrection
-from infoq_fx.runtime.forward import compute_float_logits, compute_logits
 
 
 def test_bias_correction_leaves_no_mean_error(residual):

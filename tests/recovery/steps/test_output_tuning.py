@@ -1,5 +1,6 @@
 import pytest
 import torch
+from logits import compute_logits
 from networks import ResidualNet, randomise_norms
 from torch import nn
 
@@ -11,7 +12,6 @@ from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps import output_tuning as tuning
 from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import compute_logits
 
 CONTEXT = StepContext(batch_size=16)
 

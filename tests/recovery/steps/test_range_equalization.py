@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from logits import compute_float_logits, compute_logits
 from torch import nn
 from torch.nn import functional
 
@@ -15,7 +16,7 @@ from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps.bias_correction import BiasCorrection
 from infoq_fx.recovery.steps.range_equalization import RangeEqualization
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import RunOptions, compute_float_logits, compute_logits
+from infoq_fx.runtime.forward import RunOptions
 
 STEP = RangeEqualization()
 

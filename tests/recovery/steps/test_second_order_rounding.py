@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from logits import compute_logits
 from recovered import CONTEXT, nats, prepare
 from torch import nn
 
@@ -9,7 +10,6 @@ import infoq_fx
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.recovery.parameters import set_parameter
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import compute_logits
 
 
 def test_second_order_rounding_is_what_conversion_stores(residual):

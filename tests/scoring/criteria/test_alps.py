@@ -34,7 +34,7 @@ def test_alps_counts_the_accuracy_too(small):
 def test_finetuning_makes_good_what_it_can():
     torch.manual_seed(4)
     model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(96, 6)
-    prepared, data = prepare(model, x)
+    prepared, data = prepare(model, x, outputs="categorical")
     chosen = read_labelled("alps", prepared, data, 96, batch_size=32, run_options=RunOptions())
     losses = [
         float(

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from logits import compute_logits
 from networks import ResidualNet, randomise_norms
 from torch import nn
 
 import infoq_fx
 from infoq_fx.core.data import read_data
-from infoq_fx.runtime.forward import RunOptions, compute_logits
+from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria import CRITERIA, find_criterion
 from infoq_fx.scoring.information.measurement import group_labels
 from infoq_fx.scoring.information.mutual_info import estimate_ksg, estimate_ross, unit_projections

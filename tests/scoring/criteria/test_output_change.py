@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logits import compute_logits, diverge
 from networks import ResidualNet, randomise_norms
 from torch import nn
 
@@ -16,7 +17,6 @@ import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.runtime.outputs import diverge
 from infoq_fx.scoring import criteria
 from infoq_fx.scoring.criteria.infoq import _shrink
 from infoq_fx.scoring.output_measure import INFORMATION_LOSS
@@ -206,7 +206,6 @@ def test_weight_mse_is_relative_power():
 
 
 def spread_of_logits(prepared, data, site, bits):
-    from infoq_fx.runtime.forward import compute_logits
 
     return float((compute_logits(prepared, data, {site.name: bits}) - compute_logits(prepared, data)).abs().max())
 

@@ -66,6 +66,10 @@ def test_dinov2_resizes_to_whole_patches(monkeypatch):
             seen.append(tuple(x.shape[-2:]))
             return x.flatten(1)[:, :8]
 
-    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: Hub())
+    def load(repository, *_, **__):
+        assert len(repository.partition(":")[2]) == 40
+        return Hub()
+
+    monkeypatch.setattr(torch.hub, "load", load)
     assert encode_inputs({"x": torch.randn(4, 3, 32, 224)}, "dinov2").shape == (4, 8)
     assert seen == [(98, 224)]

@@ -1,0 +1,109 @@
+"""Outputs of a model for all samples: in memory, or mapped from a file without a name if they are large."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infoq_fx.core.readings import OutputLoss, Quantity, Reading
+from infoq_fx.errors import CalibrationDataError
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.outputs import read_readings
+
+__all__ = ["HeldOutputs", "OutputHolder", "make_loss", "measure_variances"]
+
+_HELD_BYTES = 64 << 20  # more than this is mapped from disk
+_ROWS_BYTES = 16 << 20  # read at once
+
+
+@dataclass(frozen=True)
+class HeldOutputs:
+    """The outputs that are read, in order, each float32 ``[samples, ...]``."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self.tensors[0])
+
+    def rows(self, start: int, count: int) -> tuple[Tensor, ...]:
+        """Return the outputs of ``count`` samples from ``start`` on."""
+        return tuple(x[start : start + count] for x in self.tensors)
+
+    def __getstate__(self) -> dict[str, tuple[Tensor, ...]]:
+        return {"tensors": tuple(x.clone() for x in self.tensors)}  # a mapped tensor is pickled with its values
+
+
+class OutputHolder:
+    """Collects the outputs of batches, in any order and from several threads."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples, self._lock = samples, threading.Lock()
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def add(self, start: int, outputs: Sequence[Tensor]) -> None:
+        """Store the outputs of a batch whose first sample has the index ``start``."""
+        with self._lock:
+            if not self._tensors:
+                self._tensors = self._make_room(outputs)
+        for room, output in zip(self._tensors, outputs, strict=True):
+            room[start : start + len(output)] = output.detach().to("cpu", torch.float32)
+
+    def finish(self) -> HeldOutputs:
+        """Return what was collected."""
+        return HeldOutputs(self._tensors)
+
+    def _make_room(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        shapes = [(self._samples, *output.shape[1:]) for output in outputs]
+        total_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
+        if total_bytes <= _HELD_BYTES:
+            return tuple(torch.empty(shape) for shape in shapes)
+        try:
+            return tuple(_map_file(shape) for shape in shapes)
+        except OSError as error:
+            raise CalibrationDataError(
+                f"the float model's outputs for {self._samples} samples take {total_bytes / 2**20:,.0f} MiB, held in "
+                f"{tempfile.gettempdir()!r}: {error}; give fewer samples, or set TMPDIR to a larger disk"
+            ) from error
+
+
+def make_loss(prepared: PreparedModel, reference: HeldOutputs) -> OutputLoss:
+    """Return the loss against the float model's outputs, with the variances that its quantities have there."""
+    readings = read_readings(prepared)
+    return OutputLoss(readings, measure_variances(readings, reference), prepared.loss_function)
+
+
+def measure_variances(readings: Sequence[Reading], outputs: HeldOutputs) -> tuple[Tensor | None, ...]:
+    """Return the variance of every channel of a quantity over samples and positions, float64 ``[channels]``."""
+    return tuple(
+        _channel_variance(x, reading.axis) if isinstance(reading, Quantity) else None
+        for reading, x in zip(readings, outputs.tensors, strict=True)
+    )
+
+
+def _channel_variance(x: Tensor, axis: int) -> Tensor:
+    """In two passes over a few samples at a time, so that a mapped output is never read as a whole."""
+    if x.ndim < 2:
+        return x.double().var(0, correction=0, keepdim=True)
+    if x.ndim == 2:
+        return x.double().var(0, correction=0)
+    count, channels = max(1, _ROWS_BYTES // max(1, x[:1].numel() * 8)), x.shape[axis]
+    total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
+    for part in x.split(count):
+        total += part.double().movedim(axis, -1).reshape(-1, channels).sum(0)
+    mean = total / (x.numel() // channels)
+    for part in x.split(count):
+        squares += (part.double().movedim(axis, -1).reshape(-1, channels) - mean).square().sum(0)
+    return squares / (x.numel() // channels)
+
+
+def _map_file(shape: tuple[int, ...]) -> Tensor:
+    file = tempfile.TemporaryFile(prefix="infoq_fx_")  # noqa: SIM115  # the mapping keeps it
+    return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))

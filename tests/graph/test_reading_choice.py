@@ -1,0 +1,123 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import infoq_fx
+from infoq_fx import Bernoulli, Categorical, Ignored, OptionError, Quantity
+
+
+class Net(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.out, self.end = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1), end
+
+    def forward(self, x):
+        return self.end(self.out(self.conv(x).relu()))
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.scores, self.boxes = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.trunk(x).relu()
+        return {"scores": self.scores(h), "boxes": self.boxes(h), "order": self.scores(h).argmax(1)}
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 6), nn.Linear(6, 40)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens))
+
+
+def readings(model, data, **options):
+    torch.manual_seed(0)
+    return infoq_fx.prepare(model.eval(), data, bits=(4, 8), **options).readings
+
+
+IMAGES = torch.randn(16, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"),
+    [
+        (lambda y: y.softmax(1), Categorical(axis=1, form="probabilities")),
+        (lambda y: y.log_softmax(1), Categorical(axis=1, form="log_probabilities")),
+        (lambda y: y.sigmoid(), Bernoulli(axis=1, form="probabilities")),
+        (lambda y: y.softmax(-3).clone(), Categorical(axis=1, form="probabilities")),
+        (lambda y: y, Quantity(axis=1)),
+    ],
+    ids=["softmax", "log_softmax", "sigmoid", "a copy of a softmax", "nothing"],
+)
+def test_the_end_of_the_graph_says_what_an_output_is(end, wanted):
+    assert readings(Net(end), IMAGES) == (wanted,)
+
+
+def test_labels_of_pixels_say_that_channels_are_classes():
+    labels = torch.randint(0, 4, (16, 6, 6))
+    assert readings(Net(lambda y: y), [(IMAGES, labels)]) == (Categorical(axis=1),)
+
+
+def test_labels_that_fit_nothing_are_no_classes():
+    assert readings(Net(lambda y: y), [(IMAGES, torch.randint(0, 4, (16, 5)))]) == (Quantity(axis=1),)
+
+
+def test_a_head_over_all_tokens_has_classes_along_the_last_axis():
+    assert readings(Tokens(), torch.randint(0, 40, (16, 7))) == (Categorical(axis=2),)
+
+
+def test_every_output_has_a_reading_and_integers_are_ignored():
+    found = readings(Heads(), torch.randn(16, 5))
+    assert found == (Quantity(axis=1), Quantity(axis=1), Ignored())
+
+
+def test_readings_can_be_given_by_name_position_and_weight():
+    data = torch.randn(16, 5)
+    wanted = (Categorical(axis=1), Quantity(axis=1, weight=0.5), Ignored())
+    assert readings(Heads(), data, outputs={"scores": "categorical", "boxes": (Quantity(), 0.5)}) == wanted
+    assert readings(Heads(), data, outputs={0: Categorical(), 1: Quantity(weight=0.5)}) == wanted
+
+
+def test_confident_logits_are_taken_for_classes_and_it_is_logged(caplog):
+    model = nn.Sequential(nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(12)
+    with caplog.at_level(logging.INFO, logger="infoq_fx"):
+        assert readings(model, torch.randn(64, 5)) == (Categorical(axis=1),)
+    assert "a guess" in caplog.text
+
+
+def test_large_numbers_are_not_taken_for_logits():
+    model = nn.Sequential(nn.Linear(5, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(4000)
+    assert readings(model, torch.randn(64, 5)) == (Quantity(axis=1),)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"score": "quantity"}, "score.*scores"),
+        ({"scores": "colour"}, "give 'auto', one of"),
+        ({"scores": Categorical(axis=0)}, "along axis 0"),
+        ("ignored", "no output is left to read"),
+        (3, "give 'auto'"),
+    ],
+    ids=["a name", "a kind", "an axis", "nothing read", "a number"],
+)
+def test_what_cannot_be_read_is_refused(outputs, message):
+    with pytest.raises(OptionError, match=message):
+        readings(Heads(), torch.randn(16, 5), outputs=outputs)
+
+
+def test_a_searched_site_that_reaches_no_read_output_is_named():
+    data = torch.randn(64, 5)
+    prepared = infoq_fx.prepare(Heads().eval(), data, bits=(2, 8), outputs={"boxes": "ignored"})
+    with pytest.raises(OptionError, match=r"boxes\.weight.*reaches none of the outputs that are read \('scores'\)"):
+        infoq_fx.score(prepared, data, progress=False)
