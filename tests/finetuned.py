@@ -52,7 +52,13 @@ def prepared_of(name):
     torch.manual_seed(3)
     build, x, options = CASES[name]
     model = randomise_norms(build()).eval()
-    return model, x, infoq_fx.prepare(model, x, **{"bits": (2, 3, 8), "activation_bits": (4, 8), **options})
+    return (
+        model,
+        x,
+        infoq_fx.prepare(
+            model, x, **{"bits": (2, 3, 8), "activation_bits": (4, 8), "outputs": "categorical", **options}
+        ),
+    )
 
 
 def reload(quantized):

@@ -173,7 +173,11 @@ BAD = {
         CalibrationDataError,
         "32 samples but 3 labels",
     ),
-    "high_label": (dict(data=(X, torch.full((32,), 7))), CalibrationDataError, "the model has 5 classes"),
+    "high_label": (
+        dict(data=(X, torch.full((32,), 7)), outputs="categorical"),
+        CalibrationDataError,
+        "the model has 5 classes",
+    ),
     "few_samples": (dict(data=X[:4], criterion="infoq_paper"), CalibrationDataError, "needs more than 6 samples"),
     "two_inputs": (dict(data=[((X, X), None)]), CalibrationDataError, "rejects a calibration batch"),
     "negative_budget": (dict(budget=-1.0), OptionError, "positive finite"),

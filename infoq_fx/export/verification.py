@@ -19,6 +19,7 @@ from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.export.output_comparison import OutputComparison, find_problem
 from infoq_fx.export.verification_result import LevelResult, OutputResult, Verification
 from infoq_fx.graph.reading_choice import flatten_tensors, join_tensors
+from infoq_fx.quantization.call_forms import CallForm
 
 __all__ = ["LevelResult", "Metric", "OutputResult", "Verification", "verify_onnx"]
 
@@ -78,12 +79,12 @@ def verify_onnx(
     structure: Any = None
     for start, batch in zip(range(0, samples.samples, size), samples.batches(size), strict=True):
         structure = _run_module(quantized, batch, next(iter(provenance.example_inputs.values())).device)
-        expected = tuple(x.cpu() for x in flatten_tensors(structure))
-        kept["module"] += [] if metric is None else [expected]
-        for level, run in runs.items():
-            found = _run_file(run, batch, path)
-            comparisons[level].add(start, expected, found)
-            kept[level] += [] if metric is None else [found]
+        expected = _graph_outputs(structure, provenance.form)
+        for key in kept:
+            found = expected if key == "module" else _run_file(runs[key], batch, path)
+            if key != "module":
+                comparisons[key].add(start, expected, found)
+            kept[key] += [] if metric is None else [_tensors_of(structure, provenance.form, found)]
     measured = {
         key: None if metric is None else float(metric(join_tensors(structure, parts), samples.labels))
         for key, parts in kept.items()
@@ -137,6 +138,20 @@ def _open_openvino(path: str) -> tuple[str, Mapping[str, _Run]]:
 def _run_module(quantized: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Any:
     with torch.no_grad():
         return quantized(*(x.to(device) for x in batch.values()))
+
+
+def _graph_outputs(structure: Any, form: CallForm) -> tuple[Tensor, ...]:
+    """The outputs that the file has too, in order: numbers, such as a size, are tensors without axes there."""
+    found = flatten_tensors(structure) if form.template is None else form.template.read(structure)
+    return tuple(torch.as_tensor(x).cpu() for x in found)
+
+
+def _tensors_of(structure: Any, form: CallForm, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those of a file's outputs that the module gives as tensors."""
+    if form.template is None:
+        return found
+    is_tensor = [isinstance(x, Tensor) for x in form.template.read(structure)]
+    return tuple(x for x, keep in zip(found, is_tensor, strict=True) if keep)
 
 
 def _run_file(run: _Run, batch: Mapping[str, Tensor], path: str | os.PathLike[str]) -> tuple[Tensor, ...]:

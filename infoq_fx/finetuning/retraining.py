@@ -17,6 +17,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, make_trainable, usable_step
 from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
 from infoq_fx.quantization.numerics import quantize
@@ -154,7 +155,7 @@ def _is_weight(node: fx.Node) -> bool:
     return node.target is dequantize_op and bool(node.args[3] != FLOAT_BITS)
 
 
-class _ShapeRecorder(fx.Interpreter):
+class _ShapeRecorder(GraphInterpreter):
     """Runs the graph and records the shape of every quantized activation, by site."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:

@@ -18,6 +18,7 @@ from infoq_fx.finetuning.retraining import TrainableModule
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer
 from infoq_fx.finetuning.training_data import Samples, Source
 from infoq_fx.graph.float_interpreter import channels_last
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.graph.reading_choice import flatten_tensors
 from infoq_fx.runtime.held_outputs import OutputHolder
 
@@ -247,7 +248,7 @@ def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
     return losses
 
 
-class _SizeRecorder(fx.Interpreter):
+class _SizeRecorder(GraphInterpreter):
     """Runs the graph and sums the bytes of all tensors that have a batch dimension."""
 
     def __init__(self, module: fx.GraphModule, samples: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.types import QuantSite
@@ -16,7 +17,7 @@ from infoq_fx.types import QuantSite
 __all__ = ["FloatInterpreter", "channels_last", "read_weight", "read_weights"]
 
 
-class FloatInterpreter(fx.Interpreter):
+class FloatInterpreter(GraphInterpreter):
     """Runs the float model behind a prepared graph: quantizers pass their input through."""
 
     def __init__(self, prepared: PreparedModel) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, module_path, read_tensor
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.types import QuantSite
 
 __all__ = [
@@ -42,7 +43,7 @@ class MultiplyingLayer:
     operands: tuple[tuple[fx.Node, str, str, int | None], ...]
 
 
-class _ShapeRecorder(fx.Interpreter):
+class _ShapeRecorder(GraphInterpreter):
     """Runs the graph once and records each tensor's shape."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:

@@ -50,8 +50,9 @@ _LAST_AXIS = {
     _ATEN.matmul.default,
     _ATEN.layer_norm.default,
 }
-_CONFIDENT = 0.5  # mean probability of the most probable class
-_TIMES_CHANCE = 3.0  # and so many times that of a guess
+_CONFIDENT = 0.5  # mean probability of the most probable class, between that of a guess (0) and certainty (1)
+_CONFIDENT_OF_MANY = 0.2
+_FEW_CLASSES = 10
 _SAMPLES = 64
 _FEWEST_TOKENS = 16
 _UNLABELLED = 255  # in masks of uint8
@@ -160,7 +161,8 @@ def choose_readings(
 
     What the user said comes first; then a softmax, log-softmax or sigmoid at the end of the graph; then integer labels
     that fit the output without one of its axes; then the values of the float model. Confident ones, whose softmax gives
-    the most probable class half of the probability and more, are taken for logits; all others are quantities.
+    the most probable class half of the probability and more (a fifth of many classes), are taken for logits; all others
+    are quantities.
 
     Args:
         graph_module: the float model, in normal form.
@@ -339,4 +341,6 @@ def _is_confident(x: Tensor, axis: int) -> bool:
     largest = float(log_p.max(axis).values.exp().mean())
     entropy = float(-(log_p.exp() * log_p).sum(axis).mean())
     chosen = len(log_p.argmax(axis).unique())
-    return largest >= min(_CONFIDENT, _TIMES_CHANCE / classes) and entropy >= _FEWEST_NATS and chosen > 1
+    confidence = (largest * classes - 1) / (classes - 1)
+    wanted = max(_CONFIDENT_OF_MANY, _CONFIDENT * min(1.0, _FEW_CLASSES / classes))
+    return confidence >= wanted and entropy >= _FEWEST_NATS and chosen > 1

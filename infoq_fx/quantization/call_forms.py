@@ -34,6 +34,11 @@ class OutputTemplate:
             leaves[index] = value.item() if index in self.numbers else value
         return pytree.tree_unflatten(leaves, self.tree)
 
+    def read(self, outputs: Any) -> list[Any]:
+        """Return the outputs of the graph from the model's own structure, in order; the inverse of :meth:`fill`."""
+        leaves = pytree.tree_leaves(outputs)
+        return [leaves[index] for index in self.tensors]
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # A class that lives in a function cannot be found again.
         kept: Any = (self.tree, self.tensors, dict(self.constants), self.numbers)

@@ -16,6 +16,7 @@ from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.float_interpreter import channels_last
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer, Segment, find_segments
@@ -170,7 +171,7 @@ def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) ->
     return chosen.take(chosen.samples - chosen.samples % fixed)
 
 
-class SegmentRunner(fx.Interpreter):
+class SegmentRunner(GraphInterpreter):
     """Runs some nodes of a graph, quantized at given bit-widths, or in float if ``bits`` is None.
 
     In float, or with ``has_float_weights``, it uses the parameters and activation quantizers of the float model that

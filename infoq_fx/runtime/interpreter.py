@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.float_interpreter import channels_last, read_weight
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.numerics import dequantize, fake_quantize
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
@@ -21,7 +22,7 @@ __all__ = ["SiteInterpreter"]
 ReadValue = Callable[[fx.Node, Any], None]
 
 
-class SiteInterpreter(fx.Interpreter):
+class SiteInterpreter(GraphInterpreter):
     """Runs plans over a prepared graph; every site is at 8 bits unless a run sets another bit-width.
 
     Quantized weights are kept as long as the interpreter and its forks exist: each (site, bit-width) is quantized

@@ -237,9 +237,10 @@ def test_every_candidate_needs_a_score() -> None:
     assert allocate(replace(table, scores={}), 3, pin={"a": 2}).score == 0
 
 
-def test_equal_scores_take_the_cheaper() -> None:
+def test_equal_scores_take_the_most_bits_that_fit() -> None:
     table = make_table((weight("a", 10), weight("b", 10)), dict.fromkeys("ab", dict.fromkeys(ALL_BITS, 0.5)))
-    assert allocate(table, 8).bits == {"a": 2, "b": 2}
+    assert allocate(table, 8).bits == {"a": 8, "b": 8}
+    assert sum(allocate(table, 5).bits.values()) == 10
     noisy = make_table((weight("a", 10, (2, 4, 8)),), {"a": {2: 1.0, 4: 0.1, 8: 0.2}})
     assert allocate(noisy, 8).bits == {"a": 4}
 

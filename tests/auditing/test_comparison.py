@@ -150,7 +150,7 @@ def test_of_criteria_that_top1_does_not_tell_apart_it_recommends_the_one_that_lo
 
     def make(nats):
         rows = [
-            AuditRow(name=n, hits={"b": h}, nats={"b": np.full(400, nats[n])} if nats else {}, allocations={})
+            AuditRow(name=n, hits={"b": h}, nats={"b": np.full(400, nats[n])} if nats else {}, allocations={"b": None})
             for n, h in hits.items()
         ]
         return infoq_fx.Audit(

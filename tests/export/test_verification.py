@@ -11,12 +11,12 @@ from torch import nn
 import infoq_fx
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.export.output_comparison import find_problem
-from infoq_fx.export.verification_result import LevelResult
+from infoq_fx.export.verification_result import LevelResult, OutputResult
 from infoq_fx.types import Allocation
 
 
 def quantize_by_hand(model, data, bits=4):
-    prepared = infoq_fx.prepare(model.eval(), data, bits=bits)
+    prepared = infoq_fx.prepare(model.eval(), data, bits=bits, outputs="categorical")
     return infoq_fx.convert(prepared, Allocation(bits={s.name: s.bits[0] for s in prepared.inventory.sites}))
 
 
@@ -104,21 +104,28 @@ def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
     assert found.levels[0].agreement == 1.0
 
 
+def level(name, agreement, mean_error_steps, largest_error_steps, top1=None):
+    """The result for a file with one output."""
+    errors = mean_error_steps, largest_error_steps
+    output = OutputResult("output", 20.0, *errors, agreement, is_finite=math.isfinite(largest_error_steps))
+    return LevelResult(name, agreement, *errors, top1, (output,))
+
+
 @pytest.mark.parametrize(
     ("result", "is_problem"),
     [
-        (LevelResult("off", 0.995, 0.1, 3.0), False),
-        (LevelResult("off", 0.99, 0.1, 0.1), True),
-        (LevelResult("off", 1.0, 2.0, 3.0), True),
-        (LevelResult("default", 0.9, 0.1, 9.0), False),
-        (LevelResult("default", 0.89, 0.1, 0.1), True),
-        (LevelResult("default", 0.95, 0.1, 9.0, 80.0), False),
+        (level("off", 0.995, 0.1, 3.0), False),
+        (level("off", 0.99, 0.1, 0.1), True),
+        (level("off", 1.0, 2.0, 3.0), True),
+        (level("default", 0.9, 0.1, 9.0), False),
+        (level("default", 0.89, 0.1, 0.1), True),
+        (level("default", 0.95, 0.1, 9.0, 80.0), False),
         (
-            LevelResult("default", 0.95, 0.1, 9.0, 79.0),
+            level("default", 0.95, 0.1, 9.0, 79.0),
             False,
         ),  # 10 of 50 changed predictions more wrong than right: chance
-        (LevelResult("default", 0.95, 0.1, 9.0, 78.5), True),  # 15 more: not chance
-        (LevelResult("default", 1.0, 0.1, math.inf, 80.0), True),
+        (level("default", 0.95, 0.1, 9.0, 78.5), True),  # 15 more: not chance
+        (level("default", 1.0, 0.1, math.inf, 80.0), True),
     ],
 )
 def test_what_is_sound(result, is_problem):

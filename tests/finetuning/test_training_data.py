@@ -102,5 +102,5 @@ def test_data_that_cannot_be_used_is_refused():
         with pytest.raises(CalibrationDataError, match=message):
             quick(quantized, data, **options)
     single = convert(infoq_fx.prepare(Regression().eval(), x, bits=(2, 8)))
-    with pytest.raises(OptionError, match="a single output"):
+    with pytest.raises(OptionError, match="fit no output that is read as classes"):
         quick(single, (x, labels), label_weight=0.5)

@@ -7,16 +7,24 @@ import torch
 from finetuned import convert, open_numbers, prepared_of
 from torch.nn import functional
 
+from infoq_fx.core.readings import Categorical, OutputLoss
 from infoq_fx.finetuning import training_loop as loop
 from infoq_fx.finetuning.retraining import to_trainable
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer
 from infoq_fx.finetuning.training_data import Samples
 
 
+def make_training(student, source, settings, run_size, ask=None):
+    """A training against the classes of a single output."""
+    loss = OutputLoss((Categorical(),), (None,))
+    learned = loop.list_learned(student, 1.0)
+    return loop.Training(student, learned, source, settings, ask, loss, (0,), 0, torch.device("cpu"), run_size)
+
+
 def training_of(student, settings, steps=8):
     source = open_numbers(40)
     source = type(source)(**{**vars(source), "steps": steps})
-    return loop.Training(student, loop.list_learned(student, 1.0), source, settings, None, torch.zeros(1), 8)
+    return make_training(student, source, settings, run_size=8)
 
 
 def test_updates_are_adams(residual):
@@ -98,13 +106,11 @@ def test_gradients_are_those_of_the_mean_loss_in_parts_or_not(residual, temperat
     x = torch.randn(20, 1, 8, 8)
     with torch.no_grad():
         reference = prepared_of("residual")[0](x)
-    batch = Samples({"x": x}, torch.arange(20) % 5, reference)
+    batch = Samples({"x": x}, torch.arange(20) % 5, (reference,))
     settings = loop.Settings(1, 1.0, 32, 0.25, 0, temperature)
     found = []
     for size in (20, 6):
-        training = loop.Training(
-            student, loop.list_learned(student, 1.0), source, settings, lambda samples: None, torch.ones(5), size
-        )
+        training = make_training(student, source, settings, size, ask=lambda samples: samples.reference)
         found.append(loop.compute_gradients(training, batch, map))
     out = student(x)
     logs, shares = (out / temperature).log_softmax(1), (reference / temperature).softmax(1)

@@ -83,17 +83,23 @@ def test_inputs_and_labels_are_told_apart_by_the_arguments(model, data, inputs, 
     assert found.samples == (24 if isinstance(data, list) and data == [A, B] else 12)
 
 
-@pytest.mark.parametrize(
-    "labels", [B, torch.eye(3)[Y], [{"boxes": A[:1]}] * 12, torch.zeros(12, 4, 4, dtype=torch.int64)]
-)
-def test_labels_that_are_no_classes_say_that_they_may_be_left_out(labels):
+@pytest.mark.parametrize("labels", [B, torch.eye(3)[Y], torch.zeros(12, 4, 4, dtype=torch.int64)])
+def test_labels_of_any_shape_are_carried(labels):
+    found = read_data([(A, labels)] * 2, find_arguments(One()))
+    assert torch.equal(found.labels, torch.cat([labels, labels]))
+    assert found.samples == 24
+
+
+def test_labels_that_are_no_tensor_say_that_they_may_be_left_out():
     with pytest.raises(infoq_fx.CalibrationDataError, match="leave the labels out"):
-        read_data([(A, labels)], find_arguments(One()))
+        read_data([(A, [{"boxes": A[:1]}] * 12)], find_arguments(One()))
 
 
 def test_two_equal_tensors_are_no_two_batches_of_a_model_with_one_input():
-    with pytest.raises(infoq_fx.CalibrationDataError, match="leave the labels out"):
-        read_data((A, B), find_arguments(One()))
+    found = read_data((A, B), find_arguments(One()))
+    assert found.samples == len(A)
+    assert torch.equal(found.inputs["0"], A)
+    assert torch.equal(found.labels, B)
 
 
 def test_all_stages_read_an_input_called_like_labels(tmp_path):

@@ -20,7 +20,7 @@ def residual():
     torch.manual_seed(1)
     model = randomise_norms(ResidualNet()).eval()
     images = torch.randn(96, 1, 8, 8)
-    prepared = infoq_fx.prepare(model, images, bits=(2, 3, 8))
+    prepared = infoq_fx.prepare(model, images, bits=(2, 3, 8), outputs="categorical")
     return prepared, read_data(images).named(prepared.input_names)
 
 

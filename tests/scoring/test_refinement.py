@@ -14,7 +14,7 @@ def prepared_and_data():
     torch.manual_seed(3)
     model = randomise_norms(ResidualNet()).eval()
     images = torch.randn(80, 1, 8, 8)
-    return infoq_fx.prepare(model, images, bits=(2, 3, 4, 8)), model, images
+    return infoq_fx.prepare(model, images, bits=(2, 3, 4, 8), outputs="categorical"), model, images
 
 
 def random_table(prepared, seed):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
+
 __all__ = ["infer_values"]
 
 
@@ -18,7 +20,7 @@ def infer_values(graph_module: fx.GraphModule, mode: FakeTensorMode, inputs: Seq
         _Inference(graph_module, mode).run(*inputs)
 
 
-class _Inference(fx.Interpreter):
+class _Inference(GraphInterpreter):
     def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(graph_module)
         self._mode = mode
