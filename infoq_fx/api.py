@@ -18,7 +18,7 @@ from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.core.option_checks import check_alpha, check_count, check_device, check_model
+from infoq_fx.core.option_checks import check_alpha, check_device, check_model
 from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
@@ -37,17 +37,14 @@ from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.forward import choose_batch_size
-from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
-from infoq_fx.scoring.criteria.infoq import InfoQ
-from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
-from infoq_fx.scoring.criterion import Criterion
+from infoq_fx.scoring.criteria import AnyCriterion, Criterion, make_criterion
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
-__all__ = ["convert", "make_criterion", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
+__all__ = ["convert", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -427,29 +424,3 @@ def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
     """
     container = budget.container if isinstance(budget, Budget) else None
     return DEFAULT_BITS if container is None else find_container(container).weight_widths
-
-
-def make_criterion(
-    criterion: AnyCriterion,
-    observers: Sequence[Observer | str] | Literal["auto"] | None = None,
-    encoder: Encoder | str | None = None,
-    seed: int = 0,
-) -> Criterion:
-    """Create the criterion from the options of :func:`quantize`.
-
-    Raises:
-        OptionError: the criterion is unknown, the seed is not a count, or observers or an encoder are given for a
-            criterion that has none.
-    """
-    check_count("seed", seed, 0)
-    if criterion == "infoq" and observers is None and encoder is not None:
-        raise OptionError("encoder needs observers, for SMI(X; L): name observers too, or take criterion='infoq_paper'")
-    if criterion == "infoq":
-        return InfoQ(observers=observers, encoder=encoder, seed=seed)
-    if criterion == "infoq_paper":
-        return InfoQPaper(observers=observers, encoder=encoder, seed=seed)
-    if observers is not None or encoder is not None:
-        raise OptionError(
-            "observers and encoder belong to criterion='infoq' or 'infoq_paper'; give them to the criterion object"
-        )
-    return find_criterion(criterion, seed)

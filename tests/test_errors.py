@@ -20,7 +20,7 @@ KINDS = {name for name in errors.__all__ if name.endswith("Error")}
 VERBS = (
     "add|allocate|allow|call|check|choose|clean|compile|correct|export|fix|give|go|install|leave|load|look|lower|make|"
     "move|name|pass|prepare|pin|pip|put|quantize|raise|remove|repeat|report|resize|return|rewrite|run|save|score|set|take|"
-    "try|use|write"
+    "try|use|wrap|write"
 )
 REMEDY = re.compile(rf"(?:[;:,?.]|\bor) (?:{VERBS})\b")
 # Reasons, which the message around them completes: "cannot read X: <reason>; save one with ...".

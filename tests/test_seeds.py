@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import infoq_fx
-from infoq_fx.api import make_criterion
 from infoq_fx.errors import OptionError
 from infoq_fx.recovery.ladder import RECOVERY_STEPS, find_steps
 from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
-from infoq_fx.scoring.criteria import HAWQv2, find_criterion
+from infoq_fx.scoring.criteria import HAWQv2, find_criterion, make_criterion
 
 
 def has_seed(made):

@@ -245,6 +245,7 @@ def _search(
     from infoq_fx import api
     from infoq_fx.core.data import read_data
     from infoq_fx.graph.model_inputs import fit_data
+    from infoq_fx.scoring.criteria import make_criterion
     from infoq_fx.scoring.sensitivity import Resources
 
     def keep(found: SensitivityTable) -> None:
@@ -258,7 +259,7 @@ def _search(
             prepared,
             limits,
             fit_data(prepared, read_data(read)),
-            table or api.make_criterion(options["criterion"], seed=options["seed"]),
+            table or make_criterion(options["criterion"], seed=options["seed"]),
             steps,
             Resources(
                 executor=executor,

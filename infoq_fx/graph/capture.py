@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -256,7 +257,7 @@ def _export_module(
         raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
     home = tensors[0].device if tensors else torch.device("cpu")
     at_home = _in_signature_order(model, _move(example_inputs, home))
-    with _inference_mode_of(model):
+    with exporting(), _inference_mode_of(model), _masks_taken_as_given(model):
         try:
             return _export_in_own_dtype(model, at_home, free_axes)
         except Exception as error:
@@ -317,6 +318,26 @@ def _inference_mode_of(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def _masks_taken_as_given(model: nn.Module) -> Iterator[None]:
+    """Keep torch's transformers from comparing a mask with a causal one, which no graph can; the mask is the same."""
+
+    def set_flag(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        name = "is_causal" if isinstance(module, nn.TransformerEncoder) else "tgt_is_causal"
+        place = list(inspect.signature(module.forward).parameters).index(name)
+        is_given = len(args) > place or kwargs.get(name) is not None
+        return args, kwargs if is_given else {**kwargs, name: False}
+
+    kinds = (nn.TransformerEncoder, nn.TransformerDecoder)
+    masked = [module for module in model.modules() if isinstance(module, kinds)]
+    hooks = [module.register_forward_pre_hook(set_flag, with_kwargs=True) for module in masked]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _place_in_model(traceback: TracebackType | None, model: nn.Module) -> str:
     paths = {id(module): path for path, module in model.named_modules()}
     place = "in its forward"
@@ -348,7 +369,7 @@ def _refuse_training_graph(program: ExportedProgram) -> None:
 def _reserved_advice(error: Exception) -> str:
     """What to do where torch itself has an attribute of the name of a parameter or module; empty for other errors."""
     is_taken = any(part in str(error) for part in ("already exists", "references nonexistent attribute"))
-    return "torch's own graphs have an attribute of that name: rename the model's" if is_taken else ""
+    return ", or rename its attribute that torch's own graphs have too" if is_taken else ""
 
 
 def _decompose(program: ExportedProgram) -> ExportedProgram:
@@ -359,8 +380,8 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
         return functional
     except Exception as error:
         raise UnsupportedModelError(
-            f"torch.export cannot make the graph functional: {_first_lines(error)}; "
-            f"{_reserved_advice(error) or 'rewrite the in-place parts of the model'}"
+            f"torch.export cannot make the graph functional: {_first_lines(error)}; rewrite the in-place parts of the "
+            f"model{_reserved_advice(error)}"
         ) from error
 
 

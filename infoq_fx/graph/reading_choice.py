@@ -195,7 +195,7 @@ def choose_readings(
             )
     if all(isinstance(reading, Ignored) for reading in readings):
         raise OptionError(
-            f"no output is left to read of {', '.join(map(repr, known))}; read at least one floating-point output"
+            f"no output is left to read of {', '.join(map(repr, known))}; give a floating-point one a reading"
         )
     return ReadingChoice(tuple(readings), tuple(reasons))
 

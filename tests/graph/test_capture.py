@@ -208,3 +208,29 @@ def test_a_batch_size_that_the_code_fixes_is_found():
 
     program = export_quietly(Fixed(), (torch.randn(4, 5, 6),))
     assert capture(program, (torch.randn(4, 5, 6),)).batch_size == 4
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_transformers_with_a_causal_mask_are_captured(kind):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer, whole = (
+                (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+                if kind == "encoder"
+                else (nn.TransformerDecoderLayer, nn.TransformerDecoder)
+            )
+            self.layers = whole(layer(8, 2, 16, batch_first=True), 1)
+            self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
+
+        def forward(self, x):
+            return self.layers(x, mask=self.mask) if kind == "encoder" else self.layers(x, 0 * x, tgt_mask=self.mask)
+
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(4, 5, 8)
+    captured = capture(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(captured.graph_module(x), model(x))
+        changed = torch.cat([x[:, :3], torch.randn(4, 2, 8)], 1)
+        assert torch.equal(captured.graph_module(changed)[:, :3], captured.graph_module(x)[:, :3])
+    assert not any(module._forward_pre_hooks for module in model.modules())

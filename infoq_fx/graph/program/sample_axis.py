@@ -41,8 +41,8 @@ def refuse_other_sample_axes(graph_module: fx.GraphModule, examples: Mapping[str
     if any(_keeps_last(expected, along_second, axis, width) for axis in axes):
         raise UnsupportedModelError(
             f"the model mixes values along the first dimension of input {name!r} {list(first.shape)} and not along the "
-            "second: its samples lie second, as batch_first=False has them, but must come first; wrap the model in a "
-            "module that takes [samples, ...] and transposes inputs and outputs (x.transpose(0, 1))"
+            "second, as batch_first=False has it, and samples must come first; wrap it in a module that takes "
+            "[samples, ...] and transposes inputs and outputs (x.transpose(0, 1))"
         )
 
 

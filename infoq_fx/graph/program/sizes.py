@@ -79,7 +79,9 @@ def choose_axes(examples: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, t
         axes = sorted({given} if isinstance(given, int) else {*given})
         wrong = [axis for axis in axes if not 0 <= axis < ndim]
         if wrong:
-            raise OptionError(f"dynamic names axis {wrong[0]} of input {name!r}, which has the axes 0 to {ndim - 1}")
+            raise OptionError(
+                f"dynamic names axis {wrong[0]} of input {name!r}, which has {ndim}; give axes from 0 to {ndim - 1}"
+            )
         chosen[name] = tuple(axis for axis in axes if axis)  # the batch is free anyway
     return {name: axes for name, axes in chosen.items() if axes}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-from infoq_fx.core.option_checks import with_seed
+from infoq_fx.core.option_checks import check_count, with_seed
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria.alps import ALPS
@@ -19,7 +20,8 @@ from infoq_fx.scoring.criteria.ompq import OMPQ
 from infoq_fx.scoring.criteria.output_change import Accuracy, Loss, OutputKL, OutputSQNR
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
 from infoq_fx.scoring.criterion import Criterion, Kind, Measure
-from infoq_fx.types import Plain
+from infoq_fx.scoring.information.encoders import Encoder
+from infoq_fx.types import Observer, Plain
 
 __all__ = [
     "ALPS",
@@ -45,6 +47,7 @@ __all__ = [
     "ScoreFunction",
     "WeightMSE",
     "find_criterion",
+    "make_criterion",
 ]
 
 AnyCriterion = Criterion | str | ScoreFunction
@@ -87,3 +90,29 @@ def find_criterion(criterion: AnyCriterion, seed: int = 0) -> Criterion:
     if criterion not in CRITERIA:
         raise unknown_name_error("criterion", criterion, CRITERIA)
     return with_seed(CRITERIA[criterion](), seed)
+
+
+def make_criterion(
+    criterion: AnyCriterion,
+    observers: Sequence[Observer | str] | Literal["auto"] | None = None,
+    encoder: Encoder | str | None = None,
+    seed: int = 0,
+) -> Criterion:
+    """Create the criterion from the options of :func:`infoq_fx.quantize`.
+
+    Raises:
+        OptionError: the criterion is unknown, the seed is not a count, or observers or an encoder are given for a
+            criterion that has none.
+    """
+    check_count("seed", seed, 0)
+    if criterion == "infoq" and observers is None and encoder is not None:
+        raise OptionError("encoder needs observers, for SMI(X; L): name observers too, or take criterion='infoq_paper'")
+    if criterion == "infoq":
+        return InfoQ(observers=observers, encoder=encoder, seed=seed)
+    if criterion == "infoq_paper":
+        return InfoQPaper(observers=observers, encoder=encoder, seed=seed)
+    if observers is not None or encoder is not None:
+        raise OptionError(
+            "observers and encoder belong to criterion='infoq' or 'infoq_paper'; give them to the criterion object"
+        )
+    return find_criterion(criterion, seed)
