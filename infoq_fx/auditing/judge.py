@@ -19,7 +19,8 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.readings import Categorical
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.finetuning.trainable import float_copy
-from infoq_fx.graph.reading_choice import flatten_tensors, join_tensors
+from infoq_fx.graph.reading_choice import join_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.ladder import recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep

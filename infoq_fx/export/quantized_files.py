@@ -26,7 +26,8 @@ from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
 from infoq_fx.graph.passes.annotate_bits import read_bits
 from infoq_fx.graph.program.exporting import FreeAxes, export_quietly, load_quietly
 from infoq_fx.graph.program.flattening import flatten_program
-from infoq_fx.graph.reading_choice import choose_readings, flatten_tensors
+from infoq_fx.graph.reading_choice import choose_readings
+from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.types import Allocation
 
 __all__ = ["load_quantized", "refuse_code", "save_quantized"]

@@ -18,8 +18,8 @@ from infoq_fx.core.targets import DEFAULT_TARGET, find_target
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.export.output_comparison import OutputComparison, find_problem
 from infoq_fx.export.verification_result import LevelResult, OutputResult, Verification
-from infoq_fx.graph.reading_choice import flatten_tensors, join_tensors
-from infoq_fx.quantization.call_forms import CallForm
+from infoq_fx.graph.reading_choice import join_tensors
+from infoq_fx.quantization.call_forms import CallForm, flatten_tensors
 
 __all__ = ["LevelResult", "Metric", "OutputResult", "Verification", "verify_onnx"]
 

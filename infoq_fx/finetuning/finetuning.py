@@ -43,7 +43,7 @@ from infoq_fx.finetuning.training_loop import (
     run_student,
     update,
 )
-from infoq_fx.graph.reading_choice import flatten_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
 from infoq_fx.runtime.outputs import find_labelled

@@ -19,7 +19,7 @@ from infoq_fx.finetuning.trainable import LearnedStepQuantizer
 from infoq_fx.finetuning.training_data import Samples, Source
 from infoq_fx.graph.float_interpreter import channels_last
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
-from infoq_fx.graph.reading_choice import flatten_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.runtime.held_outputs import OutputHolder
 
 __all__ = [

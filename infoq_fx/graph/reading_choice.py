@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.readings import READINGS, Bernoulli, Categorical, Ignored, LossFunction, Quantity, Reading
 from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.quantization.call_forms import flatten_tensors
 
 __all__ = [
     "OutputsOption",
@@ -21,7 +22,6 @@ __all__ = [
     "RunSamples",
     "choose_readings",
     "describe_choice",
-    "flatten_tensors",
     "join_tensors",
     "list_output_nodes",
     "map_tensors",
@@ -88,21 +88,6 @@ def list_output_nodes(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
 
     fx.node.map_arg(graph_module.graph.output_node().args, collect)
     return tuple(found)
-
-
-def flatten_tensors(value: Any) -> tuple[Tensor, ...]:
-    """Return all tensors of a model's result, depth first; what is no tensor is left out."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, Mapping):
-        inner: Any = value.values()
-    elif isinstance(value, tuple | list):
-        inner = value
-    elif is_dataclass(value):
-        inner = [getattr(value, one.name) for one in fields(value)]
-    else:
-        return ()
-    return tuple(tensor for item in inner for tensor in flatten_tensors(item))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:

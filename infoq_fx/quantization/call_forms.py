@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["CallForm", "OutputTemplate", "flat_tensors"]
+__all__ = ["CallForm", "OutputTemplate", "flatten_tensors"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class CallForm:
             leaves, tree = pytree.tree_flatten(value)
             leaves = [x.to(self.output_dtypes.get(index, x.dtype)) for index, x in enumerate(leaves)]
             value = pytree.tree_unflatten(leaves, tree)
-        return value if self.template is None else self.template.fill(flat_tensors(value))
+        return value if self.template is None else self.template.fill(flatten_tensors(value))
 
 
-def flat_tensors(value: Any) -> list[Tensor]:
+def flatten_tensors(value: Any) -> tuple[Tensor, ...]:
     """Return all tensors of a model's outputs, whatever their structure, in order."""
     if isinstance(value, Tensor):
-        return [value]
+        return (value,)
     if isinstance(value, Mapping):
         items = list(value.values())
     elif isinstance(value, tuple | list):
@@ -111,7 +111,7 @@ def flat_tensors(value: Any) -> list[Tensor]:
         items = [getattr(value, name) for name in value.__dataclass_fields__]
     else:
         items = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return [tensor for item in items for tensor in flat_tensors(item)]
+    return tuple(tensor for item in items for tensor in flatten_tensors(item))
 
 
 def _forget() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.readings import Categorical, Ignored, measure_cross_entropy
 from infoq_fx.errors import CalibrationDataError, OptionError
-from infoq_fx.graph.reading_choice import flatten_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, hold_outputs
 from infoq_fx.runtime.outputs import read_readings

@@ -104,7 +104,7 @@ def test_the_module_gives_the_models_structure_and_the_file_its_names(name, tmp_
     assert [value.name for value in onnx.load(path).graph.output] == names
     session = onnxruntime.InferenceSession(path)
     with torch.no_grad():
-        tensors = infoq_fx.quantization.call_forms.flat_tensors(quantized(x[:5]))
+        tensors = infoq_fx.quantization.call_forms.flatten_tensors(quantized(x[:5]))
     for ours, theirs in zip(tensors, session.run(None, {"x": x[:5].numpy()}), strict=False):
         np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-6)
     assert infoq_fx.verify_onnx(path, quantized, x).verdict.startswith("sound")
@@ -128,7 +128,7 @@ def test_saved_modules_give_the_same_tensors(name, tmp_path):
     quantized = quantize(model, x)
     infoq_fx.save_quantized(quantized, tmp_path / "model.pt2")
     again = infoq_fx.load_quantized(tmp_path / "model.pt2")
-    found, expected = (infoq_fx.quantization.call_forms.flat_tensors(module(x)) for module in (again, quantized))
+    found, expected = (infoq_fx.quantization.call_forms.flatten_tensors(module(x)) for module in (again, quantized))
     assert torch.equal(found[0], expected[0])
 
 

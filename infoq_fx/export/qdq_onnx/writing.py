@@ -16,7 +16,7 @@ from torch import nn
 
 from infoq_fx.conversion.quantized import Provenance, plain_graph
 from infoq_fx.errors import ExportError
-from infoq_fx.quantization.call_forms import flat_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 
 __all__ = ["check_file", "folder_beside", "write_model"]
 
@@ -82,7 +82,7 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
         ) from error
     with torch.no_grad():
         outputs = plain_graph(quantized)(*provenance.example_inputs.values())
-    expected = [x.cpu().numpy() for x in flat_tensors(outputs)]
+    expected = [x.cpu().numpy() for x in flatten_tensors(outputs)]
     for name, ours, theirs in zip(provenance.output_names, expected, found, strict=True):
         if ours.shape != theirs.shape:
             raise ExportError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.errors import UnsupportedModelError
-from infoq_fx.quantization.call_forms import flat_tensors
+from infoq_fx.quantization.call_forms import flatten_tensors
 
 __all__ = ["refuse_other_sample_axes"]
 
@@ -48,7 +48,7 @@ def refuse_other_sample_axes(graph_module: fx.GraphModule, examples: Mapping[str
 
 def _run(graph_module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
-        return flat_tensors(graph_module(*inputs.values()))
+        return flatten_tensors(graph_module(*inputs.values()))
 
 
 def _repeat_last(x: Tensor, axis: int) -> Tensor:
