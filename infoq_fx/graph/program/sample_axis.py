@@ -46,7 +46,7 @@ def refuse_other_sample_axes(graph_module: fx.GraphModule, examples: Mapping[str
         )
 
 
-def _run(graph_module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def _run(graph_module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return flatten_tensors(graph_module(*inputs.values()))
 
