@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -59,7 +59,7 @@ def _repeat_last(x: Tensor, axis: int) -> Tensor:
     return x.index_select(axis, torch.full((size,), size - 1, device=x.device))
 
 
-def _keeps_last(expected: list[Tensor], found: list[Tensor], axis: int, size: int) -> bool:
+def _keeps_last(expected: Sequence[Tensor], found: Sequence[Tensor], axis: int, size: int) -> bool:
     """Whether an output has an entry for each along the axis, of which the last is the same in both runs."""
     for ours, theirs in zip(expected, found, strict=True):
         if ours.ndim > axis and ours.shape == theirs.shape and ours.shape[axis] == size and ours.is_floating_point():
