@@ -41,8 +41,10 @@ def choose_example_inputs(
 
     Raises:
         OptionError: none of these is given.
+        CalibrationDataError: the data has entries that the model's forward does not take.
     """
     if data is not None:
+        _check_entries(model, data)
         return data.example_inputs
     if example_inputs is not None:
         given = example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
@@ -54,6 +56,18 @@ def choose_example_inputs(
     raise OptionError(
         "without calibration data no inputs are known; give example_inputs=(one batch) or an exported program"
     )
+
+
+def _check_entries(model: nn.Module | ExportedProgram, data: CalibrationData) -> None:
+    if isinstance(model, ExportedProgram) or data.is_positional:
+        return
+    parameters = inspect.signature(model.forward).parameters
+    unknown = [name for name in data.inputs if name not in parameters]
+    if unknown and not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
+        raise CalibrationDataError(
+            f"calibration data has {', '.join(map(repr, unknown))}, and the model's forward takes "
+            f"{', '.join(map(repr, parameters))}: leave out what it does not take"
+        )
 
 
 def name_examples(

@@ -62,9 +62,12 @@ _FEWEST_NATS = 1e-3  # mean entropy: values that are all certain are no logits
 
 @dataclass(frozen=True)
 class RunSamples:
-    """Outputs of the float model in order, with the inputs and labels of the same samples."""
+    """Outputs of the float model in order, with the inputs and labels of the same samples.
 
-    outputs: tuple[Tensor, ...]
+    An output without an entry for each sample, such as a mean over the batch or a constant, is None.
+    """
+
+    outputs: tuple[Tensor | None, ...]
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
 
@@ -122,20 +125,32 @@ def run_samples(graph_module: fx.GraphModule, data: CalibrationData, *, fixed: i
     size = fixed or 2
     found: list[tuple[Tensor, ...]] = []
     chosen = data.spread(max(_SAMPLES, size))
+    chosen = chosen.take(max(size, chosen.samples - chosen.samples % size))
     with torch.no_grad():
-        for batch in chosen.take(chosen.samples - chosen.samples % size if fixed else chosen.samples).batches(size):
-            found.append(tuple(x.detach() for x in flatten_tensors(graph_module(*batch.values()))))
+        for batch in chosen.batches(size):
+            found.append(flatten_tensors(graph_module(*batch.values())))
             if sum(x.numel() for part in found for x in part) > _MOST_VALUES:
                 break
-    outputs = tuple(torch.cat(parts) if parts[0].ndim else torch.stack(parts) for parts in zip(*found, strict=True))
-    count = size * len(found)
-    seen = chosen.take(min(count, chosen.samples))
+        other = found[0]
+        if fixed is None:  # in a larger batch, only what has an entry for each sample grows
+            rows = torch.arange(size + 1) % chosen.samples
+            other = flatten_tensors(graph_module(*chosen.select(rows).inputs.values()))
+    count = size if fixed else size + 1
+    per_sample = [_grows(x, size, y, count) for x, y in zip(found[0], other, strict=True)]
+    joined = zip(per_sample, zip(*found, strict=True), strict=True)
+    outputs = tuple(torch.cat([x.detach() for x in parts]) if grows else None for grows, parts in joined)
+    seen = chosen.take(size * len(found))
     return RunSamples(outputs, tuple(seen.inputs.values()), seen.labels)
+
+
+def _grows(x: Tensor, size: int, other: Tensor, other_size: int) -> bool:
+    """Whether the first axis, and no other, is that of the samples."""
+    return x.shape[:1] == (size,) and other.shape[:1] == (other_size,) and x.shape[1:] == other.shape[1:]
 
 
 def choose_readings(
     graph_module: fx.GraphModule,
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | None],
     names: Sequence[str] = (),
     option: OutputsOption = "auto",
     *,
@@ -151,7 +166,7 @@ def choose_readings(
 
     Args:
         graph_module: the float model, in normal form.
-        outputs: its outputs in order, for some samples.
+        outputs: its outputs in order, for some samples; None for those without an entry for each sample.
         names: of the outputs; none for ``output_0`` and so on.
         option: see :func:`infoq_fx.quantize`.
         labels: for the same samples, ``[samples, ...]``.
@@ -163,12 +178,17 @@ def choose_readings(
     nodes = list_output_nodes(graph_module)
     known = list(names) or [f"output_{index}" for index in range(len(outputs))]
     if callable(option) and not isinstance(option, type):
-        compared = tuple(Quantity(axis=1) if x.is_floating_point() else Ignored() for x in outputs)
+        compared = tuple(Quantity(axis=1) if x is not None and x.is_floating_point() else Ignored() for x in outputs)
         return ReadingChoice(compared, ("compared by the given function",) * len(compared), option)
     given = _read_option(option, known)
+    is_only = sum(x is not None and x.is_floating_point() for x in outputs) == 1
     readings, reasons = [], []
     for index, (node, x) in enumerate(zip(nodes, outputs, strict=True)):
-        reading, reason = _choose(node, x, given[index], labels, inputs, is_only=len(outputs) == 1)
+        if x is None and isinstance(option, Mapping) and hasattr(given[index], "weight"):
+            raise OptionError(
+                f"outputs reads {known[index]!r}, which has no entry for each sample along its first axis; leave it out"
+            )
+        reading, reason = _choose(node, x, given[index], labels, inputs, is_only=is_only)
         readings.append(reading)
         reasons.append(reason)
         if reason == _GUESSED:
@@ -179,8 +199,9 @@ def choose_readings(
                 known[index],
             )
     if all(isinstance(reading, Ignored) for reading in readings):
+        told = ", ".join(f"{name!r} ({reason})" for name, reason in zip(known, reasons, strict=True))
         raise OptionError(
-            f"no output is left to read of {', '.join(map(repr, known))}; give a floating-point one a reading"
+            f"no output is left to read of {told}; give a reading to one with floating-point values [samples, ...]"
         )
     return ReadingChoice(tuple(readings), tuple(reasons))
 
@@ -201,10 +222,18 @@ _GUESSED = "a guess from its values"
 
 
 def _choose(
-    node: fx.Node, x: Tensor, given: Reading | None, labels: Tensor | None, inputs: Sequence[Tensor], *, is_only: bool
+    node: fx.Node,
+    x: Tensor | None,
+    given: Reading | None,
+    labels: Tensor | None,
+    inputs: Sequence[Tensor],
+    *,
+    is_only: bool,
 ) -> tuple[Reading, str]:
-    if not x.is_floating_point() or x.ndim == 0:
-        return Ignored(), "holds no floating-point values of samples"
+    if x is None:
+        return Ignored(), "has no entry for each sample"
+    if not x.is_floating_point():
+        return Ignored(), "holds no floating-point values"
     if given is not None:
         return _check_axis(given, x), "as given"
     if (found := _read_end(node, x)) is not None:

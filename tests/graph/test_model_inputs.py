@@ -129,3 +129,10 @@ def test_a_forward_of_any_number_of_inputs(tmp_path):
     assert quantized(A[:1], B[:1]).shape == (1, 3)
     path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
     assert infoq_fx.verify_onnx(path, quantized, loader(A, B)).is_sound
+
+
+def test_entries_that_the_model_does_not_take_are_named():
+    with pytest.raises(
+        infoq_fx.CalibrationDataError, match=r"has 'image_id', and the model's forward takes 'x': leave"
+    ):
+        infoq_fx.prepare(One().eval(), [{"x": A, "image_id": Y}])

@@ -121,3 +121,50 @@ def test_a_searched_site_that_reaches_no_read_output_is_named():
     prepared = infoq_fx.prepare(Heads().eval(), data, bits=(2, 8), outputs={"boxes": "ignored"})
     with pytest.raises(OptionError, match=r"boxes\.weight.*reaches none of the outputs that are read \('scores'\)"):
         infoq_fx.score(prepared, data, progress=False)
+
+
+class Pooled(nn.Module):
+    """Logits, and what has no entry for each sample: a loss, anchors, rows of all samples, pairs of samples."""
+
+    def __init__(self, *kept):
+        super().__init__()
+        self.fc, self.kept = nn.Linear(6, 4), kept
+
+    def forward(self, x):
+        y = self.fc(x)
+        found = {
+            "loss": y.square().mean(),
+            "logits": y,
+            "anchors": torch.arange(2.0) + 0,
+            "rows": y.reshape(-1, 2),
+            "pairs": y @ y.T,
+        }
+        return {name: found[name] for name in self.kept or found}
+
+
+def test_outputs_without_an_entry_for_each_sample_are_ignored():
+    torch.manual_seed(0)
+    x = torch.randn(33, 6)
+    prepared = infoq_fx.prepare(Pooled().eval(), x, outputs={"logits": "categorical"})
+    kept = [
+        name
+        for name, reading in zip(prepared.output_names, prepared.readings, strict=True)
+        if not isinstance(reading, Ignored)
+    ]
+    assert kept == ["logits"]
+    assert any("'loss' is ignored (has no entry for each sample)" in line for line in prepared.output_notes)
+    table = infoq_fx.score(prepared, x, recovery="none", progress=False)
+    assert table.scores["fc.weight"][2].value > 0
+    with pytest.raises(infoq_fx.OptionError, match="outputs reads 'anchors', which has no entry for each sample"):
+        infoq_fx.prepare(Pooled().eval(), x, outputs={"anchors": "quantity"})
+    with pytest.raises(infoq_fx.OptionError, match=r"left to read of 'rows' \(has no entry for each sample\); give"):
+        infoq_fx.prepare(Pooled("rows").eval(), x)
+
+
+def test_one_output_with_an_entry_for_each_sample_is_read_like_an_only_one():
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    model = Pooled("loss", "logits").eval()
+    with torch.no_grad():
+        model.fc.weight.mul_(20)
+    assert isinstance(infoq_fx.prepare(model, x).readings[1], Categorical)
