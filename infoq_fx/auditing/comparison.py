@@ -178,6 +178,7 @@ def audit(
         float_top1=100 * float(judge.float_hits.mean()) if judge.float_hits.size else math.nan,
         evaluation_samples=evaluation.samples,
         float_metric=judge.float_metric,
+        metric_name=getattr(metric, "__name__", "metric"),
     )
 
 

@@ -27,7 +27,7 @@ from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, hold_outputs
 from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
-from infoq_fx.runtime.outputs import predict_classes, read_readings
+from infoq_fx.runtime.outputs import is_read, predict_classes, read_readings
 from infoq_fx.scoring.output_measure import read_class_labels
 from infoq_fx.types import Allocation, Plain
 
@@ -73,13 +73,14 @@ class Judge:
         found = {budget: self._run(allocation) for budget, allocation in shown}
         return AuditRow(
             name=name,
-            hits={budget: hits for budget, (hits, _, _) in found.items() if hits.size},
-            nats={budget: nats for budget, (_, nats, _) in found.items()},
-            metrics={budget: metric for budget, (_, _, metric) in found.items() if metric is not None},
+            hits={budget: hits for budget, (hits, _, _, _) in found.items() if hits.size},
+            nats={budget: nats for budget, (_, nats, _, _) in found.items()},
+            sqnr_db={budget: sqnr_db for budget, (_, _, sqnr_db, _) in found.items()},
+            metrics={budget: metric for budget, (_, _, _, metric) in found.items() if metric is not None},
             allocations=allocations,
         )
 
-    def _run(self, allocation: Allocation) -> tuple[Hits, Nats, float | None]:
+    def _run(self, allocation: Allocation) -> tuple[Hits, Nats, dict[str, float], float | None]:
         described = json.dumps(dict(sorted(allocation.bits.items())))
         path = result_path(self._folder, f"{self._key} {described}")
         if self._metric is None and (kept := self._read(path)) is not None:
@@ -94,8 +95,22 @@ class Judge:
         hits, size = self._count_hits(found), self._batch_size
         starts = range(0, self._data.samples, size)
         nats: Nats = torch.cat([self._loss(self._reference.rows(s, size), found.rows(s, size)) for s in starts]).numpy()
-        store_result(path, {"hits": hits.tolist(), "nats": nats.tolist()})
-        return hits, nats, self._measure_metric(model, allocation)
+        sqnr_db = self._measure_sqnr(found)
+        store_result(path, {"hits": hits.tolist(), "nats": nats.tolist(), "sqnr_db": sqnr_db})
+        return hits, nats, sqnr_db, self._measure_metric(model, allocation)
+
+    def _measure_sqnr(self, found: HeldOutputs) -> dict[str, float]:
+        """Signal-to-quantization-noise ratio of every output that is read, in dB."""
+        names = [n for n, r in zip(self._prepared.output_names, self._prepared.readings, strict=True) if is_read(r)]
+        size, sums = self._batch_size, torch.zeros(2, len(names), dtype=torch.float64)
+        for start in range(0, self._data.samples, size):
+            pairs = zip(self._reference.rows(start, size), found.rows(start, size), strict=True)
+            for index, (wanted, x) in enumerate(pairs):
+                known = torch.isfinite(wanted)
+                signal, noise = wanted[known].double(), (x - wanted)[known].double()
+                sums[:, index] += torch.stack([signal.square().sum(), noise.square().sum()])
+        decibels = (10 * (sums[0] / sums[1].clamp_min(1e-300)).clamp_min(1e-300).log10()).tolist()
+        return dict(zip(names, decibels, strict=True))
 
     def _measure_metric(self, model: PreparedModel, allocation: Allocation | None) -> float | None:
         """The user's metric of the quantized module, or of the float model."""
@@ -106,6 +121,7 @@ class Judge:
         with one_torch_thread(), torch.no_grad():
             for batch in self._data.batches(self._batch_size):
                 structure = module(*batch.values())
+                structure = structure if allocation is not None else model.form.give(structure)
                 parts.append(tuple(x.cpu() for x in flatten_tensors(structure)))
         return float(self._metric(join_tensors(structure, parts), self._data.labels))
 
@@ -119,12 +135,13 @@ class Judge:
         hits: Hits = right.double().reshape(len(right), -1).mean(1).numpy()
         return hits
 
-    def _read(self, path: Path) -> tuple[Hits, Nats] | None:
+    def _read(self, path: Path) -> tuple[Hits, Nats, dict[str, float]] | None:
         kept = load_result(path)
-        hits, nats = kept.get("hits"), kept.get("nats")
-        if not isinstance(hits, list) or not isinstance(nats, list) or len(nats) != self._data.samples:
+        hits, nats, sqnr_db = kept.get("hits"), kept.get("nats"), kept.get("sqnr_db")
+        if not isinstance(hits, list) or not isinstance(nats, list) or not isinstance(sqnr_db, dict):
             return None
-        return (np.array(hits, np.float64), np.array(nats)) if len(hits) == len(self.float_hits) else None
+        is_whole = len(nats) == self._data.samples and len(hits) == len(self.float_hits)
+        return (np.array(hits, np.float64), np.array(nats), sqnr_db) if is_whole else None
 
     def _run_options(self, threads: int) -> RunOptions:
         on_cpu = self._prepared.device.type == "cpu"

@@ -30,7 +30,9 @@ class AuditRow:
     outputs from the float model's, which distinguishes allocations of equal top-1. ``correlation`` is Pearson's r
     between score and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is
     Spearman's. ``cpu_seconds`` is the time of scoring over all runs (without killed ones and workers); ``images`` is
-    the number of samples that scoring used. These five are None for rows without a criterion of their own.
+    the number of samples that scoring used. These five are None for rows without a criterion of their own. ``metrics``
+    are values of the user's metric by budget; ``sqnr_db`` has the signal-to-quantization-noise ratio of every output
+    that is read, in dB, by budget and name.
     """
 
     name: str
@@ -43,6 +45,7 @@ class AuditRow:
     images: int | None = None
     nats: Mapping[str, Nats] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    sqnr_db: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def top1(self, budget: str) -> Score | None:
         """Return the percentage of correct predictions and its standard error; None if there is none."""
@@ -79,6 +82,7 @@ class Audit:
     float_top1: float
     evaluation_samples: int
     float_metric: float | None = None
+    metric_name: str = "metric"
 
     @property
     def leader(self) -> AuditRow:
@@ -133,14 +137,31 @@ class Audit:
             lost.append([row.name, *("-" if n is None else f"{n.value:.3g} ± {n.standard_error:.1g}" for n in nats)])
         float_top1 = "no classes" if math.isnan(self.float_top1) else f"float top-1 {self.float_top1:.1f}"
         head = f"{float_top1} on {self.evaluation_samples} samples"
-        measured = []
-        if self.float_metric is not None:
-            measured = [["metric", *self.budgets], ["float", *(f"{self.float_metric:.4g}" for _ in self.budgets)]]
-            for row in self.rows:
-                values = [row.metrics.get(b) for b in self.budgets]
-                measured.append([row.name, *("-" if v is None else f"{v:.4g}" for v in values)])
         parts = [head, *align_rows(cells), "", *align_rows(lost), ""]
-        return "\n".join([*parts, *([*align_rows(measured), ""] if measured else []), self._advise()])
+        for table in (*self._list_sqnr(), *self._list_metrics()):
+            parts += [*align_rows(table), ""]
+        return "\n".join([*parts, self._advise()])
+
+    def _list_sqnr(self) -> list[list[list[str]]]:
+        """A table for each output that is read."""
+        outputs = dict.fromkeys(name for row in self.rows for found in row.sqnr_db.values() for name in found)
+        tables = []
+        for name in outputs:
+            cells = [[f"SQNR of {name!r}, dB", *self.budgets]]
+            for row in self.rows:
+                found = [row.sqnr_db.get(b, {}).get(name) for b in self.budgets]
+                cells.append([row.name, *("-" if value is None else f"{value:.1f}" for value in found)])
+            tables.append(cells)
+        return tables
+
+    def _list_metrics(self) -> list[list[list[str]]]:
+        if self.float_metric is None:
+            return []
+        cells = [[self.metric_name, *self.budgets], ["float", *(f"{self.float_metric:.4g}" for _ in self.budgets)]]
+        for row in self.rows:
+            values = [row.metrics.get(b) for b in self.budgets]
+            cells.append([row.name, *("-" if v is None else f"{v:.4g}" for v in values)])
+        return [cells]
 
     def _advise(self) -> str:
         best = self.recommended.name

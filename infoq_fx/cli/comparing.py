@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -171,6 +172,7 @@ def _describe_audit(found: Audit) -> dict[str, Any]:
                 "standard_error": {b: None if s is None else s.standard_error for b, s in top1.items()},
                 "lost_nats": {b: None if s is None else s.value for b, s in lost.items()},
                 "lost_nats_error": {b: None if s is None else s.standard_error for b, s in lost.items()},
+                "sqnr_db": {budget: dict(by_output) for budget, by_output in row.sqnr_db.items()},
                 "correlation": row.correlation,
                 "correlation_error": row.correlation_error,
                 "rank_correlation": row.rank_correlation,
@@ -180,7 +182,7 @@ def _describe_audit(found: Audit) -> dict[str, Any]:
             }
         )
     return {
-        "float_top1": found.float_top1,
+        "float_top1": None if math.isnan(found.float_top1) else found.float_top1,
         "evaluation_samples": found.evaluation_samples,
         "leader": found.leader.name,
         "recommended": found.recommended.name,

@@ -95,7 +95,8 @@ def verify_onnx(
     own = next(iter(comparisons.values())).module_top1()
     problem = next(filter(None, (find_problem(result, own, samples.samples) for result in results)), None)
     verdict = f"not sound: {problem}" if problem else "sound: the file computes what the module computes"
-    return Verification(name, samples.samples, results, own, problem is None, verdict, measured["module"])
+    called = getattr(metric, "__name__", "metric")
+    return Verification(name, samples.samples, results, own, problem is None, verdict, measured["module"], called)
 
 
 def _open_sessions(path: str, target: str, outputs: Sequence[str]) -> tuple[str, Mapping[str, _Run]]:

@@ -65,6 +65,7 @@ class Verification:
         is_sound: whether the file can be deployed on this runtime.
         verdict: the same in words.
         module_metric: what the user's metric gives for the module's outputs.
+        metric_name: of the user's metric.
     """
 
     target: str
@@ -74,16 +75,17 @@ class Verification:
     is_sound: bool
     verdict: str
     module_metric: float | None = None
+    metric_name: str = "metric"
 
     def __str__(self) -> str:
         lines = [f"{self.verdict}", f"{self.target}, {self.samples} samples"]
         if self.module_top1 is not None:
             lines.append(f"  module   top-1 {self.module_top1:.1f} %")
         if self.module_metric is not None:
-            lines.append(f"  module   metric {self.module_metric:.4g}")
+            lines.append(f"  module   {self.metric_name} {self.module_metric:.4g}")
         for result in self.levels:
             top1 = "" if result.top1 is None else f"top-1 {result.top1:.1f} %, "
-            metric = "" if result.metric is None else f"metric {result.metric:.4g}, "
+            metric = "" if result.metric is None else f"{self.metric_name} {result.metric:.4g}, "
             is_split = len(result.outputs) > 1
             for one in result.outputs:
                 agrees = "" if one.agreement is None else f"agrees on {100 * one.agreement:.1f} %, "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from infoq_fx.allocation.cost import weight_bytes
-from infoq_fx.auditing.result import Audit
+from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.errors import OptionError
 from infoq_fx.report.curve import (
     Curve,
@@ -61,7 +62,9 @@ def build_document(
         "spread": _describe_scale([score.value for by_bits in table.scores.values() for score in by_bits.values()]),
         "measured": measured,
         "measured_note": _describe_evaluation(audit),
-        "float_accuracy": None if audit is None else audit.float_top1,
+        "accuracy_name": _name_accuracy(audit),
+        "metric_name": None if audit is None or audit.float_metric is None else audit.metric_name,
+        "float_accuracy": _float_accuracy(audit),
         "correlations": [] if audit is None else _list_correlations(audit),
         "float_bytes": FLOAT_BITS // 8 * sum(s.numel for s in inventory.sites if s.kind == "weight")
         + inventory.float_bytes,
@@ -136,30 +139,50 @@ def _find_start(curve: Curve, shown: Mapping[str, Allocation], inventory: Invent
 def _list_accuracies(
     table: SensitivityTable, audit: Audit | None, accuracies: Mapping[str, tuple[Allocation, float]], alpha: float
 ) -> list[dict[str, Any]]:
-    found = []
+    measured = []
     for label, (allocation, accuracy) in accuracies.items():
         budget = "-" if allocation.budget is None else str(allocation.budget)
-        found.append((label, budget, allocation, Score(_check_percent(label, accuracy))))
+        shown = {"accuracy": _check_percent(label, accuracy), "error": 0.0}
+        measured.append({"label": label, "budget": budget, **shown, **_describe_cost(table, allocation, alpha)})
     for row in () if audit is None else audit.rows:
         for budget, allocation in row.allocations.items():
-            if (top1 := row.top1(budget)) is not None:
-                found.append((row.name, budget, allocation, top1))
-    measured = []
-    for label, budget, allocation, top1 in found:
-        described = describe_allocation(table, allocation, alpha)
-        cost = cost_of(described, table.inventory)
-        measured.append(
-            {
-                "label": label,
-                "budget": budget,
-                "accuracy": top1.value,
-                "error": top1.standard_error,
-                "size_bytes": cost.size_bytes,
-                "bitops": cost.bitops,
-                "score": described.score,
-            }
-        )
+            if budget in row.nats or budget in row.hits:
+                shown = _describe_measured(audit, row, budget)
+                measured.append(
+                    {"label": row.name, "budget": budget, **shown, **_describe_cost(table, allocation, alpha)}
+                )
     return measured
+
+
+def _describe_cost(table: SensitivityTable, allocation: Allocation, alpha: float) -> dict[str, Any]:
+    described = describe_allocation(table, allocation, alpha)
+    cost = cost_of(described, table.inventory)
+    return {"size_bytes": cost.size_bytes, "bitops": cost.bitops, "score": described.score}
+
+
+def _describe_measured(audit: Audit | None, row: AuditRow, budget: str) -> dict[str, Any]:
+    """What the chart shows as accuracy (top-1, else the user's metric, else nats), and all that was measured."""
+    top1, nats, metric = row.top1(budget), row.lost_nats(budget), row.metrics.get(budget)
+    charted = top1 or (nats if metric is None else Score(metric)) or Score(0.0)
+    return {
+        "accuracy": charted.value,
+        "error": charted.standard_error,
+        "nats": None if nats is None else nats.value,
+        "metric": metric,
+        "sqnr_db": min(row.sqnr_db.get(budget, {}).values(), default=None),
+    }
+
+
+def _name_accuracy(audit: Audit | None) -> str:
+    if audit is None or any(row.hits for row in audit.rows):
+        return "top-1 [%]"
+    return "nats lost" if audit.float_metric is None else audit.metric_name
+
+
+def _float_accuracy(audit: Audit | None) -> float | None:
+    if audit is None:
+        return None
+    return audit.float_metric if math.isnan(audit.float_top1) else audit.float_top1
 
 
 def _check_percent(label: str, accuracy: float) -> float:
@@ -171,10 +194,12 @@ def _check_percent(label: str, accuracy: float) -> float:
 def _describe_evaluation(audit: Audit | None) -> str:
     if audit is None:
         return "Top-1 as given by the user."
-    return (
-        f"Top-1 on {audit.evaluation_samples} samples that no criterion saw, with standard errors; "
-        f"the float model has {audit.float_top1:.1f} %."
-    )
+    name = _name_accuracy(audit)
+    name = "Top-1" if name == "top-1 [%]" else name[0].upper() + name[1:]
+    value = _float_accuracy(audit)
+    unit = "" if math.isnan(audit.float_top1) else " %"
+    of_float = "" if value is None else f"; the float model has {value:.4g}{unit}"
+    return f"{name} on {audit.evaluation_samples} samples that no criterion saw, with standard errors{of_float}."
 
 
 def _list_correlations(audit: Audit) -> list[dict[str, Any]]:

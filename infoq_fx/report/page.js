@@ -157,14 +157,14 @@
     const { axis } = state;
     const rows = data.measured.map((found) => ({ ...found, x: found[axis.name] / axis.unit, low: found.accuracy - found.error, high: found.accuracy + found.error, text: withError(found.accuracy, found.error) }));
     const { color, shape, strokeDash } = bySeries("label", [...new Set(rows.map((row) => row.label))]);
-    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y = { field: "accuracy", type: "quantitative", title: "top-1 [%]", scale: { zero: false } };
-    const float = data.float_accuracy === null ? [] : [{ y: data.float_accuracy, text: `float ${data.float_accuracy.toFixed(1)}` }];
+    const x = { field: "x", type: "quantitative", title: axis.title, scale: { zero: false }, axis: { tickCount: 8 } }, y = { field: "accuracy", type: "quantitative", title: data.accuracy_name, scale: { zero: false } };
+    const float = data.float_accuracy === null ? [] : [{ y: data.float_accuracy, text: `float ${short(data.float_accuracy)}` }];
     return draw("accuracy", {
       layer: [
         { data: { values: rows }, mark: { type: "line", strokeWidth: 1.2 }, encoding: { x, y, color, strokeDash } },
         { data: { values: rows }, mark: { type: "rule", strokeWidth: 1.5 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
         { data: { values: rows }, mark: { type: "point", filled: true, size: 80, opacity: 1 }, encoding: { x, y, color, shape,
-          tooltip: [{ field: "label", title: "allocation" }, { field: "budget" }, { field: "text", title: "top-1" }] } },
+          tooltip: [{ field: "label", title: "allocation" }, { field: "budget" }, { field: "text", title: data.accuracy_name }] } },
         { data: { values: float }, mark: { type: "rule", strokeDash: [6, 3], color: "var(--quiet)" }, encoding: { y: { field: "y", type: "quantitative" } } },
         { data: { values: float }, mark: { type: "text", align: "left", dy: -7, dx: 4 }, encoding: { x: { value: 0 }, y: { field: "y", type: "quantitative" }, text: { field: "text" } } },
       ],
@@ -295,8 +295,11 @@
     if (data.measured.length) {
       byId("measured").hidden = false;
       byId("accuracy-caption").textContent = data.measured_note;
-      byId("accuracy-table").append(table("Measured accuracies", ["allocation", "budget", "top-1 [%]", "bytes", "BitOps", "predicted damage"],
-        data.measured.map((found) => [found.label, found.budget, withError(found.accuracy, found.error), whole(found.size_bytes), operations(found.bitops), short(found.score)])));
+      const others = [["nats", "nats lost"], ["metric", data.metric_name], ["sqnr_db", "smallest SQNR [dB]"]].filter(
+        ([key, name]) => name !== data.accuracy_name && data.measured.some((found) => (found[key] ?? null) !== null));
+      byId("accuracy-table").append(table("Measured accuracies", ["allocation", "budget", data.accuracy_name, ...others.map(([, name]) => name), "bytes", "BitOps", "predicted damage"],
+        data.measured.map((found) => [found.label, found.budget, withError(found.accuracy, found.error), ...others.map(([key]) => ((found[key] ?? null) === null ? "–" : short(found[key]))),
+          whole(found.size_bytes), operations(found.bitops), short(found.score)])));
     }
     if (data.correlations.length) {
       byId("audited").hidden = false;

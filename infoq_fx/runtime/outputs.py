@@ -14,6 +14,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 __all__ = [
     "FloatOutputs",
     "find_labelled",
+    "is_read",
     "predict_classes",
     "read_nodes",
     "read_readings",
@@ -35,12 +36,12 @@ class FloatOutputs(FloatInterpreter):
 def read_nodes(prepared: PreparedModel) -> tuple[fx.Node, ...]:
     """Return the nodes of the outputs that are read, in order."""
     nodes = list_output_nodes(prepared.graph_module)
-    return tuple(node for node, reading in zip(nodes, prepared.readings, strict=True) if _is_read(reading))
+    return tuple(node for node, reading in zip(nodes, prepared.readings, strict=True) if is_read(reading))
 
 
 def read_readings(prepared: PreparedModel) -> tuple[Reading, ...]:
     """Return the readings of the outputs that are read, in order."""
-    return tuple(reading for reading in prepared.readings if _is_read(reading))
+    return tuple(reading for reading in prepared.readings if is_read(reading))
 
 
 def find_labelled(readings: tuple[Reading, ...], outputs: tuple[Tensor, ...], labels: Tensor | None) -> int | None:
@@ -61,5 +62,6 @@ def predict_classes(reading: Categorical, output: Tensor) -> Tensor:
     return output.argmax(reading.axis)
 
 
-def _is_read(reading: Reading) -> bool:
+def is_read(reading: Reading) -> bool:
+    """Whether an output with this reading has a part in the loss."""
     return not isinstance(reading, Ignored)
