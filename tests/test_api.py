@@ -123,6 +123,7 @@ def test_without_data_weights_alone_by_their_error(model, samples):
         quantize(model, 5.0)
 
 
+@pytest.mark.slow
 def test_a_program_with_a_fixed_batch_is_run_in_such_batches(model, samples):
     program = torch.export.export(model, (samples[0][:6],))
     quantized = quantize(program, 4.0, samples)

@@ -2,7 +2,8 @@
 
 oneDNN's integer sums are exact. So are sums over fake quantized floats, whose scales have few significant bits, and
 both give the same values. This fails on processors whose 8-bit products saturate (x86 without VNNI): a trial
-convolution decides.
+convolution decides. oneDNN is also wrong for some shapes on some processors (patches of 4 x 4 from 32 channels with
+AMX), so that the first result of every shape is compared with that of a convolution of floats.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.prepared import PreparedModel
@@ -29,6 +31,9 @@ __all__ = [
     "quantize_activation",
     "quantize_weight",
 ]
+
+_TOLERANCE = 1e-4
+_IS_RIGHT: dict[Any, bool] = {}  # whether oneDNN's result was right, by options and shapes
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,25 @@ def quantize_weight(weight: Tensor, qparams: QParams) -> IntegerWeight:
 
 def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     """Compute a convolution node for integer operands: float32, channels last."""
+    shape = _options(node), x.q.shape, weight.q.shape
+    if _IS_RIGHT.get(shape, True):
+        found = _convolve_integers(node, x, weight, bias)
+        if shape not in _IS_RIGHT:
+            expected = _convolve_floats(node, x, weight, bias)
+            _IS_RIGHT[shape] = bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        if _IS_RIGHT[shape]:
+            return found
+    return _convolve_floats(node, x, weight, bias)
+
+
+def _convolve_floats(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    stride, padding, dilation, groups = _options(node)
+    real_x = ((x.q.float() - x.zero_point) * x.scale).contiguous(memory_format=torch.channels_last)
+    real_weight = weight.q.float() * weight.scale.reshape(-1, 1, 1, 1)
+    return functional.conv2d(real_x, real_weight, bias, stride, padding, dilation, groups)
+
+
+def _convolve_integers(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     stride, padding, dilation, groups = _options(node)
     key = x.scale, x.zero_point, stride, padding, dilation, groups, x.q.shape[1:]
     if key not in weight.packed:
@@ -109,7 +133,8 @@ def can_convolve_integers() -> bool:
         graph = fx.Graph()
         node = graph.call_function(torch.ops.aten.conv2d.default, (graph.placeholder("x"), graph.placeholder("w")))
         with torch.inference_mode():
-            found = convolve(node, QuantizedTensor(q, 1.0, 3), IntegerWeight(weight.contiguous(), torch.ones(32)), None)
+            weight_and_scale = IntegerWeight(weight.contiguous(), torch.ones(32))
+            found = _convolve_integers(node, QuantizedTensor(q, 1.0, 3), weight_and_scale, None)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     expected = torch.tensor([127.0, -128.0]).repeat(16)[:, None, None] * (255 - 3) * 32 * 9

@@ -89,6 +89,7 @@ def test_every_weight_and_every_multiplication_is_counted(network, layers, weigh
     assert inventory.ignored_weights == 0
 
 
+@pytest.mark.slow
 def test_layers_that_share_an_input_count_its_bits():
     """A strided block's first convolution and its shortcut read the same tensor: one site, two operations."""
     inventory = take_inventory("resnet18")

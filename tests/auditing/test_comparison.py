@@ -59,6 +59,7 @@ def test_top1_is_that_of_the_converted_model_on_samples_kept_back(found, prepare
             assert row.top1(budget).value == pytest.approx(100 * row.hits[budget].mean())
 
 
+@pytest.mark.slow
 def test_lost_nats_are_the_divergence_from_the_float_model(model, samples):
     images, labels = samples
     sure = copy.deepcopy(model)

@@ -279,6 +279,7 @@ def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "x.onnx").exists()
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_scores(folder, tmp_path):
     files = ["score", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "s.json", "--no-progress"]
     for _ in range(2):
@@ -378,6 +379,7 @@ def test_the_command_line_goes_before_the_file(folder, tmp_path):
     assert json.loads(result.stdout)["budget"]["weight_bits"] == 6
 
 
+@pytest.mark.slow
 def test_text_survives_the_configuration(folder, tmp_path):
     pytest.importorskip("vl_convert")
     title = 'a "quoted" \\ title,\u00e9\n\U0001f600\x7f'

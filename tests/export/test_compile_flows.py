@@ -68,6 +68,7 @@ def remove_relus(graph_module):
     return PassResult(graph_module, bool(found))
 
 
+@pytest.mark.slow
 def test_the_pass_stands_in_a_manager_between_others(case):
     model, allocation, quantized = case
     traced = torch.fx.symbolic_trace(model)
@@ -113,6 +114,7 @@ def test_a_manager_of_several_steps_comes_to_an_end(case):
     assert torch.equal(done.graph_module(IMAGES), quantized(IMAGES))
 
 
+@pytest.mark.slow
 def test_layers_that_the_allocation_does_not_know_stay_in_float(case):
     model, allocation, _ = case
     known = {name: bits for name, bits in allocation.bits.items() if not name.startswith("head.")}

@@ -182,6 +182,7 @@ def test_one_seed_gives_one_file(tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_float_activations_and_ignored_layers_are_exported_too(tmp_path):
     images = torch.randn(32, 1, 8, 8)
     model = residual_net().eval()

@@ -24,6 +24,7 @@ class Stop:
         monkeypatch.setattr("infoq_fx.finetuning.finetuning.measure_loss", count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda x: x, loader_of], ids=["tensor", "loader"])
 def test_a_stopped_run_goes_on_to_the_same_end(make, tmp_path, monkeypatch):
     quantized, x = small()

@@ -66,7 +66,9 @@ def is_near(found, expected):
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16, torch.float64], ids=str
+)
 def test_a_model_of_another_dtype_is_taken_in_float32(dtype, tmp_path, caplog):
     model, x = Net().to(dtype), X.to(dtype)
     with caplog.at_level(logging.WARNING):
@@ -86,6 +88,7 @@ def test_a_model_of_another_dtype_is_taken_in_float32(dtype, tmp_path, caplog):
     assert infoq_fx.verify_onnx(path, quantized, x).is_sound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Mixed, Autocast])
 def test_parts_of_half_precision_are_taken_in_float32(make, tmp_path):
     torch.manual_seed(0)
@@ -112,6 +115,7 @@ def test_a_half_precision_model_takes_data_of_float32():
         assert quantized(X.half()).dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_data_of_float64_is_taken_in_float32_by_a_model_of_float32(tmp_path, caplog):
     model = Net()
     quantized = quantize(model, X.double().numpy())

@@ -27,6 +27,7 @@ class Result:
 torch.export.register_dataclass(Result, serialized_type_name="tests.graph.test_outputs.Result")
 
 ANCHORS = torch.arange(4.0)
+QUICK = {"none first", "scalar", "size", "nested", "dataclass", "namedtuple"}
 STRUCTURES = {
     "none in a tuple": (lambda x, h, y: (y, None), ["output_0"]),
     "none first": (lambda x, h, y: {"loss": None, "logits": y}, ["logits"]),
@@ -87,7 +88,9 @@ def same_structure(found, expected):
     return type(found) is type(expected) and found == expected
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES]
+)
 def test_the_module_gives_the_models_structure_and_the_file_its_names(name, tmp_path, capfd):
     make, names = STRUCTURES[name]
     torch.manual_seed(1)

@@ -112,7 +112,7 @@ def assert_takes(quantized, path, model, x):
     assert np.abs(result - found.numpy()).mean() < 1e-3
 
 
-@pytest.mark.parametrize("make", [Upscaler, Segmenter])
+@pytest.mark.parametrize("make", [Upscaler, pytest.param(Segmenter, marks=pytest.mark.slow)])
 def test_image_networks_take_any_size(make, tmp_path, capfd):
     model = make()
     quantized = quantize(model, X)
@@ -135,6 +135,7 @@ def test_the_capture_is_the_same_whether_sizes_are_free_or_not():
     assert str(free.graph_module.graph) == str(fixed.graph_module.graph)
 
 
+@pytest.mark.slow
 def test_a_classifier_that_needs_its_size_keeps_it(tmp_path, capfd):
     model = Classifier()
     quantized = quantize(model, X)
@@ -145,6 +146,7 @@ def test_a_classifier_that_needs_its_size_keeps_it(tmp_path, capfd):
         quantize(model, X, dynamic={"x": (2, 3)})
 
 
+@pytest.mark.slow
 def test_dynamic_names_axes_or_none(tmp_path):
     model = Upscaler()
     paths = {
@@ -164,6 +166,7 @@ def test_dynamic_names_axes_or_none(tmp_path):
         quantize(model, X, dynamic="all")
 
 
+@pytest.mark.slow
 def test_the_length_of_audio_is_free(tmp_path):
     model = Audio()
     quantized = quantize(model, torch.randn(16, 2, 40))

@@ -117,6 +117,7 @@ def test_the_damage_axis_covers_all_scores(values):
         assert ticks[-1] / linear_below == pytest.approx(10 ** round(math.log10(ticks[-1] / linear_below)))
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_allocation_as_json(tmp_path):
     path = REPORT(SMALL, tmp_path / "report.html", budgets=7, title="<mine>")
     data = read_json(path)

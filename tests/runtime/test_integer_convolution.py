@@ -12,6 +12,8 @@ import infoq_fx
 from infoq_fx.quantization import numerics
 from infoq_fx.runtime import integer_convolution
 from infoq_fx.runtime.integer_convolution import (
+    IntegerWeight,
+    QuantizedTensor,
     can_convolve_integers,
     convolve,
     find_integer_nodes,
@@ -59,6 +61,23 @@ def test_integers_give_what_floats_give(groups, stride, padding, dilation, zero_
         operands = numerics.fake_quantize(x, of_x), numerics.fake_quantize(weight, of_weight)
         expected = functional.conv2d(*operands, bias, stride, padding, dilation, groups)
     assert torch.equal(found, expected)
+
+
+@exact_here
+@pytest.mark.parametrize(("channels", "size", "samples"), [(32, 4, 64), (16, 8, 4), (3, 16, 4)])
+def test_patches_are_right_where_onednn_is_not(channels, size, samples):
+    """Convolutions whose stride is their kernel: oneDNN with AMX reads beyond a row."""
+    torch.manual_seed(0)
+    graph = fx.Graph()
+    operands = graph.placeholder("x"), graph.placeholder("weight"), None, [size, size]
+    node = graph.call_function(torch.ops.aten.conv2d.default, operands)
+    weight = IntegerWeight(torch.randint(-128, 128, (10, channels, size, size)).to(torch.int8), torch.full((10,), 0.5))
+    for _ in range(2):
+        x = QuantizedTensor(torch.randint(0, 256, (samples, channels, size, 2 * size), dtype=torch.uint8), 0.25, 3)
+        with torch.inference_mode():
+            found = convolve(node, x, weight, None)
+        expected = functional.conv2d((x.q.double() - 3) / 4, weight.q.double() / 2, stride=size)
+        assert torch.equal(found.double(), expected)
 
 
 class Mixed(nn.Module):
@@ -123,7 +142,7 @@ def test_a_processor_that_is_wrong_is_found_out(monkeypatch):
     def saturating(node, x, weight, bias):
         return torch.full((1, 32, 4, 4), 32767.0)
 
-    monkeypatch.setattr(integer_convolution, "convolve", saturating)
+    monkeypatch.setattr(integer_convolution, "_convolve_integers", saturating)
     assert not can_convolve_integers.__wrapped__()
-    monkeypatch.setattr(integer_convolution, "convolve", lambda *_: torch.ops.onednn.no_such_operation)
+    monkeypatch.setattr(integer_convolution, "_convolve_integers", lambda *_: torch.ops.onednn.no_such_operation)
     assert not can_convolve_integers.__wrapped__()

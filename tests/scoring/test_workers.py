@@ -98,6 +98,7 @@ def test_workers_that_cannot_read_the_files_get_them_sent(prepared_and_data, tab
     assert not all(sent)
 
 
+@pytest.mark.slow
 def test_threads_of_one_worker_load_the_job_once_and_before_they_run(prepared_and_data, table, monkeypatch):
     # Loading traces the graph, for which torch.fx patches every module of the process.
     loads, load = [], workers._load

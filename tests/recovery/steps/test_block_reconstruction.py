@@ -49,6 +49,7 @@ def test_a_block_is_judged_on_what_it_does_not_learn_from(residual, monkeypatch,
     assert sorted(learned) == [i for i in range(samples // 8) if samples < 40 or i not in held]
 
 
+@pytest.mark.slow
 def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
     prepared, data, bits = residual
     step, kept = BlockReconstruction(epochs=1), StepContext(batch_size=16, cache_dir=tmp_path)

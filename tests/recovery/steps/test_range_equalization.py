@@ -155,6 +155,7 @@ def without_factors(monkeypatch):
         monkeypatch.setattr(f"infoq_fx.{module}.find_scale_groups", lambda graph_module: {})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_factors")
 def test_new_ranges_are_calibrated_as_those_of_a_model_prepared_afresh(images):
     prepared, data = prepare(make_unbalanced(nn.Conv2d(1, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 8, 3)), images[0])
