@@ -107,6 +107,9 @@ from .export import (
     LevelResult as LevelResult,
 )
 from .export import (
+    Loading as Loading,
+)
+from .export import (
     OutputResult as OutputResult,
 )
 from .export import (
@@ -120,6 +123,9 @@ from .export import (
 )
 from .export import (
     load_quantized as load_quantized,
+)
+from .export import (
+    measure_file as measure_file,
 )
 from .export import (
     save_quantized as save_quantized,
@@ -192,6 +198,9 @@ from .types import (
 )
 from .types import (
     Budget as Budget,
+)
+from .types import (
+    FileSize as FileSize,
 )
 from .types import (
     Observer as Observer,

@@ -19,7 +19,6 @@ from infoq_fx.conversion.conversion import check_allocation, convert_prepared, w
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.core.option_checks import check_alpha, check_device, check_model
-from infoq_fx.core.targets import find_container
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
@@ -82,7 +81,7 @@ def quantize(
         calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels, the model's own
             predictions are used. None quantizes only weights, scored by their relative error, with a warning.
         example_inputs: a batch for capture; needed only without data and without an exported program.
-        bits: candidate bit-widths of weights, 2 to 8. None for all, or for those that the budget's container stores.
+        bits: candidate bit-widths of weights, 2 to 8. None for all.
         activation_bits: candidate bit-widths of activations: a single one is used for all, several are searched
             together with the weights'; None leaves activations in float.
         criterion: sensitivity criterion: a registered name, an object with its own options and seed, or a function, see
@@ -232,7 +231,7 @@ def prepare(
             f"torch's default dtype is {torch.get_default_dtype()}: call torch.set_default_dtype(torch.float32) first; "
             "the model itself may have any floating-point dtype"
         )
-    weight_candidates = check_bits(default_bits(budget) if bits is None else bits, "bits")
+    weight_candidates = check_bits(DEFAULT_BITS if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
@@ -415,12 +414,3 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     check_allocation(prepared, allocation)
     warn_of_other_recovery(allocation, [*prepared.recovered_by, *prepared.recovery_tried], stacklevel=3)
     return convert_prepared(prepared, allocation, None)
-
-
-def default_bits(budget: float | Budget | None) -> tuple[int, ...]:
-    """Return the default candidates of weights: all, or the bit-widths of the budget's container.
-
-    In a container of 4 and 8 bits, 3 bits take as much space as 4, and are worse.
-    """
-    container = budget.container if isinstance(budget, Budget) else None
-    return DEFAULT_BITS if container is None else find_container(container).weight_widths

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.core.targets import find_container
 from infoq_fx.errors import OptionError
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
@@ -22,6 +21,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Cost",
+    "FileSize",
     "Inventory",
     "Measurement",
     "Observer",
@@ -183,16 +183,16 @@ class Budget:
         weight_bits: mean bit-width over the weights of all quantized layers.
         compression: float32 bits over bits of all conv and linear weights (the paper's W-C); weights of
             ignored layers count 32 bits.
-        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, their scales
-            (4 bytes per channel) and all other parameters (biases and ignored layers, 4 bytes each).
+        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container
+            ``"exact"`` stores them, their scales (4 bytes per channel) and all other parameters (biases and ignored
+            layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;
+            :func:`infoq_fx.summarize` says both for a file.
         bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2).
         activation_bytes: sum of the bytes of all searched activation sites, for one sample.
-        container: for the first three limits, count weights as this container of :data:`infoq_fx.CONTAINERS`
-            stores them (in ``"packed"`` 3 bits take 4); None counts their own bits. Not a limit.
         costs: limits on user-defined costs, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
     Raises:
-        OptionError: there is no limit, a limit is not a positive finite number, or the container is unknown.
+        OptionError: there is no limit, or a limit is not a positive finite number.
     """
 
     weight_bits: float | None = None
@@ -200,18 +200,15 @@ class Budget:
     size_bytes: float | None = None
     bitops: float | None = None
     activation_bytes: float | None = None
-    container: str | None = None
     costs: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
-        if self.container is not None:
-            find_container(self.container)
         for name in self.costs:
             if name in self.__dataclass_fields__:
                 raise OptionError(f"Budget(costs={{{name!r}: ...}}) names a built-in limit; give Budget({name}=...)")
         if not limits:
-            names = ", ".join(f.name for f in fields(self) if f.name not in ("container", "costs"))
+            names = ", ".join(f.name for f in fields(self) if f.name != "costs")
             raise OptionError(f"Budget() has no limit; give at least one of {names}")
         for name, value in limits.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -222,12 +219,29 @@ class Budget:
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are set, by name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("container", "costs")}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "costs"}
         return {**{name: value for name, value in given.items() if value is not None}, **self.costs}
 
     def __str__(self) -> str:
-        limits = ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
-        return limits if self.container is None else f"{limits} as stored in {self.container!r}"
+        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """The bytes of an exported file, external data included.
+
+    Args:
+        total_bytes: of the file.
+        tensor_bytes: of the values of its initializers: weights, scales, biases and tables.
+    """
+
+    total_bytes: int
+    tensor_bytes: int
+
+    @property
+    def graph_bytes(self) -> int:
+        """Everything else: operators, names, metadata."""
+        return self.total_bytes - self.tensor_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,11 @@ def every_allocation(inventory: Inventory) -> Iterator[dict[str, int]]:
 
 def random_budget(rng: random.Random, inventory: Inventory, names: tuple[str, ...]) -> Budget:
     """Limits between the extremes; half of them exactly at the cost of some allocation."""
-    container = rng.choice([None, None, "packed", "int2"])
-    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}, container) for i in (0, -1))
-    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites}, container)
+    low, high = (measure_cost(inventory, {s.name: s.bits[i] for s in inventory.sites}) for i in (0, -1))
+    middle = measure_cost(inventory, {s.name: rng.choice(s.bits) for s in inventory.sites})
     share = rng.random()
     limits = {}
     for name in names:
         between = (1 - share) * getattr(low, name) + share * getattr(high, name)
         limits[name] = max(rng.choice([between, getattr(middle, name)]), 1e-3)
-    return Budget(**limits, container=container)
+    return Budget(**limits)

@@ -35,7 +35,9 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
     for name, width in values["bits"].items():
         if type(width) is not int or not MIN_BITS <= width <= MAX_BITS:
             raise OptionError(f"its allocation gives site {name!r} {width!r} bits")
-    values["budget"] = None if values["budget"] is None else Budget(**values["budget"])
+    # Earlier versions could count weights as a file of another kind stores them.
+    limits = {name: value for name, value in (values["budget"] or {}).items() if name != "container"}
+    values["budget"] = Budget(**limits) if limits else None
     values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
     values["recovered_by"] = tuple(values["recovered_by"])
     values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}

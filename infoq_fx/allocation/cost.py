@@ -11,7 +11,6 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
-from infoq_fx.core.targets import find_container
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
 
@@ -111,9 +110,7 @@ def operation_bitops(operation: Operation, left_bits: int | None, right_bits: in
     return operation.macs * left * right
 
 
-def measure_cost(
-    inventory: Inventory, bits: Mapping[str, int], container: str | None = None, names: Iterable[str] = ()
-) -> Cost:
+def measure_cost(inventory: Inventory, bits: Mapping[str, int], names: Iterable[str] = ()) -> Cost:
     """Compute the cost of an allocation, in every unit.
 
     A model without quantized weights has ``weight_bits`` 32 and ``compression`` 1.
@@ -121,8 +118,6 @@ def measure_cost(
     Args:
         inventory: of the prepared model.
         bits: bit-width by site name, for all sites.
-        container: count weights as this container stores them; None counts their own bits. BitOps always count the
-            bit-widths.
         names: costs in :data:`COSTS` to compute as well.
 
     Returns:
@@ -130,20 +125,19 @@ def measure_cost(
         of exact integers.
 
     Raises:
-        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, the container is
-            unknown, or a user-defined cost is unknown or not a number.
+        OptionError: a site has no bit-width, an operation names a site that the inventory lacks, or a
+            user-defined cost is unknown or not a number.
     """
-    stored = _stored_bits(container)
     weights = [site for site in inventory.sites if site.kind == "weight"]
     activations = [site for site in inventory.sites if site.kind == "activation" and site.is_searched]
     numel = sum(site.numel for site in weights)
-    total_bits = sum(site.numel * stored(_look_up(bits, site.name)) for site in weights)
+    total_bits = sum(site.numel * _look_up(bits, site.name) for site in weights)
     float_bits = FLOAT_BITS * (numel + inventory.ignored_weights)
     stored_bits = total_bits + FLOAT_BITS * inventory.ignored_weights
     return Cost(
         weight_bits=total_bits / numel if numel else float(FLOAT_BITS),
         compression=float_bits / stored_bits if stored_bits else 1.0,
-        size_bytes=sum(weight_bytes(site, stored(bits[site.name])) for site in weights) + inventory.float_bytes,
+        size_bytes=sum(weight_bytes(site, bits[site.name]) for site in weights) + inventory.float_bytes,
         bitops=sum(
             operation_bitops(operation, _operand_bits(bits, operation.left), _operand_bits(bits, operation.right))
             for operation in inventory.operations
@@ -158,7 +152,6 @@ def build_cost_row(
     name: str,
     limit: float,
     choices: Mapping[str, tuple[int, ...]],
-    container: str | None = None,
 ) -> CostRow:
     """Build the row of one limit of the budget over the sites that have several choices.
 
@@ -169,11 +162,9 @@ def build_cost_row(
         name: of the limit, a field of :class:`~infoq_fx.types.Budget` or one of its ``costs``.
         limit: its value.
         choices: candidate bit-widths of each site, for all sites.
-        container: as for :func:`measure_cost`.
     """
     if name not in Budget.__dataclass_fields__:
         return _build_own_row(inventory, name, limit, choices)
-    stored = _stored_bits(container)
     costs: defaultdict[tuple[str | None, int], int] = defaultdict(int)
     pairs: defaultdict[tuple[str, str], int] = defaultdict(int)
     if name == "bitops":
@@ -182,8 +173,7 @@ def build_cost_row(
         kind, measure = _SITE_COSTS[name]
         for site in inventory.sites:
             if site.kind == kind and (site.is_searched or kind == "weight"):
-                width = stored if kind == "weight" else int
-                costs.update({(site.name, b): measure(site, width(b)) for b in choices[site.name]})
+                costs.update({(site.name, b): measure(site, b) for b in choices[site.name]})
     linear: dict[tuple[str, int], int] = {}
     remaining = _integer_limit(inventory, name, limit)
     for (site_name, b), cost in costs.items():
@@ -217,10 +207,6 @@ _SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
     "size_bytes": ("weight", weight_bytes),
     "activation_bytes": ("activation", activation_bytes),
 }
-
-
-def _stored_bits(container: str | None) -> Callable[[int], int]:
-    return int if container is None else find_container(container).stored_bits
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

@@ -47,7 +47,7 @@ def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScor
     problem, x, grows = _build_program(inventory, budget, scores)
     while (status := _run_highs(problem)) == pulp.LpSolutionOptimal:
         bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-        if not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget):
+        if not broken_limits(measure_cost(inventory, bits, budget.costs), budget):
             return bits
         # Within the slack but over the budget: at least one site needs fewer bits, or just other bits, than here.
         others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]
@@ -62,7 +62,7 @@ def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScor
 def build_rows(inventory: Inventory, budget: Budget, scores: CandidateScores) -> list[CostRow]:
     """Return a row of costs for every limit of the budget, over the sites with more than one candidate."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
-    return [build_cost_row(inventory, name, limit, choices, budget.container) for name, limit in budget.limits.items()]
+    return [build_cost_row(inventory, name, limit, choices) for name, limit in budget.limits.items()]
 
 
 def _build_program(

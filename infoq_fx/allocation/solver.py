@@ -104,9 +104,7 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     """
     limits = _read_budget(budget)
     # Built-in costs grow with every bit-width: this one allocation has the extreme of all of them at once.
-    cost = measure_cost(
-        inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.container, limits.costs
-    )
+    cost = measure_cost(inventory, {site.name: site.bits[0] for site in inventory.sites}, limits.costs)
     broken = broken_limits(cost, limits)
     choices = {site.name: site.bits for site in inventory.sites}
     own = {
@@ -175,7 +173,7 @@ def _describe(
         budget=limits,
         score=_total_score(candidates, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
-        cost=measure_cost(inventory, bits, limits.container, limits.costs),
+        cost=measure_cost(inventory, bits, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
         scored_for=table.scored_for,
@@ -237,11 +235,10 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str,
     if name in own:
         how = "every operation at its cheapest bits"
     asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
-    counted = "" if budget.container is None else f", as stored in {budget.container!r}"
     remedy = (
         "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
     )
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}{counted}); {remedy}"
+    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}); {remedy}"
 
 
 def _exact_text(value: float) -> str:
@@ -340,7 +337,7 @@ def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known:
 
 
 def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
-    return not broken_limits(measure_cost(inventory, bits, budget.container, budget.costs), budget)
+    return not broken_limits(measure_cost(inventory, bits, budget.costs), budget)
 
 
 def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.core.targets import DEFAULT_TARGET, TARGETS
-from infoq_fx.types import Allocation, Cost, Inventory, QuantSite
+from infoq_fx.types import MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite
 
 __all__ = ["Summary", "summarize_allocation"]
 
@@ -30,23 +29,25 @@ class Summary(str):
         return self.html
 
 
-def summarize_allocation(allocation: Allocation, inventory: Inventory, outputs: Sequence[str] = ()) -> Summary:
+def summarize_allocation(
+    allocation: Allocation, inventory: Inventory, outputs: Sequence[str] = (), file: FileSize | None = None
+) -> Summary:
     """Return a table of an allocation: its sites, its cost, and the best uniform bit-width for comparison.
 
     Args:
         allocation: bits for every site of the inventory.
         inventory: of the prepared model.
         outputs: a line for each output of the model, which says how it is read.
+        file: of the exported file, to say how much of it is the graph.
 
     Returns:
         One line per weight site and per searched activation site, then lines of totals. ``share of size`` is the share
-        of ``Cost.size_bytes``; the totals also give the size in each container.
+        of ``Cost.size_bytes``; the totals also give the size with a byte a weight.
     """
-    is_own = allocation.budget is None or allocation.budget.container is None
-    cost = (is_own and allocation.cost) or measure_cost(inventory, allocation.bits)
+    cost = allocation.cost or measure_cost(inventory, allocation.bits)
     shown = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
     rows = [_HEAD, *(_describe_site(site, allocation, cost) for site in shown)]
-    notes = [*_describe_totals(allocation, inventory, cost), *outputs]
+    notes = [*_describe_totals(allocation, inventory, cost, file), *outputs]
     text = "\n".join([*align_rows(rows, left=_TEXT_COLUMNS), *notes])
     caption = "Bit-widths" if allocation.budget is None else f"Bit-widths within {allocation.budget}"
     return Summary(text, html_table(caption, rows, notes, left=_TEXT_COLUMNS))
@@ -59,14 +60,18 @@ def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple
     return site.name, site.kind, f"{site.numel:,}", str(bits), value, error, share
 
 
-def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost) -> list[str]:
-    containers = TARGETS[DEFAULT_TARGET].containers
-    stored = [f"{measure_cost(inventory, allocation.bits, name).size_bytes:,} in {name!r}" for name in containers]
+def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, file: FileSize | None) -> list[str]:
+    whole = measure_cost(inventory, dict.fromkeys(allocation.bits, MAX_BITS)).size_bytes
     lines = [
         f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
-        f"{cost.size_bytes:,} bytes (stored: {', '.join(stored)}), {cost.bitops / 1e9:.4g} G BitOps, "
+        f"{cost.size_bytes:,} bytes without the graph ({whole:,} in 'int8'), {cost.bitops / 1e9:.4g} G BitOps, "
         f"{cost.activation_bytes:,} bytes of activations"
     ]
+    if file is not None:
+        lines.append(
+            f"file: {file.total_bytes:,} bytes, {file.tensor_bytes:,} of tensors ({cost.size_bytes:,} counted, with "
+            f"4 bytes a scale and a bias) and {file.graph_bytes:,} of graph and metadata"
+        )
     if allocation.score is not None:
         spread = f" ± {allocation.standard_error:.2g}" if allocation.standard_error else ""
         lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")

@@ -51,12 +51,12 @@ def prepare_model(
 ) -> PreparedModel:
     """Load and prepare a command's MODEL; candidate bit-widths that were not given get their defaults.
 
-    If the budget counts weights as a container stores them, the defaults are the container's bit-widths.
+    The budget, if given, is only checked to be feasible.
     """
-    from infoq_fx.api import default_bits, prepare
+    from infoq_fx.api import prepare
     from infoq_fx.cli.model_files import load_model
 
-    options["bits"] = options["bits"] or ",".join(map(str, default_bits(budget)))
+    options["bits"] = options["bits"] or DEFAULT_BITS
     options["activation_bits"] = options["activation_bits"] or DEFAULT_ACTIVATION_BITS
     say("loading and calibrating the model", progress=options["progress"])
     return prepare(

@@ -20,7 +20,6 @@ __all__ = [
     "CacheDir",
     "CompressionLimit",
     "Config",
-    "CountAs",
     "CriterionName",
     "Data",
     "Debug",
@@ -86,14 +85,6 @@ BitopsLimit = Annotated[
 ActivationBytesLimit = Annotated[
     float | None,
     typer.Option(help="Largest size of all activations of one sample in bytes.", rich_help_panel=_BUDGET),
-]
-
-CountAs = Annotated[
-    str | None,
-    typer.Option(
-        help="Count weights as this container stores them: in packed, 3 bits take 4, and only 4 and 8 are searched.",
-        rich_help_panel=_BUDGET,
-    ),
 ]
 
 Samples = Annotated[
@@ -190,12 +181,11 @@ def read_limits(
     size_bytes: float | None,
     bitops: float | None,
     activation_bytes: float | None,
-    count_as: str | None = None,
 ) -> Budget:
     """Build the budget from the command line's limits.
 
     Raises:
-        OptionError: there is no limit, a limit is not a positive number, or the container is unknown.
+        OptionError: there is no limit, or a limit is not a positive number.
     """
     limits: dict[str, Any] = {
         "weight_bits": budget,
@@ -209,7 +199,7 @@ def read_limits(
             "there is no budget; give --budget (mean weight bits, such as 4), --compression, --size-bytes, --bitops "
             "or --activation-bytes, one or several"
         )
-    return Budget(**limits, container=count_as)
+    return Budget(**limits)
 
 
 def read_bits(text: str, option: str) -> tuple[int, ...] | None:

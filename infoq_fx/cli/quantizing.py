@@ -21,7 +21,6 @@ from infoq_fx.cli.options import (
     CacheDir,
     CompressionLimit,
     Config,
-    CountAs,
     CriterionName,
     Data,
     Debug,
@@ -61,7 +60,10 @@ if TYPE_CHECKING:
 
 Container = Annotated[
     str | None,
-    typer.Option(help="int8 (most portable, fastest) or packed (int4 for up to 4 bits).", rich_help_panel="File"),
+    typer.Option(
+        help="exact (weights take the bits that they have) or int8 (for runtimes that fold no constants).",
+        rich_help_panel="File",
+    ),
 ]
 Target = Annotated[str, typer.Option(help="The runtime that the file is for.", rich_help_panel="File")]
 
@@ -79,7 +81,6 @@ def quantize(
     size_bytes: SizeBytesLimit = None,
     bitops: BitopsLimit = None,
     activation_bytes: ActivationBytesLimit = None,
-    count_as: CountAs = None,
     scores: Annotated[
         Path | None, typer.Option(help="Scores from infoq-fx score or an earlier run, to use instead of scoring.")
     ] = None,
@@ -126,7 +127,7 @@ def quantize(
     The scores are written next to the file. For another budget, repeat the command with --scores
     model.onnx.scores.json.
     """
-    from infoq_fx import allocation_of, api, summarize
+    from infoq_fx import allocation_of, api, measure_file, summarize
     from infoq_fx.recovery.ladder import find_steps
     from infoq_fx.scoring.criteria import find_criterion
 
@@ -141,8 +142,8 @@ def quantize(
     fixed = None if allocation is None else load_allocation(allocation)
     limits = None
     if fixed is None:
-        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
-    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes, count_as)):
+        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
+    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes)):
         raise OptionError("--allocation already fixes the bit-widths; leave the budget out, or allocate again with it")
     if report is not None and allocation is not None:
         raise OptionError("--report shows scores, which --allocation does not have; leave one of them out")
@@ -161,7 +162,8 @@ def quantize(
         assert limits is not None
         quantized = _search(options, prepared, read, limits, steps, table, kept)
     text, document, code = _write(options, quantized, read)
-    text = f"{summarize(quantized)}\n{text}"
+    size = measure_file(output) if output.suffix != ".pt2" else None
+    text = f"{summarize(quantized, file=size)}\n{text}"
     if kept is not None:
         text += f"\nwrote the scores to {kept}; for another budget, repeat the command with --scores {kept}"
     if report is not None:

@@ -18,7 +18,6 @@ from infoq_fx.cli.options import (
     CacheDir,
     CompressionLimit,
     Config,
-    CountAs,
     CriterionName,
     Data,
     Debug,
@@ -120,7 +119,6 @@ def allocate(
     size_bytes: SizeBytesLimit = None,
     bitops: BitopsLimit = None,
     activation_bytes: ActivationBytesLimit = None,
-    count_as: CountAs = None,
     alpha: Alpha = 1.0,
     pin: Pin = None,
     config: Config = None,
@@ -136,7 +134,7 @@ def allocate(
     from infoq_fx.allocation.summary import summarize_allocation
     from infoq_fx.table import SensitivityTable
 
-    limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes, count_as)
+    limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
     table = SensitivityTable.load(scores)
     found = infoq_fx.allocation.solver.allocate(table, limits, alpha=alpha, pin=read_pins(pin))
     text = str(summarize_allocation(found, table.inventory))

@@ -17,7 +17,7 @@ from infoq_fx.graph.passes.annotate_bits import annotate_bits, read_bits
 from infoq_fx.quantization.call_forms import CallForm
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, Inventory
+from infoq_fx.types import Allocation, FileSize, Inventory
 
 __all__ = [
     "Provenance",
@@ -134,12 +134,19 @@ def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
     return Allocation(bits=bits)
 
 
-def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inventory | None = None) -> Summary:
+def summarize(
+    source: Allocation | nn.Module | ExportedProgram,
+    inventory: Inventory | None = None,
+    *,
+    file: FileSize | None = None,
+) -> Summary:
     """Return a table of an allocation: bits, score and share of the size by layer, the cost, the uniform bit-width.
 
     Args:
         source: a quantized module, or an allocation, which needs ``inventory``.
         inventory: of the prepared model: ``table.inventory``.
+        file: ``infoq_fx.measure_file("model.onnx")``, to say how many bytes of the file are counted and how many are
+            its graph.
 
     Returns:
         Text; a notebook shows it as a table. Without an inventory (a module read back from ``torch.export``) it is the
@@ -153,7 +160,7 @@ def summarize(source: Allocation | nn.Module | ExportedProgram, inventory: Inven
     known = inventory or (None if provenance is None else provenance.inventory)
     if known is None:
         return Summary(str(allocation), allocation._repr_html_())
-    return summarize_allocation(allocation, known, () if provenance is None else provenance.output_notes)
+    return summarize_allocation(allocation, known, () if provenance is None else provenance.output_notes, file)
 
 
 def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:

@@ -16,25 +16,20 @@ class Container:
 
     Args:
         name: its public name.
-        weight_widths: bit-widths of the integer types that weights are stored in, ascending; a weight is stored in
-            the first that fits its bit-width.
-        opset_version: of the file; the first with these types.
+        is_packed: weights of fewer than 8 bits take the bits that they have, and the file has the operators that
+            unpack them; otherwise every weight takes a byte.
+        opset_version: of the file.
         ir_version: of the file.
     """
 
     name: str
-    weight_widths: tuple[int, ...]
-    opset_version: int
-    ir_version: int
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether some weights take less than a byte."""
-        return self.weight_widths[0] < 8
+    is_packed: bool
+    opset_version: int = 18
+    ir_version: int = 8
 
     def stored_bits(self, bits: int) -> int:
         """Return the bits that each weight of a bit-width takes in the file."""
-        return next(width for width in self.weight_widths if width >= bits)
+        return bits if self.is_packed else 8
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,15 @@ class Target:
     quantizes_before_parameters: bool
 
 
-_CONTAINERS = (
-    Container("int8", (8,), 18, 8),
-    Container("packed", (4, 8), 21, 10),
-    Container("int2", (2, 4, 8), 25, 13),
-)
+_CONTAINERS = (Container("exact", is_packed=True), Container("int8", is_packed=False))
 _TARGETS = (
-    Target("onnxruntime", ("int8", "packed"), shifts_full_weights=False, quantizes_before_parameters=True),
-    Target("onnxruntime-avx2", ("int8", "packed"), shifts_full_weights=True, quantizes_before_parameters=True),
-    Target("openvino", ("int8", "packed"), shifts_full_weights=False, quantizes_before_parameters=False),
+    Target("onnxruntime", ("exact", "int8"), shifts_full_weights=False, quantizes_before_parameters=True),
+    Target("onnxruntime-avx2", ("exact", "int8"), shifts_full_weights=True, quantizes_before_parameters=True),
+    Target("openvino", ("exact", "int8"), shifts_full_weights=False, quantizes_before_parameters=False),
 )
 
 CONTAINERS: Mapping[str, Container] = {container.name: container for container in _CONTAINERS}
-"""Containers by name: ``int8`` for the widest support and the fastest kernels, ``packed`` for the smallest file that
-runs, and ``int2``, which stock runtimes do not run yet."""
+"""Containers by name: ``exact`` for runtimes that compute constants as they load, ``int8`` for those that do not."""
 TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
 """Runtimes that files are tested with, by name; ``onnxruntime-avx2`` is onnxruntime on x86 processors without VNNI."""
 DEFAULT_TARGET = "onnxruntime"

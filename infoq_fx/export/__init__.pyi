@@ -1,5 +1,6 @@
 from .dynamo_backend import backend as backend
 from .fx_pass import InfoqPass as InfoqPass
+from .loading import measure_file as measure_file
 from .pt2e import InfoqQuantizer as InfoqQuantizer
 from .qdq_onnx.exporter import export_onnx as export_onnx
 from .quantized_files import (
@@ -10,6 +11,9 @@ from .quantized_files import (
 )
 from .verification import (
     LevelResult as LevelResult,
+)
+from .verification import (
+    Loading as Loading,
 )
 from .verification import OutputResult as OutputResult
 from .verification import (

@@ -16,12 +16,13 @@ from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.core.data import ForwardArguments, read_data
 from infoq_fx.core.targets import DEFAULT_TARGET, find_target
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
+from infoq_fx.export.loading import measure_loading
 from infoq_fx.export.output_comparison import OutputComparison, find_problem
-from infoq_fx.export.verification_result import LevelResult, OutputResult, Verification
+from infoq_fx.export.verification_result import LevelResult, Loading, OutputResult, Verification
 from infoq_fx.graph.reading_choice import join_tensors
 from infoq_fx.quantization.call_forms import CallForm, flatten_tensors
 
-__all__ = ["LevelResult", "Metric", "OutputResult", "Verification", "verify_onnx"]
+__all__ = ["LevelResult", "Loading", "Metric", "OutputResult", "Verification", "verify_onnx"]
 
 Metric = Callable[[Any, Tensor | None], float]
 _Run = Callable[[dict[str, Any]], list[Any]]
@@ -45,6 +46,9 @@ def verify_onnx(
     changes close decisions. With labels, the predictions that become wrong may then outnumber those that become right
     by at most two standard errors of their difference; without labels, 90 % must agree. OpenVINO has only the default
     level.
+
+    ``loading`` says whether the runtime unpacks the weights of container ``"exact"`` once, as it loads, and how long
+    that takes.
 
     Args:
         path: of the file.
@@ -95,8 +99,9 @@ def verify_onnx(
     own = next(iter(comparisons.values())).module_top1()
     problem = next(filter(None, (find_problem(result, own, samples.samples) for result in results)), None)
     verdict = f"not sound: {problem}" if problem else "sound: the file computes what the module computes"
-    called = getattr(metric, "__name__", "metric")
-    return Verification(name, samples.samples, results, own, problem is None, verdict, measured["module"], called)
+    called, loading = getattr(metric, "__name__", "metric"), measure_loading(path, target)
+    is_sound, module = problem is None, measured["module"]
+    return Verification(name, samples.samples, results, own, is_sound, verdict, module, called, loading)
 
 
 def _open_sessions(path: str, target: str, outputs: Sequence[str]) -> tuple[str, Mapping[str, _Run]]:

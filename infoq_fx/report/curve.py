@@ -10,13 +10,12 @@ import numpy as np
 
 from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.solver import allocate
-from infoq_fx.core.targets import DEFAULT_TARGET, TARGETS
+from infoq_fx.core.targets import CONTAINERS
 from infoq_fx.errors import OptionError
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, Cost, Inventory
 
 __all__ = [
-    "CONTAINERS",
     "Curve",
     "choose_unit",
     "container_bytes",
@@ -27,7 +26,6 @@ __all__ = [
     "trace_curve",
 ]
 
-CONTAINERS = ("packed at the bits", "int8", "packed")
 _UNLIMITED = 1e30
 _DECADES = 6
 
@@ -143,14 +141,15 @@ def cost_of(allocation: Allocation, inventory: Inventory) -> Cost:
 
 
 def container_bytes(inventory: Inventory, bits: Mapping[str, int]) -> dict[str, int]:
-    """Return the bytes of all parameters by container, without the file's graph.
+    """Return the bytes of all parameters in each of :data:`infoq_fx.CONTAINERS`, without the file's graph.
 
-    ``"packed at the bits"`` is the size that a budget counts by default; the others are containers of
-    :data:`infoq_fx.CONTAINERS`. All include scales (4 bytes per channel) and everything in float.
+    All include scales (4 bytes per channel) and everything in float.
     """
-    stored = (None, *TARGETS[DEFAULT_TARGET].containers)
-    sizes = (measure_cost(inventory, bits, container).size_bytes for container in stored)
-    return dict(zip(CONTAINERS, sizes, strict=True))
+    stored = {
+        name: {site: container.stored_bits(width) for site, width in bits.items()}
+        for name, container in CONTAINERS.items()
+    }
+    return {name: measure_cost(inventory, widths).size_bytes for name, widths in stored.items()}
 
 
 def damage_scale(values: Iterable[float]) -> tuple[float, list[float]]:

@@ -262,9 +262,9 @@
     byId("summary").textContent = `${onSlider ? `At most ${inUnit(axis, limit)}` : state.shown}: ${whole(found.size_bytes)} bytes, a mean of ${found.weight_bits.toFixed(2)} bits per weight, weights ${found.compression.toFixed(2)} times smaller, ${operations(found.bitops)} BitOps, predicted damage ${withError(found.score, found.error)}${onSlider ? ` (uniform in the same budget: ${uniform})` : ""}. Layers by bits: ${Object.entries(counts).map(([bits, count]) => `${count} at ${bits}`).join(", ")}.`;
     byId("bits-caption").textContent = `${onSlider ? `Best within ${inUnit(axis, limit)}` : state.shown}, layers in the order of the graph.`;
     fillLayers(found);
-    const [packed, int8, int4] = found.containers, float = data.float_bytes;
+    const [exact, int8] = found.containers, float = data.float_bytes;
     byId("container-table").replaceChildren(table("Bytes of all parameters in each container, for the bits shown now", ["container", "bytes", "", "of float32"],
-      [["int8 (every runtime)", int8], ["packed (opset 21)", int4], ["packed at the bits (what a budget counts)", packed], ["float32", float]]
+      [["exact (what a budget counts)", exact], ["int8", int8], ["float32", float]]
         .map(([name, size]) => [name, whole(size), bytes(size), `${(100 * size / float).toFixed(1)} %`])));
     byId("again").textContent = [`table = infoq_fx.SensitivityTable.load("scores.json")`,
       onSlider ? `allocation = infoq_fx.allocate(table, infoq_fx.Budget(${axis.name}=${limit})${data.options})` : `allocation = infoq_fx.Allocation(bits=${JSON.stringify(found.all_bits)})`,

@@ -51,7 +51,7 @@ def test_a_cost_of_ones_own_equals_brute_force(
         table = random_table(rng, weights=3, activations=2, sign=trial % 4 == 0)
         table = tie_scores(rng, table, {"": 0.0, "some tied": 0.7, "all tied": 1.0}[ties])
         costs = {
-            tuple(b.items()): measure_cost(table.inventory, b, None, ["latency_ms"])
+            tuple(b.items()): measure_cost(table.inventory, b, ["latency_ms"])
             for b in every_allocation(table.inventory)
         }
         reached = sorted({cost["latency_ms"] for cost in costs.values()})
@@ -65,9 +65,9 @@ def test_a_cost_of_ones_own_equals_brute_force(
                 allocate(table, budget)
             continue
         found = allocate(table, budget)
-        assert meets_all(measure_cost(table.inventory, found.bits, None, ["latency_ms"]), budget)
+        assert meets_all(measure_cost(table.inventory, found.bits, ["latency_ms"]), budget)
         assert found.score == pytest.approx(min(fitting), rel=1e-9, abs=1e-12)
-        assert found.cost == measure_cost(table.inventory, found.bits, None, ["latency_ms"])
+        assert found.cost == measure_cost(table.inventory, found.bits, ["latency_ms"])
     assert infeasible < 14
 
 

@@ -22,8 +22,8 @@ from infoq_fx.types import Budget, Operation
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
-    inventory, container = table.inventory, budget.container
-    fitting = (b for b in every_allocation(inventory) if meets(measure_cost(inventory, b, container), budget))
+    inventory = table.inventory
+    fitting = (b for b in every_allocation(inventory) if meets(measure_cost(inventory, b), budget))
     return min((score_of(table, bits, alpha) for bits in fitting), default=None)
 
 
@@ -64,7 +64,7 @@ def test_equals_brute_force(
         found = allocate(table, budget, alpha=alpha)
         assert found.score == pytest.approx(expected, rel=1e-12, abs=1e-15)
         assert found.score == score_of(table, found.bits, alpha)
-        assert found.cost == measure_cost(table.inventory, found.bits, budget.container)
+        assert found.cost == measure_cost(table.inventory, found.bits)
         assert meets(found.cost, budget)
         assert found.uniform_score is None or found.score <= found.uniform_score
     assert infeasible < 6
@@ -301,14 +301,3 @@ def test_near_ties_in_the_budget(seed: int) -> None:
 def test_the_result_repeats() -> None:
     table = resnet50_sized_table(2, activation_bits=(8,))
     assert allocate(table, 3.7) == allocate(table, 3.7)
-
-
-def test_a_container_counts_what_it_stores() -> None:
-    packed = Budget(weight_bits=4, container="packed")
-    found = allocate(SMALL, packed)
-    assert all(found.bits[name] not in (2, 3) for name in ("conv", "fc"))  # they would cost 4
-    assert found.score < allocate(SMALL, 3).score
-    with pytest.raises(InfeasibleBudgetError, match=r"reachable 4 .*as stored in 'packed'"):
-        allocate(SMALL, Budget(weight_bits=3, container="packed"))
-    with pytest.raises(OptionError, match="unknown container 'pakced'; nearest of 3: 'packed'"):
-        Budget(weight_bits=3, container="pakced")

@@ -9,7 +9,7 @@ import torch
 from tables import SMALL
 
 import infoq_fx
-from infoq_fx import Allocation, Budget, allocate, summarize
+from infoq_fx import Allocation, Budget, FileSize, allocate, summarize
 from infoq_fx.allocation.cost import measure_cost
 
 
@@ -34,11 +34,17 @@ def test_a_line_a_site():
     share = 100 * (100 * 6 / 8 + 4) / found.cost.size_bytes
     assert re.split("  +", lines[0]) == ["conv", "weight", "100", "6", "0.00195", "0.0002", f"{share:.1f} %"]
     assert [line.split()[0] for line in lines[:3]] == ["conv", "fc", "relu"]
-    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes (stored: ")
-    stored = [measure_cost(SMALL.inventory, found.bits, name).size_bytes for name in ("int8", "packed")]
-    assert f"(stored: {stored[0]} in 'int8', {stored[1]} in 'packed')" in lines[3]
+    assert lines[3].startswith("3 bits a weight (10.67x compression), 158 bytes without the graph (")
+    whole = measure_cost(SMALL.inventory, dict.fromkeys(found.bits, 8)).size_bytes
+    assert f"({whole} in 'int8')" in lines[3]
     assert "uniform 3 bits" in lines[4]
     assert "0.4062" in lines[4]
+
+
+def test_a_file_is_told_in_tensors_and_graph():
+    found = allocate(SMALL, 3)
+    text = summarize(found, SMALL.inventory, file=FileSize(total_bytes=1234, tensor_bytes=150))
+    assert "file: 1,234 bytes, 150 of tensors (158 counted, with 4 bytes a scale and a bias) and 1,084 of graph" in text
 
 
 def test_bits_alone():

@@ -161,15 +161,6 @@ def test_quantize_writes_a_verified_file_and_keeps_what_made_it(folder, quantize
 
 
 @pytest.mark.slow
-def test_counting_as_a_container_stores_keeps_to_its_bit_widths(folder, tmp_path):
-    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "p.onnx", "--budget", 5]
-    counted = ["--count-as", "packed", "--container", "packed", "--criterion", "weight_mse"]
-    found = json.loads(done(*files, *counted, "--recovery", "none", "--no-refine", "--no-progress", "--json").stdout)
-    assert set(found["allocation"]["bits"].values()) <= {4, 8}
-    assert tomllib.loads((tmp_path / "p.onnx.toml").read_text())["quantize"]["bits"] == "4,8"
-
-
-@pytest.mark.slow
 def test_the_effective_configuration_makes_the_same_file_again(folder, quantized, tmp_path):
     path, _ = quantized
     done("quantize", "--config", f"{path}.toml", "-o", tmp_path / "again.onnx", "--no-progress")
@@ -208,7 +199,7 @@ def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     told = done(*files, "-o", tmp_path / "q.pt2", "--bits", "2,4,8", "--recovery", "none", "--no-progress").stderr
     assert "the scores behind this allocation are for weights rounded by" in told
     assert dict(infoq_fx.allocation_of(infoq_fx.load_quantized(tmp_path / "q.pt2")).bits) == found["bits"]
-    done("export", tmp_path / "q.pt2", "-o", tmp_path / "q.onnx", "--container", "packed")
+    done("export", tmp_path / "q.pt2", "-o", tmp_path / "q.onnx", "--container", "int8")
     verified = json.loads(done("verify", tmp_path / "q.onnx", tmp_path / "q.pt2", folder / "data.npz", "--json").stdout)
     assert verified["is_sound"]
     assert verified["samples"] == 40

@@ -3,9 +3,7 @@
 import functools
 import itertools
 import json
-import math
 import os
-import warnings
 
 import numpy as np
 import onnx
@@ -120,7 +118,7 @@ def exported(tmp_path_factory):
     torch.manual_seed(1)
     images = torch.randn(64, 1, 8, 8)
     quantized = infoq_fx.quantize(residual_net().eval(), 3.5, calibration_data=images, progress=False)
-    path = infoq_fx.export_onnx(quantized, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    path = infoq_fx.export_onnx(quantized, tmp_path_factory.mktemp("onnx") / "model.onnx", container="int8")
     return quantized, path, images
 
 
@@ -252,46 +250,13 @@ def mixed_of(bits):
     return quantize_by_hand(Mixed(), images, bits), images
 
 
-CONTAINERS = {("int8", 8), ("packed", 2), ("int2", 2)}
-
-
-@pytest.mark.parametrize(("container", "bits"), all_of(CONTAINERS, ("int8", "packed", "int2"), (2, 3, 4, 5, 8)))
-def test_a_container_holds_the_narrowest_type_that_fits(container, bits, tmp_path):
-    quantized, images = mixed_of(bits)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if container == "int2" else "error")
-        path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=container)
-    width = infoq_fx.CONTAINERS[container].stored_bits(bits)
-    model = onnx.load(path)
-    assert model.opset_import[0].version == infoq_fx.CONTAINERS[container].opset_version
-    held = held_tensors(path)
-    weights = [t for name, t in held.items() if ".weight" in name and "scale" not in name and "norm" not in name]
-    assert len(weights) == 4
-    kinds = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
-    assert {tensor.data_type for tensor in weights} == {kinds[width]}
-    assert all(len(t.raw_data) == (math.prod(t.dims) * width + 7) // 8 for t in weights)
-    found, _ = run(path, {"x": images.numpy()})
-    np.testing.assert_allclose(found[0], quantized(images).detach().numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_the_budget_chooses_the_container(tmp_path):
-    images = torch.randn(32, 1, 8, 8)
-    budget = infoq_fx.Budget(weight_bits=5, container="packed")
-    options = {"criterion": "weight_mse", "recovery": "none", "refine": False, "progress": False}
-    quantized = infoq_fx.quantize(residual_net().eval(), budget, calibration_data=images, **options)
-    bits = infoq_fx.allocation_of(quantized).bits
-    assert {b for name, b in bits.items() if name.endswith("weight")} == {4, 8}
-    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
-    stored = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
-    assert stored["infoq.container"] == "packed"
-    assert stored["infoq.version"] == infoq_fx.__version__
-    assert json.loads(stored[METADATA_KEY])["budget"]["container"] == "packed"
-
-
-def test_two_bit_initializers_come_with_a_warning(exported, tmp_path):
+def test_the_container_is_in_the_metadata_and_must_be_known(exported, tmp_path):
     quantized, _, _ = exported
-    with pytest.warns(UserWarning, match=r"'int2' or compute it wrongly.*'onnxruntime' runs: int8, packed"):
-        infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int2")
+    for container, asked in (("exact", None), ("int8", "int8")):
+        path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=asked)
+        stored = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+        assert stored["infoq.container"] == container
+        assert stored["infoq.version"] == infoq_fx.__version__
     with pytest.raises(OptionError, match="unknown container 'int4'"):
         infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int4")
 
@@ -351,32 +316,31 @@ def test_layers_are_named_by_module_paths_and_nothing_inside_carries_shapes(expo
     assert not any(value.metadata_props for value in [*graph.input, *graph.output, *graph.initializer])
 
 
-def test_a_packed_file_leaves_out_what_runtimes_know(exported, tmp_path):
+def test_an_exact_file_leaves_out_what_runtimes_know(exported, tmp_path):
     quantized, path, images = exported
-    packed = infoq_fx.export_onnx(quantized, tmp_path / "packed.onnx", container="packed")
-    graph, held = onnx.load(packed).graph, held_tensors(packed)
+    exact = infoq_fx.export_onnx(quantized, tmp_path / "exact.onnx")
+    graph, held = onnx.load(exact).graph, held_tensors(exact)
     kinds = [node.op_type for node in graph.node]
     assert "Relu" in {node.op_type for node in onnx.load(path).graph.node}
     assert "Relu" not in kinds  # every one stands in front of a quantizer with zero point 0
-    layers = {name.removesuffix(".weight") for name in held if name.endswith(".weight")}
-    assert {node.name for node in graph.node} == {"", *layers}
-    assert {t.data_type for name, t in held.items() if name.endswith(".bias")} == {onnx.TensorProto.INT32}
+    layers = {name.removesuffix(".weight") for name in held_tensors(path) if name.endswith(".weight")}
+    assert layers <= {node.name for node in graph.node} <= {"", "head", *layers}
     assert all(name == f"{onnx.numpy_helper.to_array(held[name])}" for name in held if name.isdigit())
     assert sum(map(len, held)) < 0.8 * sum(map(len, held_tensors(path)))
-    found, expected = (run(file, {"x": images.numpy()})[0][0] for file in (packed, path))
+    found, expected = (run(file, {"x": images.numpy()})[0][0] for file in (exact, path))
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_relu_that_something_else_reads_stays_in_a_packed_file(tmp_path):
+def test_a_relu_that_something_else_reads_stays_in_an_exact_file(tmp_path):
     data = torch.randn(64, 6)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     in_float = infoq_fx.quantize(model, 4, calibration_data=data, activation_bits=None, progress=False)
-    path = infoq_fx.export_onnx(in_float, tmp_path / "packed.onnx", container="packed")
+    path = infoq_fx.export_onnx(in_float, tmp_path / "exact.onnx")
     assert "Relu" in {node.op_type for node in onnx.load(path).graph.node}
     np.testing.assert_allclose(run(path, {"input": data.numpy()})[0][0], in_float(data).detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("container", ["int8", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def test_large_models_go_out_with_external_data(container, tmp_path, monkeypatch):
     from infoq_fx.export.qdq_onnx import writing
 

@@ -136,8 +136,8 @@ def test_what_is_sound(result, is_problem):
 @pytest.mark.parametrize(
     ("container", "bits"),
     [
-        ("packed", 3),
-        pytest.param("packed", 8, marks=pytest.mark.slow),
+        ("exact", 3),
+        pytest.param("exact", 8, marks=pytest.mark.slow),
         pytest.param("int8", 3, marks=pytest.mark.slow),
         pytest.param("int8", 8, marks=pytest.mark.slow),
     ],

@@ -50,7 +50,7 @@ def quantize(model, x, bits=4, **options):
     )
 
 
-@pytest.mark.parametrize("container", ["int8", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def test_names_of_the_users_own_change_nothing(container, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 6)

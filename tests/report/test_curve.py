@@ -80,12 +80,11 @@ def test_an_allocation_of_another_model_is_refused():
 def test_containers_cost_what_their_integers_take(layers, float_bytes):
     sites = tuple(weight(f"w{i}", numel) for i, (numel, _) in enumerate(layers))
     inventory = make_table(sites, {}, float_bytes=float_bytes).inventory
-    packed, int8, int4 = container_bytes(inventory, {f"w{i}": bits for i, (_, bits) in enumerate(layers)}).values()
+    exact, int8 = container_bytes(inventory, {f"w{i}": bits for i, (_, bits) in enumerate(layers)}).values()
     around = 4 * len(layers) + float_bytes
-    assert packed == sum(-(-numel * bits // 8) for numel, bits in layers) + around
+    assert exact == sum(-(-numel * bits // 8) for numel, bits in layers) + around
     assert int8 == sum(numel for numel, _ in layers) + around
-    assert int4 == sum(-(-numel // 2) if bits <= 4 else numel for numel, bits in layers) + around
-    assert packed <= int4 <= int8
+    assert exact <= int8
 
 
 @pytest.mark.slow
@@ -93,7 +92,7 @@ def test_the_int8_container_is_what_the_file_stores(images, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
     prepared = infoq_fx.prepare(model.eval(), images[0], bits=(2, 4, 8))
     bits = {site.name: site.bits[len(site.bits) // 2] for site in prepared.inventory.sites}
-    infoq_fx.export_onnx(infoq_fx.convert(prepared, Allocation(bits=bits)), tmp_path / "m.onnx")
+    infoq_fx.export_onnx(infoq_fx.convert(prepared, Allocation(bits=bits)), tmp_path / "m.onnx", container="int8")
     held = defaultdict(int)
     for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)

@@ -128,8 +128,8 @@ def test_the_slider_shows_what_allocate_finds(visit, path):
             assert f" {found.cost.size_bytes:,} bytes, " in summary
             assert f"infoq_fx.Budget({axis['name']}={point['limit']})" in page.locator("#again").inner_text()
             containers = page.locator("#container-table tbody td:nth-child(2)").all_inner_texts()
-            packed, int8, int4 = container_bytes(SMALL.inventory, found.bits).values()
-            assert containers[:3] == [f"{size:,}" for size in (int8, int4, packed)]
+            exact, int8 = container_bytes(SMALL.inventory, found.bits).values()
+            assert containers[:2] == [f"{size:,}" for size in (exact, int8)]
             scores = {site: page.locator(f'[data-site="{site}"] .score').inner_text() for site in shown}
             for site, text in scores.items():
                 assert float(text.split()[0]) == short(found.scores[site].value)

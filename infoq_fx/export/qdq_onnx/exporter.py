@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 from torch import nn
 
-from infoq_fx.conversion.quantized import Provenance, provenance_of
-from infoq_fx.core.targets import DEFAULT_TARGET, Container, Target, find_container, find_target
+from infoq_fx.conversion.quantized import provenance_of
+from infoq_fx.core.targets import DEFAULT_TARGET, find_container, find_target
 from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
 from infoq_fx.export.qdq_onnx.lowering import lower
@@ -29,11 +28,14 @@ def export_onnx(
 ) -> Path:
     """Write a quantized module as QDQ ONNX with a dynamic batch, integer weights and int32 biases.
 
-    Containers, with opset and IR version:
+    Containers, both with opset 18 and IR version 8:
 
-    - ``"int8"`` (18, 8): int8 with values within the bit-width; 8 bits may be uint8 around zero point 128.
-    - ``"packed"`` (21, 10): int4 for up to 4 bits, else as above.
-    - ``"int2"`` (25, 13): int2, int4, else as above; stock runtimes compute it wrongly, and a warning says so.
+    - ``"exact"``: weights of b bits take b bits each, packed, and operators on constants turn them into int8. Runtimes
+      compute these once, as they load: onnxruntime and OpenVINO then run what they run for ``"int8"``. Scales take a
+      byte and biases two where they can.
+    - ``"int8"``: int8 with values within the bit-width, for runtimes that compute no constants as they load.
+
+    Weights of 8 bits may be uint8 around zero point 128 in both.
 
     An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. Initializers and
     layers are named by module paths. The metadata has the allocation as JSON under ``METADATA_KEY``, and
@@ -43,7 +45,7 @@ def export_onnx(
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned.
         path: of the file; its folder must exist.
-        container: of :data:`infoq_fx.CONTAINERS`; None for that of the allocation's budget, else the target's first.
+        container: of :data:`infoq_fx.CONTAINERS`; None for the target's first.
         target: the runtime of :data:`infoq_fx.TARGETS` that the file is for.
         external_data: store tensors in ``<path>.data``; models above 2 GB always do.
 
@@ -59,7 +61,7 @@ def export_onnx(
     if provenance is None:
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
     runtime = find_target(target)
-    chosen = _choose_container(container, runtime, provenance)
+    chosen = find_container(container or runtime.containers[0])
     place = Path(path)
     with folder_beside(place) as folder:
         model = trace(quantized, provenance, chosen.opset_version)
@@ -68,16 +70,3 @@ def export_onnx(
         write_model(model, folder / place.name, external_data=external_data)
         check_file(folder / place.name, quantized, provenance)
     return place
-
-
-def _choose_container(container: str | None, target: Target, provenance: Provenance) -> Container:
-    budget = provenance.allocation.budget
-    asked = container or (budget and budget.container) or target.containers[0]
-    found = find_container(asked)
-    if asked not in target.containers:
-        warnings.warn(
-            f"stock runtimes refuse container {asked!r} or compute it wrongly, as onnxruntime does at its default "
-            f"optimisation; containers that {target.name!r} runs: {', '.join(target.containers)}",
-            stacklevel=3,
-        )
-    return found

@@ -13,6 +13,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from infoq_fx.core.targets import Container
 from infoq_fx.core.version import __version__
+from infoq_fx.export.qdq_onnx.packing import pack_weights
+from infoq_fx.export.qdq_onnx.parameters import pack_parameters
 from infoq_fx.export.qdq_onnx.slimming import drop_defaults, shorten, slim_values
 from infoq_fx.export.qdq_onnx.tracing import DOMAIN
 from infoq_fx.types import BASELINE_BITS, Allocation
@@ -42,6 +44,9 @@ def finish(model: ir.Model, allocation: Allocation, container: Container) -> Non
     if container.is_packed:
         shorten(model)
     _name_nodes(model, layers_only=container.is_packed)
+    if container.is_packed:
+        pack_parameters(model)
+        pack_weights(model)
     for node in model.graph:
         drop_defaults(node)
     slim_values(model)

@@ -17,21 +17,20 @@ __all__ = ["lower"]
 
 _SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
 _VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"}
-_INTEGER_TYPES = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
 
 def lower(model: ir.Model, container: Container, target: Target) -> None:
     """Replace all placeholders, in place.
 
-    Weights are stored transposed if the graph would transpose them at run time, in the narrowest integer type of the
-    container that fits. An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value,
-    DequantizeLinear: a float Clip before QuantizeLinear would prevent the fusion of integer kernels.
+    Weights are stored as int8, transposed if the graph would transpose them at run time. An activation of fewer than 8
+    bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a float Clip before QuantizeLinear would prevent
+    the fusion of integer kernels.
     """
     if not target.quantizes_before_parameters:
         _drop_outputs_before_parameters(model)
         _write_relus_as_maxima(model)
     _store_transposed(model)
-    _lower_dequantize(model, container, target)
+    _lower_dequantize(model, target)
     _gather_integers(model)
     _lower_quantize_dequantize(model, shares_scales=container.is_packed)
     if container.is_packed:
@@ -120,7 +119,7 @@ def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
     return moved.outputs[0]
 
 
-def _lower_dequantize(model: ir.Model, container: Container, target: Target) -> None:
+def _lower_dequantize(model: ir.Model, target: Target) -> None:
     for node in find_placeholders(model, "Dequantize"):
         source, scale = node.inputs
         assert source is not None
@@ -128,21 +127,17 @@ def _lower_dequantize(model: ir.Model, container: Container, target: Target) -> 
         assert scale is not None
         inputs: list[ir.Value | None] = [source, scale]
         if source.const_value.dtype == ir.DataType.INT8:
-            inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), container, target)
+            inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), target)
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
         _take_over(node, [lowered], node.attributes["site"].as_string())
 
 
 def _store_weight(
-    model: ir.Model, source: ir.Value, scale: ir.Value, bits: int, container: Container, target: Target
+    model: ir.Model, source: ir.Value, scale: ir.Value, bits: int, target: Target
 ) -> list[ir.Value | None]:
     """The operands of a weight's DequantizeLinear."""
     assert source.const_value is not None
     integers: np.ndarray[Any, Any] = source.const_value.numpy()
-    dtype = _INTEGER_TYPES[container.stored_bits(bits)]
-    if dtype != ir.DataType.INT8:
-        # The zero point is 0 and left out: no integer kernel needs it here, and it would have to be packed too.
-        return [_add_initializer(model, f"{source.name}_{dtype.name.lower()}", integers.astype(dtype.numpy())), scale]
     channels = math.prod(scale.shape or ())
     if bits == MAX_BITS and target.shifts_full_weights:
         shifted = _add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
@@ -164,8 +159,6 @@ def _gather_integers(model: ir.Model) -> None:
         transposes = [reader for reader in readers if reader.op_type == "Transpose"] if gathers else []
         axis, (integers, scale, *rest) = node.attributes.get_int("axis", 1), node.inputs
         assert integers is not None
-        if integers.dtype in (ir.DataType.INT4, ir.DataType.INT2):
-            continue  # Gather does not support these: the runtime dequantizes the whole table at load time
         for reader in [*gathers, *transposes]:
             operands = [integers, *reader.inputs[1:]]
             moved = ir.Node("", reader.op_type, operands, reader.attributes.values(), num_outputs=1)

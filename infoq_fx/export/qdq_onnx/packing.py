@@ -1,0 +1,133 @@
+"""Packs integer weights into as many bits as they need, with operators that runtimes compute once, as they load.
+
+A value of b bits is cut into fields of 4, 2 and 1 bits, and equal fields are stored several in a byte: 3 bits are one
+field of 2 and one of 1. Unpacking looks each byte up in a table of its fields, adds the fields, and looks the sum up in
+the 2^b int8 values. onnxruntime and OpenVINO both fold these operators; OpenVINO does not fold bit operations, and
+would then run the layers in float.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
+
+__all__ = ["pack_weights"]
+
+_FIELDS = {4: 1, 2: 2, 1: 3}  # the bits of a field, and log2 of how many a byte holds
+_GROUP = 8  # values that take whole bytes at any bit-width
+_CHAIN_BYTES = 300  # the operators of one bit-width in the file
+_NODE_BYTES = 40  # the operators of one weight
+_WIDTHS = range(1, 8)
+
+
+def pack_weights(model: ir.Model) -> None:
+    """Pack the int8 weights of a lowered model, in place, where that makes the file smaller.
+
+    A weight takes the narrowest bit-width that holds its values, or a wider one that others take too if the operators
+    of its own would take more space. Weights of one bit-width are stored together.
+    """
+    weights = [value for value in model.graph.initializers.values() if _is_weight(value)]
+    widths = {id(value): _width(read_array(value)) for value in weights}
+    chosen = _choose_widths([(widths[id(value)], read_array(value).size) for value in weights])
+    groups: defaultdict[int, list[ir.Value]] = defaultdict(list)
+    for value in weights:
+        fitting = [width for width in chosen if width >= widths[id(value)]]
+        if fitting and _packed_bytes(read_array(value).size, fitting[0]) < read_array(value).size:
+            groups[fitting[0]].append(value)
+    start = GraphStart(model)
+    for width, group in sorted(groups.items()):
+        _store_packed(start, width, group)
+    start.insert()
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether an initializer holds int8 values that are not zero points."""
+    tensor = value.const_value
+    is_int8 = tensor is not None and tensor.dtype == ir.DataType.INT8 and tensor.size > 0
+    reads_as_zero_point = any(use.node.op_type == "DequantizeLinear" and use.idx == 2 for use in value.uses())
+    return is_int8 and not reads_as_zero_point and not value.is_graph_output()
+
+
+def _width(integers: Array) -> int:
+    """The bits of the narrowest two's complement that holds all values."""
+    largest = max(int(integers.max()), -int(integers.min()) - 1, 0)
+    return 1 + largest.bit_length()
+
+
+def _packed_bytes(count: int, width: int) -> int:
+    return math.ceil(count * width / 8)
+
+
+def _choose_widths(weights: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """The bit-widths whose operators make the file smallest; each weight takes the next one up, or a byte a value."""
+    counts: defaultdict[int, list[int]] = defaultdict(list)
+    for width, count in weights:
+        counts[width].append(count)
+
+    def total(chosen: tuple[int, ...]) -> int:
+        size = _CHAIN_BYTES * len(chosen)
+        for width, held in counts.items():
+            taken = next((own for own in chosen if own >= width), 8)
+            size += _packed_bytes(sum(held), taken) + (_NODE_BYTES * len(held) if taken < 8 else 0)
+        return size
+
+    used = [width for width in _WIDTHS if counts[width]]
+    every = itertools.chain.from_iterable(itertools.combinations(used, count) for count in range(len(used) + 1))
+    return min(every, key=total)
+
+
+def _store_packed(start: GraphStart, width: int, weights: list[ir.Value]) -> None:
+    """Store weights in ``width`` bits a value, and compute them where they are read."""
+    joined = np.concatenate([read_array(value).ravel() for value in weights]).astype(np.int16) + (1 << (width - 1))
+    values = np.zeros(-(-joined.size // _GROUP) * _GROUP, np.uint8)
+    values[: joined.size] = joined
+    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2))
+    flat = start.call("Reshape", unpacked, start.shape([-1]))
+    parts = start.split(f"int{width}", flat, [read_array(value).size for value in weights], values.size)
+    for value, part in zip(weights, parts, strict=True):
+        start.replace(value, start.call("Reshape", part, start.shape(read_array(value).shape)))
+
+
+def _unpack(start: GraphStart, width: int, values: Array) -> ir.Value:
+    """The int8 values as computed from their packed fields; ``values`` are unsigned, ``[groups, 2, 2, 2]``."""
+    levels = start.constant(f"int{width}", np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8))
+    fields = [bits for bits in _FIELDS if width & bits]
+    parts: list[ir.Value] = []
+    for bits, shift in zip(fields, itertools.accumulate(fields, initial=0), strict=False):
+        table = _table(start, bits)
+        if shift:
+            table = start.call_once(f"fields_{bits}_{shift}", "Mul", table, start.number(1 << shift))
+        if len(fields) == 1:
+            table = start.call("Gather", levels, table)
+        stored = start.as_int32(f"int{width}_{bits}", _pack_field(values >> shift, bits))
+        parts.append(start.call("Gather", table, stored))
+    total = functools.reduce(functools.partial(start.call, "Add"), parts)
+    return total if len(fields) == 1 else start.call("Gather", levels, total)
+
+
+def _table(start: GraphStart, bits: int) -> ir.Value:
+    """The fields of every byte, int32 ``[256, 2, ...]``, the lowest first."""
+    dims = [2] * _FIELDS[bits]
+    places = np.int32(1) << (bits * np.arange(8 // bits, dtype=np.int32))
+    # Transpose without its attribute reverses the axes.
+    divisors = start.constant(f"places_{bits}", places.reshape(dims).T.reshape(*dims, 1))
+    every_byte = start.call_once("bytes", "Range", start.number(0), start.number(256), start.number(1))
+    shifted = start.call_once(f"shifted_{bits}", "Div", every_byte, divisors)
+    field = start.call_once(f"field_{bits}", "Mod", shifted, start.number(1 << bits))
+    return start.call_once(f"fields_{bits}", "Transpose", field)
+
+
+def _pack_field(values: Array, bits: int) -> Array:
+    """Pack the lowest bits of the values, ``8 / bits`` a byte."""
+    count = 8 // bits
+    fields = (values & ((1 << bits) - 1)).reshape(-1, count).astype(np.uint16)
+    packed: Array = (fields << (bits * np.arange(count, dtype=np.uint16))).sum(1).astype(np.uint8)
+    return packed.reshape(len(values), *[2] * (3 - _FIELDS[bits]))
