@@ -40,6 +40,7 @@ ONLY_IN = {
     "onnxscript": {"export"},
     "onnxruntime": {"export", "demo"},
     "openvino": {"export"},
+    "qonnx": {"export"},
     "torchao": {"export"},
     "matplotlib": {"report"},
     "vl_convert": {"report"},

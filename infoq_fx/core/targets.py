@@ -7,7 +7,20 @@ from dataclasses import dataclass
 
 from infoq_fx.errors import unknown_name_error
 
-__all__ = ["CONTAINERS", "DEFAULT_TARGET", "TARGETS", "Container", "Target", "find_container", "find_target"]
+__all__ = [
+    "CONTAINERS",
+    "DEFAULT_TARGET",
+    "IR_VERSION",
+    "OPSET_VERSION",
+    "TARGETS",
+    "Container",
+    "Target",
+    "find_container",
+    "find_target",
+]
+
+
+OPSET_VERSION, IR_VERSION = 18, 8  # of every file
 
 
 @dataclass(frozen=True)
@@ -18,14 +31,10 @@ class Container:
         name: its public name.
         is_packed: weights of fewer than 8 bits take the bits that they have, and the file has the operators that
             unpack them; otherwise every weight takes a byte.
-        opset_version: of the file.
-        ir_version: of the file.
     """
 
     name: str
     is_packed: bool
-    opset_version: int = 18
-    ir_version: int = 8
 
     def stored_bits(self, bits: int) -> int:
         """Return the bits that each weight of a bit-width takes in the file."""
@@ -38,8 +47,8 @@ class Target:
 
     Args:
         name: its public name.
-        containers: those that it loads and computes correctly, the one with the widest support and fastest kernels
-            first.
+        containers: those that it loads and computes correctly, the smallest first; none for QONNX, whose files hold
+            floats and say in ``Quant`` nodes how many bits they need.
         shifts_full_weights: weights that use all of 8 bits are stored as uint8 around zero point 128 instead of int8.
             onnxruntime multiplies uint8 by int8 with saturation on x86 processors without VNNI; with it, and in
             OpenVINO, shifted weights are only slower (MobileNetV2: 1.6 times).
@@ -59,12 +68,14 @@ _TARGETS = (
     Target("onnxruntime", ("exact", "int8"), shifts_full_weights=False, quantizes_before_parameters=True),
     Target("onnxruntime-avx2", ("exact", "int8"), shifts_full_weights=True, quantizes_before_parameters=True),
     Target("openvino", ("exact", "int8"), shifts_full_weights=False, quantizes_before_parameters=False),
+    Target("qonnx", (), shifts_full_weights=False, quantizes_before_parameters=True),
 )
 
 CONTAINERS: Mapping[str, Container] = {container.name: container for container in _CONTAINERS}
 """Containers by name: ``exact`` for runtimes that compute constants as they load, ``int8`` for those that do not."""
 TARGETS: Mapping[str, Target] = {target.name: target for target in _TARGETS}
-"""Runtimes that files are tested with, by name; ``onnxruntime-avx2`` is onnxruntime on x86 processors without VNNI."""
+"""Runtimes that files are tested with, by name; ``onnxruntime-avx2`` is onnxruntime on x86 processors without VNNI,
+``qonnx`` the format that FINN and hls4ml read."""
 DEFAULT_TARGET = "onnxruntime"
 
 

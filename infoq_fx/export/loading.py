@@ -52,8 +52,10 @@ def measure_loading(path: str | os.PathLike[str], target: str) -> Loading | None
         target: its name in :data:`infoq_fx.TARGETS`.
 
     Returns:
-        None for a file without such operators.
+        None for a file without such operators, and for QONNX.
     """
+    if target == "qonnx":
+        return None
     operators = _count_constant(onnx.load(path, load_external_data=False).graph)
     if operators == 0:
         return None

@@ -54,8 +54,9 @@ def verify_onnx(
         path: of the file.
         quantized: the module.
         data: as calibration data of :func:`infoq_fx.quantize`; a few hundred samples, with labels if available.
-        target: the runtime of :data:`infoq_fx.TARGETS`; ``"openvino"`` needs the extra ``infoq-fx[openvino]``.
-        batch_size: samples per run; a module with a fixed batch size uses that.
+        target: the runtime of :data:`infoq_fx.TARGETS`; ``"openvino"`` and ``"qonnx"`` need the extras
+            ``infoq-fx[openvino]`` and ``infoq-fx[qonnx]``.
+        batch_size: samples per run; a module with a fixed batch size uses that, and QONNX one.
         metric: ``(outputs, labels) -> float`` over all samples, larger is better; it is shown for module and file. The
             outputs are those of the module, in its own structure.
 
@@ -67,7 +68,7 @@ def verify_onnx(
     provenance = provenance_of(quantized)
     if provenance is None:
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
-    names, size = tuple(provenance.example_inputs), provenance.batch_size or batch_size
+    names, size = tuple(provenance.example_inputs), provenance.batch_size or (1 if target == "qonnx" else batch_size)
     samples = read_data(data, ForwardArguments.exactly(names)).named(names)
     samples = replace(samples, inputs=provenance.form.file_inputs(samples.inputs))
     if provenance.batch_size is not None:
@@ -108,6 +109,8 @@ def _open_sessions(path: str, target: str, outputs: Sequence[str]) -> tuple[str,
     """The runtime's name with its version, and a function that runs the file for each of its levels."""
     if target == "openvino":
         return _open_openvino(path)
+    if target == "qonnx":
+        return _open_qonnx(path, outputs)
     levels = {
         "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "default": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -139,6 +142,27 @@ def _open_openvino(path: str) -> tuple[str, Mapping[str, _Run]]:
     return f"OpenVINO {openvino.__version__.partition('-')[0]}", {
         "default": lambda feeds: [compiled(feeds)[key] for key in compiled.outputs]
     }
+
+
+def _open_qonnx(path: str, outputs: Sequence[str]) -> tuple[str, Mapping[str, _Run]]:
+    """The executor of the ``qonnx`` package, node by node as written."""
+    try:
+        from importlib.metadata import version
+
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.core.onnx_exec import execute_onnx
+    except ImportError as error:
+        raise OptionError("target 'qonnx' needs the qonnx package: pip install 'infoq-fx[qonnx]'") from error
+    try:
+        model = ModelWrapper(path)
+    except Exception as error:
+        raise ExportError(f"qonnx refuses {path}: {error}; export it again") from error
+
+    def run(feeds: dict[str, Any]) -> list[Any]:
+        found = execute_onnx(model, feeds)
+        return [found[name] for name in outputs]
+
+    return f"qonnx {version('qonnx')}", {"off": run}
 
 
 def _run_module(quantized: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Any:

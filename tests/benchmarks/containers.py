@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-CONTAINERS = ("int8", "packed")
+CONTAINERS = ("int8", "exact")
 
 
 def write(folder):

@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from infoq_fx.conversion.quantized import provenance_of
-from infoq_fx.core.targets import DEFAULT_TARGET, find_container, find_target
+from infoq_fx.core.targets import DEFAULT_TARGET, OPSET_VERSION, Container, Target, find_container, find_target
 from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
 from infoq_fx.export.qdq_onnx.lowering import lower
+from infoq_fx.export.qdq_onnx.quant_nodes import lower_to_quant
 from infoq_fx.export.qdq_onnx.tracing import trace
 from infoq_fx.export.qdq_onnx.writing import check_file, folder_beside, write_model
 
@@ -35,6 +36,9 @@ def export_onnx(
       byte and biases two where they can.
     - ``"int8"``: int8 with values within the bit-width, for runtimes that compute no constants as they load.
 
+    Target ``"qonnx"`` has no container: the file has ``Quant`` nodes of the domain ``qonnx.custom_op.general`` with
+    every site's bit-width and a batch of 1, for FINN and hls4ml.
+
     Weights of 8 bits may be uint8 around zero point 128 in both.
 
     An activation of fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear. Initializers and
@@ -45,7 +49,7 @@ def export_onnx(
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned.
         path: of the file; its folder must exist.
-        container: of :data:`infoq_fx.CONTAINERS`; None for the target's first.
+        container: of :data:`infoq_fx.CONTAINERS`; None for the target's first, or for QONNX.
         target: the runtime of :data:`infoq_fx.TARGETS` that the file is for.
         external_data: store tensors in ``<path>.data``; models above 2 GB always do.
 
@@ -53,7 +57,8 @@ def export_onnx(
         The path.
 
     Raises:
-        OptionError: the module is not a quantized module, or the container or target is unknown.
+        OptionError: the module is not a quantized module, the container or target is unknown, or a container is given
+            for QONNX.
         ExportError: the path cannot be written, torch cannot export the graph, or a check failed; no file is left,
             and a previous file is not changed.
     """
@@ -61,12 +66,23 @@ def export_onnx(
     if provenance is None:
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
     runtime = find_target(target)
-    chosen = find_container(container or runtime.containers[0])
+    chosen = _choose_container(container, runtime)
     place = Path(path)
     with folder_beside(place) as folder:
-        model = trace(quantized, provenance, chosen.opset_version)
-        lower(model, chosen, runtime)
+        model = trace(quantized, provenance, OPSET_VERSION, has_fixed_sizes=chosen is None)
+        if chosen is None:
+            lower_to_quant(model)
+        else:
+            lower(model, chosen, runtime)
         finish(model, provenance.allocation, chosen)
         write_model(model, folder / place.name, external_data=external_data)
         check_file(folder / place.name, quantized, provenance)
     return place
+
+
+def _choose_container(asked: str | None, target: Target) -> Container | None:
+    if target.containers:
+        return find_container(asked or target.containers[0])
+    if asked is not None:
+        raise OptionError(f"target {target.name!r} has no containers, got {asked!r}; leave the container out")
+    return None

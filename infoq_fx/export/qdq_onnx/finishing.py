@@ -11,10 +11,11 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from infoq_fx.core.targets import Container
+from infoq_fx.core.targets import IR_VERSION, OPSET_VERSION, Container
 from infoq_fx.core.version import __version__
 from infoq_fx.export.qdq_onnx.packing import pack_weights
 from infoq_fx.export.qdq_onnx.parameters import pack_parameters
+from infoq_fx.export.qdq_onnx.quant_nodes import QONNX_DOMAIN, QONNX_OPSET
 from infoq_fx.export.qdq_onnx.slimming import drop_defaults, shorten, slim_values
 from infoq_fx.export.qdq_onnx.tracing import DOMAIN
 from infoq_fx.types import BASELINE_BITS, Allocation
@@ -27,11 +28,14 @@ _AXES = {
     **{(2, 1): "length", (3, 1): "length", (3, 2): "length", (4, 2): "height", (4, 3): "width"},
     **{(5, 2): "depth", (5, 3): "height", (5, 4): "width"},
 }
+_DEQUANTIZERS = {"DequantizeLinear", "Quant"}
 _CONTAINER_KEY, _VERSION_KEY = "infoq.container", "infoq.version"
 
 
-def finish(model: ir.Model, allocation: Allocation, container: Container) -> None:
+def finish(model: ir.Model, allocation: Allocation, container: Container | None) -> None:
     """Name the nodes, set the metadata and reduce the size of a lowered model, in place.
+
+    A model with QONNX nodes has no container; it keeps its shapes, which ONNX cannot infer behind them.
 
     Layers are named by the module path of their weight; packed containers name only these. The metadata has the
     allocation, with its budget and criterion, as JSON.
@@ -41,21 +45,25 @@ def finish(model: ir.Model, allocation: Allocation, container: Container) -> Non
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
     ClearMetadataAndDocStringPass()(model)
-    if container.is_packed:
+    is_packed = container is not None and container.is_packed
+    if is_packed:
         shorten(model)
-    _name_nodes(model, layers_only=container.is_packed)
-    if container.is_packed:
+    _name_nodes(model, layers_only=is_packed)
+    if is_packed:
         pack_parameters(model)
         pack_weights(model)
-    for node in model.graph:
-        drop_defaults(node)
-    slim_values(model)
     model.opset_imports.pop(DOMAIN, None)
-    model.opset_imports[""] = container.opset_version
-    model.ir_version = container.ir_version
+    if container is None:
+        model.opset_imports[QONNX_DOMAIN] = QONNX_OPSET
+    else:
+        for node in model.graph:
+            drop_defaults(node)
+        slim_values(model)
+    model.opset_imports[""], model.ir_version = OPSET_VERSION, IR_VERSION
     model.producer_name, model.producer_version = DOMAIN, __version__
     model.metadata_props[METADATA_KEY] = _describe(allocation)
-    model.metadata_props[_CONTAINER_KEY], model.metadata_props[_VERSION_KEY] = container.name, __version__
+    model.metadata_props[_CONTAINER_KEY] = "qonnx" if container is None else container.name
+    model.metadata_props[_VERSION_KEY] = __version__
 
 
 def _describe(allocation: Allocation) -> str:
@@ -89,10 +97,10 @@ def _name_nodes(model: ir.Model, *, layers_only: bool) -> None:
 
 def _layer_path(node: ir.Node) -> str | None:
     """The module path of the stored weight that a node reads; None if it reads none."""
-    for value in node.inputs[1:2] if node.op_type != "DequantizeLinear" else ():
+    for value in node.inputs[1:2] if node.op_type not in _DEQUANTIZERS else ():
         producer = None if value is None else value.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear" and _is_stored(producer.inputs[0]):
-            return str(producer.name).removesuffix("/DQ").removesuffix(".weight")
+        if producer is not None and producer.op_type in _DEQUANTIZERS and _is_stored(producer.inputs[0]):
+            return str(producer.name).removesuffix("/DQ").removesuffix("/Quant").removesuffix(".weight")
     return None
 
 

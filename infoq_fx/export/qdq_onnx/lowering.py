@@ -13,7 +13,7 @@ from infoq_fx.core.targets import Container, Target
 from infoq_fx.export.qdq_onnx.tracing import DOMAIN, find_placeholders
 from infoq_fx.types import MAX_BITS
 
-__all__ = ["lower"]
+__all__ = ["add_initializer", "lower", "store_transposed", "take_over"]
 
 _SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
 _VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"}
@@ -29,7 +29,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     if not target.quantizes_before_parameters:
         _drop_outputs_before_parameters(model)
         _write_relus_as_maxima(model)
-    _store_transposed(model)
+    store_transposed(model)
     _lower_dequantize(model, target)
     _gather_integers(model)
     _lower_quantize_dequantize(model, shares_scales=container.is_packed)
@@ -60,7 +60,7 @@ def _write_relus_as_maxima(model: ir.Model) -> None:
         source = node.inputs[0]
         producer = None if source is None else source.producer()
         if producer is not None and producer.op_type == "Concat" and any(map(_is_parameter, producer.inputs)):
-            zero = _add_initializer(model, "no_less_than", np.float32(0))
+            zero = add_initializer(model, "no_less_than", np.float32(0))
             maximum = ir.Node("", "Max", [source, zero], num_outputs=1, name=node.name)
             old, new = node.outputs[0], maximum.outputs[0]
             new.name, new.shape, new.type = old.name, old.shape, old.type
@@ -75,7 +75,7 @@ def _is_parameter(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None
 
 
-def _store_transposed(model: ir.Model) -> None:
+def store_transposed(model: ir.Model) -> None:
     """Transpose weights in the file instead of at run time.
 
     1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
@@ -111,7 +111,7 @@ def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
     assert source is not None
     assert source.const_value is not None
     integers = np.ascontiguousarray(source.const_value.numpy().T)
-    stored = _add_initializer(model, f"{source.name}_transposed", integers)
+    stored = add_initializer(model, f"{source.name}_transposed", integers)
     attributes = {**node.attributes, "axis": ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())}
     moved = ir.Node(DOMAIN, "Dequantize", [stored, node.inputs[1]], list(attributes.values()), num_outputs=1)
     moved.outputs[0].name = f"{node.outputs[0].name}_transposed"
@@ -129,7 +129,7 @@ def _lower_dequantize(model: ir.Model, target: Target) -> None:
         if source.const_value.dtype == ir.DataType.INT8:
             inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), target)
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
-        _take_over(node, [lowered], node.attributes["site"].as_string())
+        take_over(node, [lowered], node.attributes["site"].as_string())
 
 
 def _store_weight(
@@ -140,9 +140,9 @@ def _store_weight(
     integers: np.ndarray[Any, Any] = source.const_value.numpy()
     channels = math.prod(scale.shape or ())
     if bits == MAX_BITS and target.shifts_full_weights:
-        shifted = _add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
-        return [shifted, scale, _add_initializer(model, f"zeros_at_128_{channels}", np.full(channels, 128, np.uint8))]
-    return [source, scale, _add_initializer(model, f"zeros_{channels}", np.zeros(channels, np.int8))]
+        shifted = add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
+        return [shifted, scale, add_initializer(model, f"zeros_at_128_{channels}", np.full(channels, 128, np.uint8))]
+    return [source, scale, add_initializer(model, f"zeros_{channels}", np.zeros(channels, np.int8))]
 
 
 def _gather_integers(model: ir.Model) -> None:
@@ -170,7 +170,7 @@ def _gather_integers(model: ir.Model) -> None:
                 last = ir.AttrInt64("axis", -1 if reader in gathers else 1 - axis)
                 inputs = [moved.outputs[0], scale, *rest]
                 chain = [moved, ir.Node("", "DequantizeLinear", inputs, [last], num_outputs=1)]
-            _take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
+            take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
         if gathers and not node.outputs[0].uses():
             node.graph.remove(node, safe=True)  # type: ignore[union-attr]
 
@@ -179,9 +179,9 @@ def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) 
     _, scale, zero_point = node.inputs
     assert zero_point is not None
     assert zero_point.const_value is not None
-    one = _add_initializer(model, "one", np.float32(1))
-    zero = _add_initializer(model, f"{zero_point.name}_of_rows", zero_point.const_value.numpy()[0])
-    last = _add_initializer(model, "last_axis", np.array([-1], np.int64))
+    one = add_initializer(model, "one", np.float32(1))
+    zero = add_initializer(model, f"{zero_point.name}_of_rows", zero_point.const_value.numpy()[0])
+    last = add_initializer(model, "last_axis", np.array([-1], np.int64))
     plain = ir.Node("", "DequantizeLinear", [rows.outputs[0], one, zero], num_outputs=1)
     scales = ir.Node("", "Gather", [scale, gather.inputs[1]], num_outputs=1)
     columns = ir.Node("", "Unsqueeze", [scales.outputs[0], last], num_outputs=1)
@@ -198,14 +198,14 @@ def _lower_quantize_dequantize(model: ir.Model, *, shares_scales: bool) -> None:
         bits = node.attributes["bits"].as_int()
         step = np.float32(node.attributes["scale"].as_float())
         name = f"scale_{float(step):g}" if shares_scales and float(f"{float(step):g}") == step else f"{site}_scale"
-        scale = _add_initializer(model, name, step)
+        scale = add_initializer(model, name, step)
         zero = _add_scalar(model, "zero", node.attributes["zero_point"].as_int())
         chain = [ir.Node("", "QuantizeLinear", [node.inputs[0], scale, zero], num_outputs=1)]
         if bits < MAX_BITS:
             low, high = _add_scalar(model, "quant_min", 0), _add_scalar(model, "quant_max", (1 << bits) - 1)
             chain.append(ir.Node("", "Clip", [chain[-1].outputs[0], low, high], num_outputs=1))
         chain.append(ir.Node("", "DequantizeLinear", [chain[-1].outputs[0], scale, zero], num_outputs=1))
-        _take_over(node, chain, site)
+        take_over(node, chain, site)
 
 
 def _derive_bias_scales(model: ir.Model) -> None:
@@ -248,7 +248,7 @@ def _is_constant(value: ir.Value | None, dtype: ir.DataType) -> bool:
     return value is not None and value.const_value is not None and value.const_value.dtype == dtype
 
 
-def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
+def take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
     """Replace a placeholder by a chain of nodes, whose last output gets the placeholder's name and readers."""
     old, new = node.outputs[0], chain[-1].outputs[0]
     for index, step in enumerate(chain):
@@ -269,10 +269,10 @@ def _take_over(node: ir.Node, chain: list[ir.Node], site: str) -> None:
 
 def _add_scalar(model: ir.Model, name: str, value: int) -> ir.Value:
     """A uint8 scalar, shared by all sites with the same value."""
-    return _add_initializer(model, f"{name}_{value}", np.uint8(value))
+    return add_initializer(model, f"{name}_{value}", np.uint8(value))
 
 
-def _add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+def add_initializer(model: ir.Model, name: str, array: np.ndarray[Any, Any] | np.generic) -> ir.Value:
     """An initializer with these values: the one of that name if it holds them, else a new one under a free name."""
     tensor, held = ir.Tensor(np.asarray(array), name=name), model.graph.initializers
     base, count = name, 1

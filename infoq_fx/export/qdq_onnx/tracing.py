@@ -25,19 +25,24 @@ _LOGGER = logging.getLogger(__name__)
 _LAST_OPSET = 23  # later opsets do not change the operators that the exporter writes
 
 
-def trace(quantized: nn.Module, provenance: Provenance, opset_version: int) -> ir.Model:
+def trace(
+    quantized: nn.Module, provenance: Provenance, opset_version: int, *, has_fixed_sizes: bool = False
+) -> ir.Model:
     """Translate the module to ONNX IR, with quantization and dequantization as placeholder ops of domain ``infoq_fx``.
+
+    With fixed sizes they are those of one of the example inputs' samples.
 
     Raises:
         ExportError: torch cannot translate the graph.
     """
     try:
-        model = _translate(quantized, provenance, opset_version, has_free_axes=bool(provenance.free_axes))
+        has_free_axes = bool(provenance.free_axes) and not has_fixed_sizes
+        model = _translate(quantized, provenance, opset_version, has_free_axes, has_fixed_sizes)
     except Exception as error:
-        if not provenance.free_axes:
+        if not provenance.free_axes or has_fixed_sizes:
             raise _describe_failure(error) from error
         try:
-            model = _translate(quantized, provenance, opset_version, has_free_axes=False)
+            model = _translate(quantized, provenance, opset_version, has_free_axes=False, has_fixed_sizes=False)
         except Exception as error:
             raise _describe_failure(error) from error
         _LOGGER.warning("the file has fixed sizes: torch.onnx.export cannot translate the graph with free ones")
@@ -50,14 +55,18 @@ def _describe_failure(error: Exception) -> ExportError:
     return ExportError(f"torch.onnx.export cannot translate the quantized graph: {reason}; quantize a part")
 
 
-def _translate(quantized: nn.Module, provenance: Provenance, opset_version: int, *, has_free_axes: bool) -> ir.Model:
+def _translate(
+    quantized: nn.Module, provenance: Provenance, opset_version: int, has_free_axes: bool, has_fixed_sizes: bool
+) -> ir.Model:
     table: dict[Any, Callable[..., Any]] = {
         quantize_dequantize_op: _translate_quantize_dequantize,
         dequantize_op: _translate_dequantize,
     }
     examples = provenance.form.file_inputs(provenance.example_inputs)
     axes: FreeAxes = {index: provenance.free_axes.get(name, ()) for index, name in enumerate(examples) if has_free_axes}
-    is_batch_free = provenance.batch_size is None
+    is_batch_free = provenance.batch_size is None and not has_fixed_sizes
+    if has_fixed_sizes and provenance.batch_size is None:
+        examples = {name: x[:1] for name, x in examples.items()}
     with exporting():
         program = export_quietly(
             _in_file_dtypes(quantized, provenance), tuple(examples.values()), axes, is_batch_free=is_batch_free

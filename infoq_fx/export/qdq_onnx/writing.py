@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 from infoq_fx.conversion.quantized import Provenance, plain_graph
 from infoq_fx.errors import ExportError
+from infoq_fx.export.qdq_onnx.quant_nodes import QONNX_DOMAIN, write_out_quant
 from infoq_fx.quantization.call_forms import flatten_tensors
 
 __all__ = ["check_file", "folder_beside", "write_model"]
@@ -56,22 +57,34 @@ def write_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 def check_file(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
     """Check a file by the ONNX checker, strict shape inference, and a run on the module's example inputs.
 
+    QONNX nodes, which ONNX does not know, are written out for the run.
+
     Raises:
         ExportError: a check failed.
     """
+    proto = onnx.load(draft, load_external_data=False)
+    is_standard = all(entry.domain != QONNX_DOMAIN for entry in proto.opset_import)
     try:
-        onnx.checker.check_model(str(draft), full_check=True)
+        onnx.checker.check_model(str(draft), full_check=is_standard)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph fails the ONNX checker: {error}; report it") from error
-    _check_run(draft, quantized, provenance)
+    if is_standard:
+        return _check_run(draft, quantized, provenance, provenance.example_inputs)
+    model = ir.load(draft)
+    write_out_quant(model)
+    with tempfile.TemporaryDirectory() as folder:
+        written_out = Path(folder) / draft.name
+        write_model(model, written_out, external_data=False)
+        one = {name: x if provenance.batch_size else x[:1] for name, x in provenance.example_inputs.items()}
+        return _check_run(written_out, quantized, provenance, one)
 
 
-def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> None:
-    """Compare a run of the file, unoptimised, with the module on the example inputs."""
+def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance, given: Mapping[str, torch.Tensor]) -> None:
+    """Compare a run of the file, unoptimised, with the module on inputs."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    examples = provenance.form.file_inputs(provenance.example_inputs)
+    examples = provenance.form.file_inputs(given)
     feeds = {name: x.detach().cpu().numpy() for name, x in examples.items()}
     try:
         session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
@@ -81,7 +94,7 @@ def _check_run(draft: Path, quantized: nn.Module, provenance: Provenance) -> Non
             f"onnxruntime {onnxruntime.__version__} refuses the exported file: {error}; install a newer release"
         ) from error
     with torch.no_grad():
-        outputs = plain_graph(quantized)(*provenance.example_inputs.values())
+        outputs = plain_graph(quantized)(*given.values())
     expected = [x.cpu().numpy() for x in flatten_tensors(outputs)]
     for name, ours, theirs in zip(provenance.output_names, expected, found, strict=True):
         if ours.shape != theirs.shape:
