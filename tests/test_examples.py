@@ -30,6 +30,7 @@ MADE = {
 # The slowest examples, at seconds each; the README has the calls of the quickstart.
 SLOW = {
     "detector.py",
+    "language_model.py",
     "fpga.py",
     "quickstart.py",
     "image_folder.py",

@@ -99,6 +99,7 @@ def test_layers_that_share_an_input_count_its_bits():
     assert rights["layer2.0.downsample.0"] == rights["layer2.0.conv1"] == "layer2.0.conv1.input"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", with_networks("resnet18", "resnet50", "mobilenet_v2"))
 def test_uniform_bits_compress_as_in_the_tables(network):
     inventory = take_inventory(network)

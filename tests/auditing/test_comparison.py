@@ -213,6 +213,7 @@ def by_size(prepared, data, site, bits):
     return site.numel * 4.0**-bits
 
 
+@pytest.mark.slow
 def test_functions_take_part(model, samples):
     found = infoq_fx.audit(model, samples, [by_size], [3.0], correlate=False, **OPTIONS)
     assert found.rows[0].correlation is None

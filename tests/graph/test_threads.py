@@ -23,6 +23,7 @@ def quantize(model, x):
     return infoq_fx.quantize(model, 4.0, calibration_data=x, bits=(2, 4, 8), progress=False)
 
 
+@pytest.mark.slow
 def test_two_threads_find_what_one_finds(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(16, 5, 16)

@@ -165,6 +165,7 @@ def test_channel_axis_and_layout_do_not_matter() -> None:
     assert choose_weight_qparams(weight, weight_spec(4)).zero_point.dtype == torch.int32
 
 
+@pytest.mark.slow
 def test_number_of_threads_does_not_matter() -> None:
     row = weights("gaussian", 1, 40_001)
     one = choose_weight_qparams(row, weight_spec(2, None)).scale

@@ -47,6 +47,7 @@ def test_one_more_bit_width_scores_only_that(prepared_and_data, table, tmp_path,
     assert found.scores == score(more, data).scores
 
 
+@pytest.mark.slow
 def test_one_more_site_scores_only_that(prepared_and_data, tmp_path, monkeypatch):
     pinned, data = build(pin={"blocks.0.conv1": 8})
     score(pinned, data, cache_dir=tmp_path)
