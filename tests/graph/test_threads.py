@@ -3,6 +3,7 @@
 import threading
 import warnings
 
+import pytest
 import torch
 from torch import nn
 
