@@ -12,13 +12,13 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import InputMoments, average_moments, measure_moments
+from infoq_fx.recovery.input_moments import average_moments, measure_moments
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, choose_samples
 from infoq_fx.recovery.parameters import fork, read_qparams
-from infoq_fx.recovery.second_order import round_rows
+from infoq_fx.recovery.second_order import Curvature, round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.recovery.steps.second_order_rounding import MOST_COLUMNS, SecondOrderRounding, add_ridge, scale_choices
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, scale_choices
 from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size
@@ -30,7 +30,7 @@ _SAMPLES = 512
 _ROWS = 8192
 _DAMPING = 0.03
 _SWEEPS = 2
-_ALGORITHM_VERSION = 1  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 2  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -42,7 +42,8 @@ class Candidates:
     the second moments of its layer's input in the 8-bit baseline, as :class:`infoq_fx.SecondOrderRounding` does it
     with a fixed ridge and without a new bias.
 
-    Transposed convolutions, embeddings and layers of more than 8,192 columns are rounded to nearest.
+    Transposed convolutions, embeddings and layers of more than 8,192 columns and many input rows are rounded to
+    nearest.
 
     Args:
         prepared: calibrated; not changed.
@@ -97,13 +98,16 @@ class Candidates:
             for segment in runner.segments:
                 for layer in segment.layers:
                     name, columns = layer.site.name, columns_of(layer)
-                    if name not in left or not can_unfold(layer) or columns > MOST_COLUMNS:
+                    if name not in left or not can_unfold(layer):
                         continue
-                    moments = average_moments(measure_moments(runner, segment, layer, max(_ROWS, 16 * columns)))
+                    halves = measure_moments(runner, segment, layer, max(_ROWS, 16 * columns))
+                    if halves is None:
+                        continue
+                    curvature = average_moments(halves).factorize(_DAMPING)
 
-                    def run(bits: int, layer: Layer = layer, moments: InputMoments = moments) -> RoundedWeight:
+                    def run(bits: int, layer: Layer = layer, curvature: Curvature = curvature) -> RoundedWeight:
                         with torch.inference_mode():
-                            return _round_layer(runner.prepared, layer, moments, bits)
+                            return _round_layer(runner.prepared, layer, curvature, bits)
 
                     for bits, found in zip(missing[name], spread(run, missing[name]), strict=True):
                         self._rounded[name, bits] = found
@@ -113,11 +117,10 @@ class Candidates:
                 runner.advance(segment)
 
 
-def _round_layer(prepared: PreparedModel, layer: Layer, moments: InputMoments, bits: int) -> RoundedWeight:
+def _round_layer(prepared: PreparedModel, layer: Layer, curvature: Curvature, bits: int) -> RoundedWeight:
     rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight)).double()
     qparams = read_qparams(prepared, layer, bits)
     spec, choices = qparams.spec, scale_choices(prepared, layer, bits, rows)
-    second = add_ridge(moments, _DAMPING)
-    q, step = round_rows(rows, second, choices, spec.quant_min, spec.quant_max, _SWEEPS)
+    q, step = round_rows(rows, curvature, choices, spec.quant_min, spec.quant_max, _SWEEPS)
     found = QParams(spec, step.reshape(qparams.scale.shape), qparams.zero_point)
     return RoundedWeight(rows_to_weight(layer, q).to(torch.int8), found)

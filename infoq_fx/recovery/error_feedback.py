@@ -1,10 +1,12 @@
 """Compiled loops of second-order rounding: error feedback to later columns, and coordinate descent.
 
-Every row is rounded by itself, so that its result does not depend on other rows. Rows and matrices are float32.
+Every row is rounded by itself, so that its result does not depend on other rows. Rows and matrices are float32. The
+loops ``on_inputs`` do the same from a few input rows, in float64, where these are fewer than the columns.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from infoq_fx.core.jit import jit
 
-__all__ = ["descend", "pass_errors_on"]
+__all__ = ["descend", "descend_on_inputs", "find_shares", "pass_errors_on", "pass_errors_on_inputs"]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Number: TypeAlias = float | np.floating[Any]
@@ -89,5 +91,108 @@ def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, low: Num
                         q[g, r, j] = best
                         for other in range(columns):
                             gradient[g, r, other] += move * step * second[g, j, other]
+                if not changed:
+                    break
+
+
+@partial(jit, fastmath={"reassoc"})  # lets the compiler vectorize the sum
+def _dot(a: Floats, b: Floats) -> float:
+    total = 0.0
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@jit
+def find_shares(columns: Floats, ridge: Floats, shares: Floats) -> None:
+    """Find, for every column j, ``(ridge I + A_L A_L^T)^-1 a_j`` with L the columns from j on.
+
+    Args:
+        columns: A by column, ``[groups, columns, input rows]``.
+        ridge: ``[groups]``.
+        shares: output, shaped like ``columns``.
+    """
+    groups, count, rows = columns.shape
+    for g in range(groups):
+        inverse, image = np.zeros((rows, rows)), np.empty(rows)
+        for i in range(rows):
+            inverse[i, i] = 1 / ridge[g]
+        for j in range(count - 1, -1, -1):
+            for i in range(rows):
+                image[i] = _dot(inverse[i], columns[g, j])
+            scale = 1 + _dot(columns[g, j], image)
+            for i in range(rows):
+                shares[g, j, i] = image[i] / scale
+                for k in range(rows):
+                    inverse[i, k] -= image[i] * image[k] / scale
+
+
+@jit
+def pass_errors_on_inputs(
+    rows: Floats, columns: Floats, shares: Floats, steps: Floats, low: Number, high: Number, q: Floats
+) -> None:
+    """Round column after column as :func:`pass_errors_on` does.
+
+    Args:
+        rows: ``[groups, rows, columns]``; not changed.
+        columns: the inputs by column, ``[groups, columns, input rows]``.
+        shares: of :func:`find_shares`.
+        steps: scales, ``[groups, rows]``.
+        low: smallest integer.
+        high: largest integer.
+        q: output: the integers, shaped like ``rows``.
+    """
+    groups, count, width = rows.shape
+    for g in range(groups):
+        for r in range(count):
+            step, output = steps[g, r], np.zeros(columns.shape[2])
+            for j in range(width):
+                found = np.rint((rows[g, r, j] - _dot(shares[g, j], output)) / step)
+                found = low if found < low else found
+                found = high if found > high else found
+                q[g, r, j] = found
+                error = found * step - rows[g, r, j]
+                for i in range(output.size):
+                    output[i] += error * columns[g, j, i]
+
+
+@jit
+def descend_on_inputs(
+    q: Floats, target: Floats, columns: Floats, ridge: Floats, steps: Floats, low: Number, high: Number, sweeps: int
+) -> None:
+    """Coordinate descent as :func:`descend` does it, in place.
+
+    Args:
+        q: integers, ``[groups, rows, columns]``.
+        target: real values, shaped like ``q``.
+        columns: the inputs by column, ``[groups, columns, input rows]``.
+        ridge: ``[groups]``.
+        steps: scales, ``[groups, rows]``.
+        low: smallest integer.
+        high: largest integer.
+        sweeps: largest number of passes over the columns.
+    """
+    groups, count, width = q.shape
+    for g in range(groups):
+        for r in range(count):
+            step, output = steps[g, r], np.zeros(columns.shape[2])
+            for j in range(width):
+                error = q[g, r, j] * step - target[g, r, j]
+                for i in range(output.size):
+                    output[i] += error * columns[g, j, i]
+            for _ in range(sweeps):
+                changed = False
+                for j in range(width):
+                    gradient = _dot(columns[g, j], output) + ridge[g] * (q[g, r, j] * step - target[g, r, j])
+                    curvature = _dot(columns[g, j], columns[g, j]) + ridge[g]
+                    best = np.rint(q[g, r, j] - gradient / (curvature * step))
+                    best = low if best < low else best
+                    best = high if best > high else best
+                    if best != q[g, r, j]:
+                        changed = True
+                        error = (best - q[g, r, j]) * step
+                        for i in range(output.size):
+                            output[i] += error * columns[g, j, i]
+                        q[g, r, j] = best
                 if not changed:
                     break

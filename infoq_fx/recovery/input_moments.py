@@ -1,18 +1,24 @@
-"""Measures first and second moments of a layer's input, in the reference and in the quantized model."""
+"""Moments of a layer's input, in the reference and in the quantized model, and what they say of a rounded weight."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
+from infoq_fx.recovery.second_order import Curvature, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer, Segment
 from infoq_fx.recovery.unfolding import input_rows
 
-__all__ = ["InputMoments", "average_moments", "measure_moments"]
+__all__ = ["MOST_COLUMNS", "InputMoments", "InputSamples", "Inputs", "average_moments", "measure_moments"]
+
+MOST_COLUMNS = 8192  # the moments of more would take gigabytes
+_MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
+_SAMPLES_SHARE = 2  # rows are kept as they are if the columns are this many times as many
 
 
 @dataclass(frozen=True)
@@ -40,38 +46,132 @@ class InputMoments:
             self.cross - self.mean[:, :, None] * outer,
         )
 
+    def ridge(self, damping: float) -> Tensor:
+        """Return ``damping`` times the mean diagonal, above rounding errors where inputs are constant, ``[groups]``."""
+        return _ridge(self.second.diagonal(dim1=1, dim2=2), self.mean_quantized, damping)
 
-def measure_moments(
-    runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int
-) -> tuple[InputMoments, InputMoments]:
+    def factorize(self, damping: float) -> Curvature:
+        """Return the curvature of the layer's output error, with a ridge of ``damping``."""
+        return factorize(self.second + self._diagonal(damping))
+
+    def ideal_rows(self, rows: Tensor, shrinkage: float) -> Tensor:
+        """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
+
+        They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, float64 ``[groups, rows, columns]``.
+        """
+        ridge = self._diagonal(shrinkage)
+        target = rows.double() @ (self.cross + ridge)
+        found: Tensor = torch.cholesky_solve(target.mT, torch.linalg.cholesky(self.second + ridge)).mT
+        return found
+
+    def output_error(self, rows: Tensor, rounded: Tensor) -> float:
+        """Return ``E |W x - V x^|^2 - E |W x|^2`` for rounded rows V, summed over the rows."""
+        return float(((rounded @ self.second - 2 * rows @ self.cross) * rounded).sum())
+
+    def _diagonal(self, damping: float) -> Tensor:
+        size = self.ridge(damping)
+        return torch.eye(self.second.shape[1], dtype=size.dtype, device=size.device) * size[:, None, None]
+
+
+@dataclass(frozen=True)
+class InputSamples:
+    """The input rows themselves, where they are fewer than the columns: their moments have no higher rank.
+
+    ``reference`` and ``quantized`` are ``[groups, count, columns]``, float64, minus their means if ``is_centred``.
+    The methods are those of :class:`InputMoments`, by matrices of the size of ``count``.
+    """
+
+    reference: Tensor
+    quantized: Tensor
+    mean: Tensor
+    mean_quantized: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.reference.shape[1]
+
+    def centre(self) -> InputSamples:
+        """See :class:`InputMoments`."""
+        means = self.mean[:, None, :], self.mean_quantized[:, None, :]
+        return replace(self, reference=self.reference - means[0], quantized=self.quantized - means[1])
+
+    def ridge(self, damping: float) -> Tensor:
+        """See :class:`InputMoments`."""
+        return _ridge(self.quantized.square().mean(1), self.mean_quantized, damping)
+
+    def factorize(self, damping: float) -> Curvature:
+        """See :class:`InputMoments`."""
+        return factorize_inputs(self.quantized / math.sqrt(self.count), self.ridge(damping))
+
+    def ideal_rows(self, rows: Tensor, shrinkage: float) -> Tensor:
+        """See :class:`InputMoments`."""
+        products = self.quantized @ self.quantized.mT / self.count
+        size = self.ridge(shrinkage)[:, None, None]
+        inner = products + size * torch.eye(self.count, dtype=size.dtype, device=size.device)
+        missing = rows.double() @ (self.reference - self.quantized).mT
+        found: Tensor = rows + torch.linalg.solve(inner, missing.mT).mT @ self.quantized / self.count
+        return found
+
+    def output_error(self, rows: Tensor, rounded: Tensor) -> float:
+        """See :class:`InputMoments`."""
+        wanted, found = rows @ self.reference.mT, rounded @ self.quantized.mT
+        return float(((found - 2 * wanted) * found).sum() / self.count)
+
+
+Inputs = InputMoments | InputSamples
+
+
+def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
     """Measure the moments over each half of the samples, from about ``rows`` rows in all.
 
     The runner must be at the segment's start. Batches go to the two halves in turn; a single batch is used for both.
+    Where all rows together are at most half as many as the columns, they are kept as they are. Otherwise the result is
+    None for layers of more than ``MOST_COLUMNS`` columns.
     """
     most = max(1, math.ceil(rows / runner.samples))
 
-    def read(_: int, pair: Pair) -> InputMoments:
+    def read(index: int, pair: Pair) -> Inputs | None:
         x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
+        per_sample = x.shape[1] / runner.batch_samples[index]
+        if _SAMPLES_SHARE * per_sample * runner.samples <= x.shape[2]:
+            x, found = x.double(), found.double()
+            return InputSamples(x, found, x.mean(1), found.mean(1))
+        if x.shape[2] > MOST_COLUMNS:
+            return None
         products = x.mean(1), found.mean(1), found.mT @ found / x.shape[1], x.mT @ found / x.shape[1]
         return InputMoments(x.shape[1], *(product.double() for product in products))
 
-    parts = runner.collect(segment, layer.source, read)
+    parts = [part for part in runner.collect(segment, layer.source, read) if part is not None]
+    if not parts:
+        return None
     return average_moments(parts[::2]), average_moments(parts[1::2] or parts)
 
 
-def average_moments(parts: Sequence[InputMoments]) -> InputMoments:
+def average_moments(parts: Sequence[Inputs]) -> Inputs:
     """Return the moments of all rows together, added in order so that threads do not change the result."""
-    count = sum(part.count for part in parts)
+    samples = [part for part in parts if isinstance(part, InputSamples)]
+    if samples:
+        reference = torch.cat([part.reference for part in samples], 1)
+        quantized = torch.cat([part.quantized for part in samples], 1)
+        return InputSamples(reference, quantized, reference.mean(1), quantized.mean(1))
+    moments = [part for part in parts if isinstance(part, InputMoments)]
+    count = sum(part.count for part in moments)
 
     def average(values: Iterable[Tensor]) -> Tensor:
-        total = sum(value * (part.count / count) for value, part in zip(values, parts, strict=True))
+        total = sum(value * (part.count / count) for value, part in zip(values, moments, strict=True))
         assert isinstance(total, Tensor)
         return total
 
     return InputMoments(
         count,
-        average(part.mean for part in parts),
-        average(part.mean_quantized for part in parts),
-        average(part.second for part in parts),
-        average(part.cross for part in parts),
+        average(part.mean for part in moments),
+        average(part.mean_quantized for part in moments),
+        average(part.second for part in moments),
+        average(part.cross for part in moments),
     )
+
+
+def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:
+    noise = _MOMENT_NOISE * (diagonal.abs() + mean.square()).mean()
+    return (damping * diagonal.mean(1)).maximum(noise).clamp_min(1e-12)

@@ -80,6 +80,7 @@ class LayerwiseRunner:
         self.layers = sum(len(segment.layers) for segment in self.segments)
         batches = [_laid_out(batch) for batch in data.batches(context.batch_size)]
         inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
+        self.batch_samples = [len(next(iter(batch.values()))) for batch in batches]
         self._reference = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
         self._quantized = [dict(values) for values in self._reference]
 

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infoq_fx.recovery.error_feedback import descend, pass_errors_on
-from infoq_fx.recovery.input_moments import InputMoments
+from infoq_fx.recovery.error_feedback import (
+    descend,
+    descend_on_inputs,
+    find_shares,
+    pass_errors_on,
+    pass_errors_on_inputs,
+)
 
-__all__ = ["ideal_rows", "quadratic_error", "round_rows"]
+__all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "factorize", "factorize_inputs", "round_rows"]
 
 
-def ideal_rows(rows: Tensor, moments: InputMoments, ridge: Tensor) -> Tensor:
-    """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
+class Curvature(Protocol):
+    """A quadratic form ``d H d`` over the columns of rows, in the order in which the columns are rounded.
 
-    They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, with x the reference's input and x^ the quantized one.
+    All methods take and return rows whose columns are in this ``order``.
     """
-    target = rows.double() @ (moments.cross + ridge)
-    return torch.cholesky_solve(target.mT, torch.linalg.cholesky(moments.second + ridge)).mT
+
+    @property
+    def order(self) -> Tensor:
+        """Of the columns, int64 ``[groups, columns]``."""
+
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+        """Round column after column, the error of each fed back to the later ones: integers, shaped like ``rows``."""
+
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+        """Set every column to its best integer given all others, up to ``sweeps`` times."""
+
+    def errors(self, difference: Tensor) -> Tensor:
+        """The form of every row, ``[groups, rows]``."""
 
 
 def round_rows(
-    ideal: Tensor, second: Tensor, scales: Tensor, quant_min: int, quant_max: int, sweeps: int
+    ideal: Tensor, curvature: Curvature, scales: Tensor, quant_min: int, quant_max: int, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """Round rows to integers ``q`` so that ``E |(V - q scale) x^|^2`` is small, at the best of several scales per row.
 
@@ -33,7 +52,7 @@ def round_rows(
 
     Args:
         ideal: V, float64 ``[groups, rows, columns]``.
-        second: positive definite, float64 ``[groups, columns, columns]``.
+        curvature: of the error, from :func:`factorize` or :func:`factorize_inputs`.
         scales: candidates, float32 ``[groups, rows, candidates]``.
         quant_min: smallest integer.
         quant_max: largest integer.
@@ -43,28 +62,111 @@ def round_rows(
         Integers as float32, shaped like ``ideal``, and the scales chosen, ``[groups, rows]``.
     """
     groups, count, columns = ideal.shape
-    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    inverse_order = order.argsort(dim=1)
-    ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
-    ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
-    factor, moments = _factor_of_inverse(ordered).float(), ordered.float()
-    target = ideal.float().gather(2, order[:, None, :].expand(-1, count, -1))
+    order = curvature.order[:, None, :].expand(-1, count, -1)
+    target = ideal.float().gather(2, order)
     candidates = scales.shape[2]
     repeated = target.repeat_interleave(candidates, dim=1)
     steps = scales.reshape(groups, -1)
-    q = _pass_errors_on(repeated, factor, steps, quant_min, quant_max)
-    errors = quadratic_error(q * steps[..., None] - repeated, moments).view(groups, count, candidates)
+    q = curvature.pass_errors_on(repeated, steps, quant_min, quant_max)
+    errors = curvature.errors(q * steps[..., None] - repeated).view(groups, count, candidates)
     best = errors.argmin(2, keepdim=True)
     q = q.view(groups, count, candidates, columns)
     q = q.gather(2, best[..., None].expand(-1, -1, -1, columns))[:, :, 0]
     step = scales.gather(2, best)[..., 0]
-    q = _descend(q, (q * step[..., None] - target) @ moments, moments, step, quant_min, quant_max, sweeps)
-    return q.gather(2, inverse_order[:, None, :].expand(-1, count, -1)), step
+    q = curvature.descend(q, target, step, quant_min, quant_max, sweeps)
+    return q.gather(2, curvature.order.argsort(dim=1)[:, None, :].expand(-1, count, -1)), step
 
 
-def quadratic_error(difference: Tensor, second: Tensor) -> Tensor:
-    """Return the quadratic form ``d H d`` of every row, ``[groups, rows]``."""
-    return ((difference @ second) * difference).sum(2)
+@dataclass(frozen=True)
+class DenseCurvature:
+    """The curvature as a matrix for each group: ``second`` H and ``factor`` U with ``inverse(H) = U^T U``, float32."""
+
+    order: Tensor
+    second: Tensor
+    factor: Tensor
+
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+        """See :class:`Curvature`."""
+        q = np.empty(rows.shape, np.float32)
+        pass_errors_on(_array(rows), _array(self.factor), _array(steps), np.float32(low), np.float32(high), q)
+        return torch.from_numpy(q).to(rows.device)
+
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+        """See :class:`Curvature`."""
+        found, gradient = _array(q.clone()), _array((q * steps[..., None] - target) @ self.second)
+        descend(found, gradient, _array(self.second), _array(steps), np.float32(low), np.float32(high), sweeps)
+        return torch.from_numpy(found).to(q.device)
+
+    def errors(self, difference: Tensor) -> Tensor:
+        """See :class:`Curvature`."""
+        return ((difference @ self.second) * difference).sum(2)
+
+
+@dataclass(frozen=True)
+class LowRankCurvature:
+    r"""The curvature of few input rows A and a ridge: ``H = A^T A + ridge I``, which is never formed.
+
+    With L the columns not yet rounded and r the output of the errors so far, the best shift of column j of them is
+    ``-a_j^T (ridge I + A_L A_L^T)^-1 r``. ``shares`` holds these vectors, found from the last column to the first by
+    rank-one updates. A column costs the square of the number of input rows once, and that number for every row.
+
+    Args:
+        order: of the columns.
+        inputs: A, float64 ``[groups, input rows, columns]``.
+        ridge: ``[groups]``.
+        shares: ``[groups, columns, input rows]``.
+    """
+
+    order: Tensor
+    inputs: Tensor
+    ridge: Tensor
+    shares: Tensor
+
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+        """See :class:`Curvature`."""
+        q = np.empty(rows.shape, np.float32)
+        columns = _array(self.inputs.mT)
+        pass_errors_on_inputs(_array(rows), columns, _array(self.shares), _array(steps), float(low), float(high), q)
+        return torch.from_numpy(q).to(rows.device)
+
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+        """See :class:`Curvature`."""
+        found, columns = _array(q.clone()), _array(self.inputs.mT)
+        ridge, limits = _array(self.ridge), (float(low), float(high))
+        descend_on_inputs(found, _array(target), columns, ridge, _array(steps), *limits, sweeps)
+        return torch.from_numpy(found).to(q.device)
+
+    def errors(self, difference: Tensor) -> Tensor:
+        """See :class:`Curvature`."""
+        wide = difference.double()
+        return (wide @ self.inputs.mT).square().sum(2) + self.ridge[:, None] * wide.square().sum(2)
+
+
+def factorize(second: Tensor) -> DenseCurvature:
+    """Order the columns by their second moments, the largest first, and factorize these.
+
+    Args:
+        second: positive definite, float64 ``[groups, columns, columns]``.
+    """
+    columns = second.shape[1]
+    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
+    ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
+    return DenseCurvature(order, ordered.float(), _factor_of_inverse(ordered).float())
+
+
+def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
+    """The same as :func:`factorize` of ``inputs^T inputs`` with the ridge on its diagonal.
+
+    Args:
+        inputs: float64 ``[groups, input rows, columns]``, fewer rows than columns.
+        ridge: ``[groups]``, positive.
+    """
+    order = inputs.square().sum(1).argsort(dim=1, descending=True, stable=True)
+    ordered = inputs.gather(2, order[:, None, :].expand(-1, inputs.shape[1], -1))
+    shares = np.empty((inputs.shape[0], inputs.shape[2], inputs.shape[1]))
+    find_shares(_array(ordered.mT), _array(ridge), shares)
+    return LowRankCurvature(order, ordered, ridge, torch.from_numpy(shares).to(inputs.device))
 
 
 def _factor_of_inverse(second: Tensor) -> Tensor:
@@ -75,19 +177,7 @@ def _factor_of_inverse(second: Tensor) -> Tensor:
     return factor
 
 
-def _pass_errors_on(rows: Tensor, factor: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
-    q = np.empty(rows.shape, np.float32)
-    pass_errors_on(_array(rows), _array(factor), _array(steps), np.float32(low), np.float32(high), q)
-    return torch.from_numpy(q).to(rows.device)
-
-
-def _descend(q: Tensor, gradient: Tensor, second: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
-    found = _array(q.clone())
-    descend(found, _array(gradient), _array(second), _array(steps), np.float32(low), np.float32(high), sweeps)
-    return torch.from_numpy(found).to(q.device)
-
-
-def _array(x: Tensor) -> NDArray[np.float32]:
+def _array(x: Tensor) -> NDArray[Any]:
     """As a numpy array on the CPU, for which the loops are compiled."""
-    found: NDArray[np.float32] = x.cpu().contiguous().numpy()
+    found: NDArray[Any] = x.cpu().contiguous().numpy()
     return found

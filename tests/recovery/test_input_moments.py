@@ -1,13 +1,20 @@
 """Second moments of what enters a layer."""
 
 import numpy as np
+import pytest
 import torch
 from recovered import CONTEXT
+from torch import nn
 
-from infoq_fx.recovery.input_moments import average_moments, measure_moments
+import infoq_fx
+from infoq_fx.core.data import read_data
+from infoq_fx.recovery import input_moments
+from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.input_moments import InputMoments, InputSamples, average_moments, measure_moments
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
 from infoq_fx.recovery.parameters import fork
 from infoq_fx.recovery.unfolding import input_rows
+from infoq_fx.runtime.forward import RunOptions
 
 
 def test_moments_are_those_of_numpy(residual):
@@ -31,3 +38,28 @@ def test_moments_are_those_of_numpy(residual):
     assert found.count == len(x)
     half = average_moments([halves[0]])
     assert torch.equal(half.second, halves[0].second)
+
+
+@pytest.mark.parametrize(("samples", "columns", "kind"), [(20, 48, InputSamples), (40, 48, InputMoments)])
+def test_few_rows_of_many_columns_are_kept_as_they_are(samples, columns, kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(columns, 5)), torch.randn(samples, columns)
+    prepared = infoq_fx.prepare(model.eval(), x)
+    data = read_data(x).named(prepared.input_names)
+    runner = LayerwiseRunner(fork(prepared), {}, data, CONTEXT)
+    (segment,) = [one for one in runner.segments if one.layers]
+    halves = measure_moments(runner, segment, segment.layers[0], 10**6)
+    assert {type(half) for half in halves} == {kind}
+    assert average_moments(halves).count == samples
+
+
+def test_more_columns_than_moments_can_have(monkeypatch):
+    monkeypatch.setattr(input_moments, "MOST_COLUMNS", 47)
+    model, x = nn.Sequential(nn.Linear(48, 5)), torch.randn(40, 48)
+    prepared = infoq_fx.prepare(model.eval(), x)
+    data = read_data(x).named(prepared.input_names)
+    runner = LayerwiseRunner(fork(prepared), {}, data, CONTEXT)
+    (segment,) = [one for one in runner.segments if one.layers]
+    assert measure_moments(runner, segment, segment.layers[0], 10**6) is None
+    assert Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded == {}
+    assert infoq_fx.recover(prepared, infoq_fx.allocate(infoq_fx.score(prepared, x, progress=False), 4.0), x)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infoq_fx.recovery.input_moments import InputMoments
-from infoq_fx.recovery.second_order import ideal_rows, quadratic_error, round_rows
+from infoq_fx.recovery.input_moments import InputMoments, InputSamples
+from infoq_fx.recovery.second_order import factorize, factorize_inputs, round_rows
 
 
 def random_problem(seed, groups=2, rows=3, columns=5, correlated=True):
@@ -19,6 +19,10 @@ def random_problem(seed, groups=2, rows=3, columns=5, correlated=True):
     ideal = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
     second = x.mT @ x / 40 + 0.01 * torch.eye(columns, dtype=torch.float64)
     return ideal, second
+
+
+def quadratic_error(difference, second):
+    return ((difference @ second) * difference).sum(2)
 
 
 def brute_force(ideal, second, step, low, high):
@@ -34,7 +38,7 @@ def test_rounding_comes_near_the_best_of_all_integers(seed):
     ideal, second = random_problem(seed)
     scales = torch.full((2, 3, 1), 0.8)
     nearest = torch.round(ideal / 0.8).clamp(-2, 1) * 0.8
-    q, step = round_rows(ideal, second, scales, -2, 1, sweeps=8)
+    q, step = round_rows(ideal, factorize(second), scales, -2, 1, sweeps=8)
     assert set(q.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
     assert torch.equal(step, scales[..., 0])
     found = quadratic_error(q.double() * 0.8 - ideal, second)
@@ -51,13 +55,13 @@ def test_rounding_properties(seed, rows, columns, bits):
     ideal, second = random_problem(seed, 1, rows, columns)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     scales = torch.tensor([0.3, 0.6]).expand(1, rows, 2)
-    q, step = round_rows(ideal, second, scales, low, high, sweeps=2)
+    q, step = round_rows(ideal, factorize(second), scales, low, high, sweeps=2)
     assert bool((q == q.round()).all())
     assert low <= float(q.min())
     assert float(q.max()) <= high
     found = quadratic_error(q.double() * step[..., None] - ideal, second)
     for scale in (0.3, 0.6):
-        one, _ = round_rows(ideal, second, torch.full((1, rows, 1), scale), low, high, sweeps=0)
+        one, _ = round_rows(ideal, factorize(second), torch.full((1, rows, 1), scale), low, high, sweeps=0)
         error = quadratic_error(one.double() * scale - ideal, second)
         assert bool((found <= error * (1 + 1e-4) + 1e-6).all())
 
@@ -67,7 +71,7 @@ def test_rounding_follows_its_definition(rows):
     """Optimal Brain Surgeon literally: round a column, spread its error over the rest, take the column out."""
     ideal, second = random_problem(7, 2, rows, 9)
     scales = torch.rand(2, rows, 1, generator=torch.Generator().manual_seed(1)) + 0.5
-    found, _ = round_rows(ideal, second, scales, -4, 3, sweeps=0)
+    found, _ = round_rows(ideal, factorize(second), scales, -4, 3, sweeps=0)
     step = scales[..., 0].double()
     for group in range(2):
         left, values = second[group].diagonal().argsort(descending=True, stable=True).tolist(), ideal[group].clone()
@@ -83,7 +87,7 @@ def test_rounding_follows_its_definition(rows):
 def test_descent_ends_where_no_single_change_helps():
     ideal, second = random_problem(8, 2, 40, 12)
     scales = torch.full((2, 40, 1), 0.7)
-    q, step = round_rows(ideal, second, scales, -4, 3, sweeps=50)
+    q, step = round_rows(ideal, factorize(second), scales, -4, 3, sweeps=50)
     reached = quadratic_error(q.double() * step[..., None] - ideal, second)
     for column in range(12):
         for move in (-1, 1):
@@ -96,7 +100,7 @@ def test_descent_ends_where_no_single_change_helps():
 def test_independent_columns_are_rounded_to_nearest():
     ideal, _ = random_problem(3)
     second = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.1)
-    q, _ = round_rows(ideal, second, torch.full((2, 3, 1), 0.5), -4, 3, sweeps=3)
+    q, _ = round_rows(ideal, factorize(second), torch.full((2, 3, 1), 0.5), -4, 3, sweeps=3)
     assert torch.equal(q, torch.round(ideal / 0.5).clamp(-4, 3).float())
 
 
@@ -104,11 +108,59 @@ def test_the_ideal_is_the_ridge_regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     arrives = x + 0.3 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    rows, ridge = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64), 0.2
+    rows = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
     moments = InputMoments(50, x.mean(0)[None], arrives.mean(0)[None], (arrives.mT @ arrives / 50)[None],
                       (x.mT @ arrives / 50)[None])  # fmt: skip
-    found = ideal_rows(rows, moments, ridge * torch.eye(4, dtype=torch.float64)[None])[0]
+    found, ridge = moments.ideal_rows(rows, 0.2)[0], float(moments.ridge(0.2))
+    assert ridge == pytest.approx(0.2 * float(arrives.square().mean()))
     # The same as plain least squares with rows added that say V = W.
     design = torch.cat([arrives / math.sqrt(50), math.sqrt(ridge) * torch.eye(4, dtype=torch.float64)])
     target = torch.cat([x @ rows[0].mT / math.sqrt(50), math.sqrt(ridge) * rows[0].mT])
     assert torch.allclose(found.mT, torch.linalg.lstsq(design, target).solution)
+
+
+def few_rows(seed, groups=2, count=6, columns=20):
+    """The inputs of a layer with more columns than input rows, in both forms."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, count, columns, generator=generator, dtype=torch.float64)
+    arrives = x + 0.2 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    means = x.mean(1), arrives.mean(1)
+    dense = InputMoments(count, *means, arrives.mT @ arrives / count, x.mT @ arrives / count)
+    return InputSamples(x, arrives, *means), dense
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_few_input_rows_give_what_their_moments_give(seed, centred):
+    few, dense = (x.centre() if centred else x for x in few_rows(seed))
+    rows = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.allclose(few.ridge(0.1), dense.ridge(0.1))
+    ideal = few.ideal_rows(rows, 0.3)
+    assert torch.allclose(ideal, dense.ideal_rows(rows, 0.3))
+    assert few.output_error(rows, ideal) == pytest.approx(dense.output_error(rows, ideal))
+    scales = torch.tensor([0.2, 0.3, 0.5]).expand(2, 7, 3)
+    found, expected = (round_rows(ideal, x.factorize(0.1), scales, -8, 7, sweeps=20) for x in (few, dense))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_few_input_rows_are_rounded_by_the_definition():
+    few, dense = few_rows(5)
+    curvature, other = few.factorize(0.05), dense.factorize(0.05)
+    assert torch.equal(curvature.order, other.order)
+    difference = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(curvature.errors(difference).float(), other.errors(difference), rtol=1e-4, atol=1e-4)
+    ridge = few.ridge(0.05)
+    for group in range(2):
+        for first in (0, 7, 19):
+            later = curvature.inputs[group][:, first:]
+            inner = later @ later.mT + ridge[group] * torch.eye(6, dtype=torch.float64)
+            expected = torch.linalg.solve(inner, curvature.inputs[group][:, first])
+            assert torch.allclose(curvature.shares[group, first], expected)
+
+
+def test_a_constant_input_keeps_its_ridge_positive():
+    curvature = factorize_inputs(torch.zeros(1, 2, 9, dtype=torch.float64), torch.tensor([1e-6], dtype=torch.float64))
+    ideal = torch.linspace(-1, 1, 9, dtype=torch.float64).expand(1, 1, 9)
+    q, _ = round_rows(ideal, curvature, torch.full((1, 1, 1), 0.25), -4, 3, sweeps=2)
+    assert torch.equal(q, torch.round(ideal / 0.25).clamp(-4, 3).float())

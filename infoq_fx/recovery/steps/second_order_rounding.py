@@ -15,21 +15,19 @@ from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.numerics import shorten_scale
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import InputMoments, average_moments, measure_moments
+from infoq_fx.recovery.input_moments import Inputs, average_moments, measure_moments
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Reference, check_reference, choose_samples
 from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_parameter, set_qparams
-from infoq_fx.recovery.second_order import ideal_rows, round_rows
+from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
 from infoq_fx.types import BASELINE_BITS, QParams
 
-__all__ = ["MOST_COLUMNS", "SecondOrderRounding", "add_ridge", "scale_choices"]
+__all__ = ["SecondOrderRounding", "scale_choices"]
 
-MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
-_MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -58,10 +56,11 @@ class SecondOrderRounding:
 
     A ridge in units of the mean second moment draws V towards W for dead inputs and rare directions. A depthwise layer
     has one small problem per channel. Layers without a bias use second moments that are not centred. Transposed
-    convolutions and layers of more than 8,192 columns are not changed.
+    convolutions are not changed, nor are layers of more than 8,192 columns and many input rows.
 
     Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
-    covariance and the cube of its columns; no labels. Values between blocks are kept in memory for both models.
+    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between blocks are
+    kept in memory for both models.
 
     Reference:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
@@ -102,9 +101,10 @@ class SecondOrderRounding:
             changed, bits, choose_samples(prepared, data, self.samples), context, reference=self.reference
         )
         for segment, layer in runner.visit():
-            columns = columns_of(layer)
-            if can_unfold(layer) and columns <= MOST_COLUMNS:
+            columns, halves = columns_of(layer), None
+            if can_unfold(layer):
                 halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
+            if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
                 log = logging.getLogger(__name__)
@@ -120,15 +120,10 @@ def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor
     return choices.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
 
 
-def add_ridge(moments: InputMoments, damping: float) -> Tensor:
-    """Return second moments with ``damping`` times their mean diagonal added to the diagonal."""
-    return moments.second + _ridge(moments, damping)
-
-
 def _round_layer(
     changed: PreparedModel,
     layer: Layer,
-    halves: tuple[InputMoments, InputMoments],
+    halves: tuple[Inputs, Inputs],
     bits: Mapping[str, int],
     options: SecondOrderRounding,
 ) -> None:
@@ -165,37 +160,23 @@ class _Problem:
     quant_max: int
 
     def round(
-        self, moments: InputMoments, scales: Tensor, shrinkage: float, damping: float, sweeps: int
+        self, moments: Inputs, scales: Tensor, shrinkage: float, damping: float, sweeps: int
     ) -> tuple[Tensor, Tensor]:
         """Integers ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
-        ideal = ideal_rows(self.rows, moments, _ridge(moments, shrinkage))
-        return round_rows(ideal, add_ridge(moments, damping), scales, self.quant_min, self.quant_max, sweeps)
+        ideal = moments.ideal_rows(self.rows, shrinkage)
+        return round_rows(ideal, moments.factorize(damping), scales, self.quant_min, self.quant_max, sweeps)
 
-    def validate_ideal(self, halves: Sequence[InputMoments], shrinkage: float) -> float:
+    def validate_ideal(self, halves: Sequence[Inputs], shrinkage: float) -> float:
         """Error on each half of the real-valued rows fitted to the other."""
         return sum(
-            self._error(ideal_rows(self.rows, fitted, _ridge(fitted, shrinkage)), seen)
+            seen.output_error(self.rows, fitted.ideal_rows(self.rows, shrinkage))
             for fitted, seen in (halves, reversed(halves))
         )
 
-    def validate_rounded(
-        self, halves: Sequence[InputMoments], scales: Tensor, shrinkage: float, damping: float
-    ) -> float:
+    def validate_rounded(self, halves: Sequence[Inputs], scales: Tensor, shrinkage: float, damping: float) -> float:
         """Error on each half of the integers rounded on the other."""
         error = 0.0
         for fitted, seen in (halves, reversed(halves)):
             q, step = self.round(fitted, scales, shrinkage, damping, 0)
-            error += self._error((q * step[..., None]).double(), seen)
+            error += seen.output_error(self.rows, (q * step[..., None]).double())
         return error
-
-    def _error(self, rounded: Tensor, moments: InputMoments) -> float:
-        """``E |W x - s q x^|^2 - E |W x|^2``, summed over rows."""
-        return float(((rounded @ moments.second - 2 * self.rows @ moments.cross) * rounded).sum())
-
-
-def _ridge(moments: InputMoments, damping: float) -> Tensor:
-    """Diagonal ``[groups, columns, columns]``, above the moments' rounding errors where inputs are constant."""
-    diagonal = moments.second.diagonal(dim1=1, dim2=2)
-    noise = _MOMENT_NOISE * (diagonal.abs() + moments.mean_quantized.square()).mean()
-    size = (damping * diagonal.mean(1)).maximum(noise).clamp_min(1e-12)
-    return torch.eye(diagonal.shape[1], dtype=size.dtype, device=size.device) * size[:, None, None]
