@@ -6,6 +6,7 @@ position (pixel, token, anchor), averaged over the positions. The loss of a run 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "READINGS",
     "Bernoulli",
     "Categorical",
+    "Encoded",
     "Ignored",
     "LossFunction",
     "OutputLoss",
@@ -136,11 +138,50 @@ class OutputLoss:
         """Sum the nats of all outputs, float64 ``[samples]``; outputs of both runs in order, the same samples."""
         if self.function is not None:
             return self.function(reference, found).double()
-        total = torch.zeros(len(reference[0]), dtype=torch.float64, device=reference[0].device)
+        return self.compare(self.encode(reference, temperature), self.encode(found, temperature), temperature)
+
+    def encode(self, outputs: Sequence[Tensor], temperature: float = 1.0) -> tuple[Encoded, ...]:
+        """Return what :meth:`compare` needs of a run, which may then be compared with several others."""
+        return tuple(Encoded(r, x, temperature) for r, x in zip(self.readings, outputs, strict=True))
+
+    def compare(self, reference: Sequence[Encoded], found: Sequence[Encoded], temperature: float = 1.0) -> Tensor:
+        """Sum the nats of all outputs of two encoded runs; see :meth:`__call__`. There is no function."""
+        total = torch.zeros(reference[0].samples, dtype=torch.float64, device=reference[0].device)
         for reading, variance, p, q in zip(self.readings, self.variances, reference, found, strict=True):
             if not isinstance(reading, Ignored):
-                total = total + reading.weight * measure_nats(reading, p, q, variance, temperature)
+                total = total + reading.weight * _diverge(reading, p, q, variance, temperature)
         return total
+
+
+class Encoded:
+    """An output as rows ``[samples, positions, channels]`` of log-probabilities, logits or numbers, float64.
+
+    They are computed when they are first read, and kept.
+    """
+
+    def __init__(self, reading: Reading, output: Tensor, temperature: float = 1.0) -> None:
+        self.samples, self.device = len(output), output.device
+        self._reading, self._output, self._temperature = reading, output, temperature
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Log-probabilities for a categorical reading, logits for a Bernoulli one, else the numbers."""
+        if isinstance(self._reading, Ignored):
+            return self._output.new_zeros(self.samples, 1, 1, dtype=torch.float64)
+        rows = _channels_last_rows(self._output.double(), self._reading.axis)
+        if isinstance(self._reading, Categorical):
+            return _log_softmax(rows, self._reading.form, self._temperature)
+        return _logits(rows, self._reading.form) / self._temperature if isinstance(self._reading, Bernoulli) else rows
+
+    @functools.cached_property
+    def probabilities(self) -> Tensor:
+        """Of a categorical reading."""
+        return self.rows.exp()
+
+    @functools.cached_property
+    def has_zeros(self) -> bool:
+        """Whether a class is impossible somewhere."""
+        return bool(self.rows.isneginf().any())
 
 
 def measure_nats(
@@ -155,16 +196,22 @@ def measure_nats(
         variance: of a quantity's channels, ``[channels]``.
         temperature: logits are divided by it, and the divergence is multiplied by its square.
     """
+    p, q = (Encoded(reading, x, temperature) for x in (reference, found))
+    return _diverge(reading, p, q, variance, temperature)
+
+
+def _diverge(reading: Reading, p: Encoded, q: Encoded, variance: Tensor | None, temperature: float) -> Tensor:
     if isinstance(reading, Ignored):
-        return torch.zeros(len(reference), dtype=torch.float64, device=reference.device)
-    p, q = (_channels_last_rows(x.double(), reading.axis) for x in (reference, found))
+        return torch.zeros(p.samples, dtype=torch.float64, device=p.device)
     if isinstance(reading, Quantity):
-        nats = (p - q).square() / (2 * _usable_variance(p, variance))
+        nats = (p.rows - q.rows).square() / (2 * _usable_variance(p.rows, variance))
     elif isinstance(reading, Categorical):
-        log_p, log_q = (_log_softmax(x, reading.form, temperature) for x in (p, q))
-        nats = temperature**2 * torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+        nats = p.probabilities * (p.rows - q.rows)
+        if p.has_zeros:
+            nats = torch.where(p.rows.isneginf(), 0.0, nats)
+        nats = temperature**2 * nats
     else:
-        nats = temperature**2 * _bernoulli_nats(*(_logits(x, reading.form) / temperature for x in (p, q)))
+        nats = temperature**2 * _bernoulli_nats(p.rows, q.rows)
     return nats.sum(-1).mean(1)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData, read_classes
-from infoq_fx.core.readings import Categorical, OutputLoss
+from infoq_fx.core.readings import Categorical, Encoded, OutputLoss, Reading
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
@@ -45,7 +46,7 @@ NOISE_TO_SIGNAL = "output_noise_to_signal"
 LOSS_INCREASE = "loss_increase_nats"
 ACCURACY_DROP = "accuracy_drop"
 # "algorithm_version" is raised when the same data gives other measurements.
-DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 1}
+DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 2}
 _KEYS = (INFORMATION_LOSS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
 _OF_LABELS = {LOSS_INCREASE, ACCURACY_DROP}
 
@@ -77,6 +78,9 @@ class Outputs:
     lost: Tensor
     signals: tuple[float, ...]
     classes: ClassLabels | None
+    _held: dict[tuple[int, int], tuple[tuple[Encoded, ...], tuple[Encoded, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def samples(self) -> int:
@@ -91,18 +95,41 @@ class Outputs:
             found: outputs of the run by index, ``[samples, ...]``; those that are not there are the baseline's.
         """
         count = len(next(iter(found.values())))
-        base, reference = self.base.rows(start, count), self.reference.rows(start, count)
+        base = self.base.rows(start, count)
         outputs = [found.get(index, x) for index, x in enumerate(base)]
-        information = self.loss(reference, outputs) - self.lost[start : start + count]
         noise, loss, lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
         for index, x in found.items():
             weight = getattr(self.loss.readings[index], "weight", 1.0)
             error = (base[index].double() - x.double()).square().flatten(1).sum(1)
             noise += weight * error / max(self.signals[index], 1e-30)
+        known_reference, known_base = self._encode(start, count)
+        encoded = [Encoded(r, x) if i in found else known_base[i] for i, (r, x) in self._numbered(outputs)]
+        if self.loss.function is None:
+            nats, divergence = (self.loss.compare(known, encoded) for known in (known_reference, known_base))
+        else:
+            nats, divergence = (self.loss(x, outputs) for x in (self.reference.rows(start, count), base))
         if self.classes is not None and self.classes.index in found:
             index, labels = self.classes.index, self.classes.labels[start : start + count]
-            loss, lost = _compare_classes(self.loss.readings[index], base[index], found[index], labels)
-        return torch.stack([information, self.loss(base, outputs), noise, loss, 100 * lost])
+            axis = getattr(self.loss.readings[index], "axis", 1)
+            predicted = base[index].argmax(axis), found[index].argmax(axis)
+            loss, lost = _compare_classes(known_base[index].rows, encoded[index].rows, predicted, labels)
+        return torch.stack([nats - self.lost[start : start + count], divergence, noise, loss, 100 * lost])
+
+    def _encode(self, start: int, count: int) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
+        """The reference and the baseline of a batch, kept until another batch is asked for."""
+        held = self._held.get((start, count))
+        if held is None:
+            reference, base = (self.loss.encode(x.rows(start, count)) for x in (self.reference, self.base))
+            held = reference, base
+            self._held.clear()
+            self._held[start, count] = held
+        return held
+
+    def _numbered(self, outputs: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Reading, Tensor]]]:
+        return enumerate(zip(self.loss.readings, outputs, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
 
     def summarize(self, compared: Tensor) -> dict[str, float]:
         """Return means over the samples of the rows of :meth:`compare`, each with its standard error.
@@ -268,19 +295,16 @@ def _read_names(prepared: PreparedModel) -> list[str]:
     return [name for name, reading in named if hasattr(reading, "weight")]
 
 
-def _compare_classes(reading: object, base: Tensor, found: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Increase of the cross-entropy in nats, and of the share of wrong classes, per sample."""
-    assert isinstance(reading, Categorical)
-    axis, known = reading.axis, (labels >= 0).double()
-    classes = labels.clamp_min(0).unsqueeze(axis)
-    log_base, log_found = (_log_probabilities(x.double(), reading) for x in (base, found))
-    loss = (log_base - log_found).gather(axis, classes).squeeze(axis) * known
-    lost = ((base.argmax(axis) == labels).double() - (found.argmax(axis) == labels).double()) * known
-    counted = known.reshape(len(known), -1).sum(1).clamp_min(1)
-    return tuple(x.reshape(len(x), -1).sum(1) / counted for x in (loss, lost))  # type: ignore[return-value]
+def _compare_classes(
+    base: Tensor, found: Tensor, predicted: tuple[Tensor, Tensor], labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Increase of the cross-entropy in nats, and of the share of wrong classes, per sample.
 
-
-def _log_probabilities(x: Tensor, reading: Categorical) -> Tensor:
-    if reading.form == "probabilities":
-        return x.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return x.log_softmax(reading.axis)
+    ``base`` and ``found`` are log-probabilities ``[samples, positions, classes]``.
+    """
+    known = (labels >= 0).double().reshape(len(labels), -1)
+    classes = labels.clamp_min(0).reshape(len(labels), -1, 1)
+    loss = (base.gather(2, classes) - found.gather(2, classes)).squeeze(2) * known
+    right = [(x == labels).double().reshape(len(labels), -1) for x in predicted]
+    counted = known.sum(1).clamp_min(1)
+    return loss.sum(1) / counted, ((right[0] - right[1]) * known).sum(1) / counted
