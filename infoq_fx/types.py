@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
 
 from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError
@@ -317,16 +318,17 @@ class Allocation:
         return notes
 
 
-def check_bits(bits: int | Sequence[int], option: str) -> tuple[int, ...]:
+def check_bits(bits: Any, option: str) -> tuple[int, ...]:
     """Return candidate bit-widths as an ascending tuple without repeats.
 
     Raises:
         OptionError: there are none, or one is not an integer from 2 to 8.
     """
-    given = (bits,) if isinstance(bits, int) else tuple(bits)
+    given = tuple(bits) if isinstance(bits, Iterable) else (bits,)
     if not given:
         raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
     for value in given:
-        if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (is_integer and MIN_BITS <= value <= MAX_BITS):
             raise OptionError(f"{option} holds {value!r}; give integers from {MIN_BITS} to {MAX_BITS}")
-    return tuple(sorted(set(given)))
+    return tuple(sorted({int(value) for value in given}))

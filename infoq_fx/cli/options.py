@@ -231,16 +231,16 @@ def read_numbers(text: str, option: str) -> tuple[float, ...]:
         raise OptionError(f"{option} is {text!r}; give numbers separated by commas, such as 0.5,0.25") from error
 
 
-def read_outputs(texts: list[str] | None) -> str | dict[str, str]:
-    """Return the readings of ``--outputs`` by output name; ``"auto"`` without any."""
+def read_outputs(texts: list[str] | None) -> str | dict[str | int, str]:
+    """Return the readings of ``--outputs`` by output name or position; ``"auto"`` without any."""
     if not texts:
         return "auto"
-    found = {}
+    found: dict[str | int, str] = {}
     for text in texts:
         name, sign, kind = text.partition("=")
         if not (name and sign and kind):
-            raise OptionError(f"--outputs is {text!r}; give NAME=KIND, such as boxes=quantity")
-        found[name] = kind
+            raise OptionError(f"--outputs is {text!r}; give NAME=KIND, such as boxes=quantity or 0=categorical")
+        found[int(name) if name.isdecimal() else name] = kind
     return found
 
 

@@ -245,7 +245,7 @@ def _search(
 ) -> QuantizedModule:
     """Do the steps of :func:`infoq_fx.quantize` after calibration; new scores are written as soon as they are known."""
     from infoq_fx import api
-    from infoq_fx.core.data import read_data
+    from infoq_fx.core.data import ForwardArguments, read_data
     from infoq_fx.graph.model_inputs import fit_data
     from infoq_fx.scoring.criteria import make_criterion
     from infoq_fx.scoring.sensitivity import Resources
@@ -260,7 +260,7 @@ def _search(
         return api.quantize_prepared(
             prepared,
             limits,
-            fit_data(prepared, read_data(read)),
+            fit_data(prepared, read_data(read, ForwardArguments.exactly(prepared.input_names))),
             table or make_criterion(options["criterion"], seed=options["seed"]),
             steps,
             Resources(

@@ -57,6 +57,9 @@ class Categorical:
     form: Literal["logits", "log_probabilities", "probabilities"] = "logits"
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_reading(self, ("logits", "log_probabilities", "probabilities"))
+
     def __str__(self) -> str:
         return f"categorical {self.form.replace('_', '-')} along axis {self.axis}{_describe_weight(self.weight)}"
 
@@ -75,6 +78,9 @@ class Bernoulli:
     form: Literal["logits", "probabilities"] = "logits"
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_reading(self, ("logits", "probabilities"))
+
     def __str__(self) -> str:
         return f"independent {self.form}{_describe_weight(self.weight)}"
 
@@ -84,7 +90,8 @@ class Quantity:
     """An output of plain numbers, such as pixels, boxes or an embedding.
 
     Y is Gaussian around the float model's value, with the variance that the channel has over samples and positions:
-    half the squared error over that variance, summed over the channels.
+    half the squared error over that variance, summed over the channels. Values that are infinite in the float model,
+    as behind a mask, do not count.
 
     Args:
         axis: of the channels, each with a variance of its own.
@@ -93,6 +100,9 @@ class Quantity:
 
     axis: int = 1
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_reading(self)
 
     def __str__(self) -> str:
         return f"a quantity with channels along axis {self.axis}{_describe_weight(self.weight)}"
@@ -137,7 +147,7 @@ class OutputLoss:
     def __call__(self, reference: Sequence[Tensor], found: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """Sum the nats of all outputs, float64 ``[samples]``; outputs of both runs in order, the same samples."""
         if self.function is not None:
-            return self.function(reference, found).double()
+            return _call(self.function, reference, found)
         return self.compare(self.encode(reference, temperature), self.encode(found, temperature), temperature)
 
     def encode(self, outputs: Sequence[Tensor], temperature: float = 1.0) -> tuple[Encoded, ...]:
@@ -204,14 +214,15 @@ def _diverge(reading: Reading, p: Encoded, q: Encoded, variance: Tensor | None, 
     if isinstance(reading, Ignored):
         return torch.zeros(p.samples, dtype=torch.float64, device=p.device)
     if isinstance(reading, Quantity):
-        nats = (p.rows - q.rows).square() / (2 * _usable_variance(p.rows, variance))
+        error = torch.where(torch.isfinite(p.rows), p.rows - q.rows, 0.0)
+        nats = error.square() / (2 * _usable_variance(p.rows, variance))
     elif isinstance(reading, Categorical):
         nats = p.probabilities * (p.rows - q.rows)
         if p.has_zeros:
             nats = torch.where(p.rows.isneginf(), 0.0, nats)
         nats = temperature**2 * nats
     else:
-        nats = temperature**2 * _bernoulli_nats(p.rows, q.rows)
+        nats = temperature**2 * torch.where(torch.isfinite(p.rows), _bernoulli_nats(p.rows, q.rows), 0.0)
     return nats.sum(-1).mean(1)
 
 
@@ -279,6 +290,32 @@ def decode_reading(described: Mapping[str, Any]) -> Reading:
             f"{described!r} describes no reading of an output; give one of {', '.join(READINGS)}"
         ) from error
     return reading
+
+
+def _check_reading(reading: Any, forms: Sequence[str] = ()) -> None:
+    axis, weight = reading.axis, reading.weight
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise OptionError(f"axis={axis!r} of a reading; give an integer, 1 or more (0 is the axis of the samples)")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise OptionError(f"weight={weight!r} of a reading; give a positive number, or take Ignored()")
+    if forms and reading.form not in forms:
+        raise OptionError(f"form={reading.form!r} of a reading; give one of {', '.join(map(repr, forms))}")
+
+
+def _call(function: LossFunction, reference: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    """The result of the user's loss, float64 ``[samples]``, on the CPU or wherever the function leaves it."""
+    name = getattr(function, "__qualname__", "the function")
+    try:
+        nats = function(reference, found)
+    except Exception as error:
+        raise OptionError(f"outputs={name} fails with {type(error).__name__}: {error}; correct the function") from error
+    samples = len(reference[0])
+    if not isinstance(nats, Tensor) or nats.shape != (samples,):
+        given = list(nats.shape) if isinstance(nats, Tensor) else type(nats).__name__
+        raise OptionError(f"outputs={name} gives {given} for {samples} samples; return a tensor of nats [samples]")
+    if bool((nats < 0).any()):
+        raise OptionError(f"outputs={name} gives {float(nats.min()):g}; return nats of 0 or more, 0 for equal outputs")
+    return nats.double()
 
 
 def _describe_weight(weight: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -45,6 +46,7 @@ def choose_example_inputs(
     """
     if data is not None:
         _check_entries(model, data)
+        _tell_of_labels(model, data)
         return data.example_inputs
     if example_inputs is not None:
         given = example_inputs if isinstance(example_inputs, Tensor | Mapping) else [(tuple(example_inputs), None)]
@@ -67,6 +69,17 @@ def _check_entries(model: nn.Module | ExportedProgram, data: CalibrationData) ->
         raise CalibrationDataError(
             f"calibration data has {', '.join(map(repr, unknown))}, and the model's forward takes "
             f"{', '.join(map(repr, parameters))}: leave out what it does not take"
+        )
+
+
+def _tell_of_labels(model: nn.Module | ExportedProgram, data: CalibrationData) -> None:
+    """Say where the last tensor of a batch is taken for labels that no class is, and may be an optional input."""
+    arguments = find_arguments(model)
+    is_odd = data.labels is not None and data.labels.is_floating_point() and data.labels.ndim > 1
+    if is_odd and data.is_positional and arguments is not None and len(arguments.names) > len(data.inputs):
+        logging.getLogger(__name__).warning(
+            "the last tensor of each batch is read as labels; if it is the input %r, give [((x, ...), None), ...]",
+            arguments.names[len(data.inputs)],
         )
 
 

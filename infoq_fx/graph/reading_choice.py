@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.readings import READINGS, Bernoulli, Categorical, Ignored, LossFunction, Quantity, Reading
-from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.quantization.call_forms import flatten_tensors
 
 __all__ = [
@@ -54,6 +55,8 @@ _CONFIDENT = 0.5  # mean probability of the most probable class, between that of
 _CONFIDENT_OF_MANY = 0.2
 _FEW_CLASSES = 10
 _SAMPLES = 64
+_ORDER_MATTERS = 1e-2
+_BEYOND_CHANCE = 3.0  # standard errors
 _FEWEST_TOKENS = 16
 _UNLABELLED = 255  # in masks of uint8
 _MOST_VALUES = 1 << 24
@@ -125,7 +128,9 @@ def run_samples(graph_module: fx.GraphModule, data: CalibrationData, *, fixed: i
     size = fixed or 2
     found: list[tuple[Tensor, ...]] = []
     chosen = data.spread(max(_SAMPLES, size))
-    chosen = chosen.take(max(size, chosen.samples - chosen.samples % size))
+    if chosen.samples < size:
+        chosen = chosen.select(torch.arange(size) % chosen.samples)
+    chosen = chosen.take(chosen.samples - chosen.samples % size)
     with torch.no_grad():
         for batch in chosen.batches(size):
             found.append(flatten_tensors(graph_module(*batch.values())))
@@ -135,12 +140,30 @@ def run_samples(graph_module: fx.GraphModule, data: CalibrationData, *, fixed: i
         if fixed is None:  # in a larger batch, only what has an entry for each sample grows
             rows = torch.arange(size + 1) % chosen.samples
             other = flatten_tensors(graph_module(*chosen.select(rows).inputs.values()))
+        swapped = flatten_tensors(graph_module(*chosen.select(torch.arange(size).flip(0)).inputs.values()))
     count = size if fixed else size + 1
     per_sample = [_grows(x, size, y, count) for x, y in zip(found[0], other, strict=True)]
+    _refuse_mixed_samples(found[0], swapped, per_sample)
     joined = zip(per_sample, zip(*found, strict=True), strict=True)
     outputs = tuple(torch.cat([x.detach() for x in parts]) if grows else None for grows, parts in joined)
     seen = chosen.take(size * len(found))
     return RunSamples(outputs, tuple(seen.inputs.values()), seen.labels)
+
+
+def _refuse_mixed_samples(outputs: Sequence[Tensor], swapped: Sequence[Tensor], per_sample: Sequence[bool]) -> None:
+    """Refuse a model whose outputs, for the same samples in another order, are not the same in that order."""
+    for x, y, is_checked in zip(outputs, swapped, per_sample, strict=True):
+        if not (is_checked and x.is_floating_point() and x.shape == y.shape):
+            continue
+        expected = x.flip(0).double()
+        is_counted = torch.isfinite(expected) & torch.isfinite(y)
+        error = (expected - y.double())[is_counted].abs()
+        if error.numel() and float(error.max()) > _ORDER_MATTERS * float(expected[is_counted].abs().max()):
+            raise UnsupportedModelError(
+                "what the model computes for a sample depends on the order of the samples in the batch, as where an "
+                "input or a state has its samples in the second place; wrap the model in a module that takes "
+                "and returns [samples, ...], or export a program with a fixed batch of 1"
+            )
 
 
 def _grows(x: Tensor, size: int, other: Tensor, other_size: int) -> bool:
@@ -182,13 +205,14 @@ def choose_readings(
         return ReadingChoice(compared, ("compared by the given function",) * len(compared), option)
     given = _read_option(option, known)
     is_only = sum(x is not None and x.is_floating_point() for x in outputs) == 1
+    labelled = _find_labelled(nodes, outputs, given, labels)
     readings, reasons = [], []
     for index, (node, x) in enumerate(zip(nodes, outputs, strict=True)):
         if x is None and isinstance(option, Mapping) and hasattr(given[index], "weight"):
             raise OptionError(
                 f"outputs reads {known[index]!r}, which has no entry for each sample along its first axis; leave it out"
             )
-        reading, reason = _choose(node, x, given[index], labels, inputs, is_only=is_only)
+        reading, reason = _choose(node, x, given[index], labelled.get(index), inputs, is_only=is_only)
         readings.append(reading)
         reasons.append(reason)
         if reason == _GUESSED:
@@ -225,7 +249,7 @@ def _choose(
     node: fx.Node,
     x: Tensor | None,
     given: Reading | None,
-    labels: Tensor | None,
+    labelled: int | None,
     inputs: Sequence[Tensor],
     *,
     is_only: bool,
@@ -238,9 +262,8 @@ def _choose(
         return _check_axis(given, x), "as given"
     if (found := _read_end(node, x)) is not None:
         return found, "by the end of the graph"
-    axis = _axis_of_labels(x, labels)
-    if axis is not None:
-        return Categorical(axis=axis), "by its labels"
+    if labelled is not None:
+        return Categorical(axis=labelled), "by its labels"
     if (axis := _axis_of_tokens(x, inputs)) is not None:
         return Categorical(axis=axis), "by the tokens that the model takes"
     axis = _channel_axis(node, x)
@@ -252,13 +275,19 @@ def _choose(
 def _read_option(option: OutputsOption, names: Sequence[str]) -> list[Reading | None]:
     if isinstance(option, Mapping):
         found: list[Reading | None] = [None] * len(names)
+        keys: dict[int, Any] = {}
         for key, value in option.items():
             if isinstance(key, int) and -len(names) <= key < len(names):
-                found[key] = _as_reading(value)
+                index = key % len(names)
             elif key in names:
-                found[list(names).index(str(key))] = _as_reading(value)
+                index = list(names).index(str(key))
             else:
                 raise unknown_name_error("output", str(key), names)
+            if index in keys:
+                raise OptionError(
+                    f"outputs gives {names[index]!r} two readings, as {keys[index]!r} and {key!r}; leave one out"
+                )
+            keys[index], found[index] = key, _as_reading(value)
         return found
     return [_as_reading(option)] * len(names)
 
@@ -310,12 +339,57 @@ def _source_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def _find_labelled(
+    nodes: Sequence[fx.Node], outputs: Sequence[Tensor | None], given: Sequence[Reading | None], labels: Tensor | None
+) -> dict[int, int]:
+    """The axis of the classes by the index of the output that the labels belong to; empty if that is not clear.
+
+    Where a label's class has the largest value more often than by chance, it is this output, otherwise one with exactly
+    as many values as the labels have classes.
+    """
+    fitting: dict[int, int] = {}
+    for index, (node, x) in enumerate(zip(nodes, outputs, strict=True)):
+        if x is not None and x.is_floating_point() and given[index] is None:
+            end = _read_end(node, x)
+            axis = _axis_of_labels(x, labels)
+            if axis is not None and (end is None or (isinstance(end, Categorical) and end.axis == axis)):
+                fitting[index] = axis
+    if labels is None or not fitting:
+        return {}
+    agreeing = {index: _agreement(outputs[index], labels, axis) for index, axis in fitting.items()}
+    best = max(agreeing, key=lambda index: agreeing[index])
+    if agreeing[best] > _BEYOND_CHANCE:
+        return {best: fitting[best]}
+    classes = int(_known_labels(labels).max()) + 1
+    exact = {index: axis for index, axis in fitting.items() if _size(outputs[index], axis) == classes}
+    return exact if len(exact) == 1 else {}
+
+
+def _size(x: Tensor | None, axis: int) -> int:
+    return 0 if x is None else x.shape[axis]
+
+
+def _agreement(x: Tensor | None, labels: Tensor, axis: int) -> float:
+    """By how many standard errors the largest values are more often those of the labels than by chance."""
+    assert x is not None
+    is_known = (labels >= 0) & ((labels != _UNLABELLED) | (labels.ndim == 1))
+    chance, count = 1 / x.shape[axis], int(is_known.sum())
+    share = float((x.argmax(axis) == labels)[is_known].double().mean())
+    return (share - chance) / math.sqrt(chance * (1 - chance) / max(1, count))
+
+
+def _known_labels(labels: Tensor) -> Tensor:
+    return labels[(labels >= 0) & ((labels != _UNLABELLED) | (labels.ndim == 1))]
+
+
 def _axis_of_labels(x: Tensor, labels: Tensor | None) -> int | None:
     """The axis without which the output has the shape of the labels, and that is long enough for all classes."""
     if labels is None or labels.is_floating_point() or labels.dtype == torch.bool or x.ndim < 2:
         return None
-    known = labels if labels.ndim == 1 else labels[(labels >= 0) & (labels != _UNLABELLED)]
-    classes = int(known.max()) + 1 if known.numel() else 0
+    known = _known_labels(labels)
+    if not known.numel():
+        return None
+    classes = int(known.max()) + 1
     for axis in (1, *range(x.ndim - 1, 1, -1)):
         positions = [size for i, size in enumerate(x.shape) if i != axis]
         if positions[1:] == list(labels.shape[1:]) and x.shape[axis] >= max(2, classes):

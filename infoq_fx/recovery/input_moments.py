@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
-from infoq_fx.recovery.second_order import Curvature, factorize, factorize_inputs
+from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer, Segment
 from infoq_fx.recovery.unfolding import input_rows
 
@@ -61,7 +61,7 @@ class InputMoments:
         """
         ridge = self._diagonal(shrinkage)
         target = rows.double() @ (self.cross + ridge)
-        found: Tensor = torch.cholesky_solve(target.mT, torch.linalg.cholesky(self.second + ridge)).mT
+        found: Tensor = torch.cholesky_solve(target.mT, cholesky(self.second + ridge)).mT
         return found
 
     def output_error(self, rows: Tensor, rounded: Tensor) -> float:
@@ -132,6 +132,7 @@ def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, row
     most = max(1, math.ceil(rows / runner.samples))
 
     def read(index: int, pair: Pair) -> Inputs | None:
+        pair = pair if pair.reference.ndim > 1 else Pair(pair.reference[None], pair.quantized[None])
         x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
         per_sample = x.shape[1] / runner.batch_samples[index]
         if _SAMPLES_SHARE * per_sample * runner.samples <= x.shape[2]:

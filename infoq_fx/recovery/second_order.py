@@ -18,7 +18,9 @@ from infoq_fx.recovery.error_feedback import (
     pass_errors_on_inputs,
 )
 
-__all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "factorize", "factorize_inputs", "round_rows"]
+__all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "cholesky", "factorize", "factorize_inputs", "round_rows"]
+
+_LEAST_RAISE, _MOST_RAISES = 1e-7, 20
 
 
 class Curvature(Protocol):
@@ -169,9 +171,28 @@ def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
     return LowRankCurvature(order, ordered, ridge, torch.from_numpy(shares).to(inputs.device))
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """Factorize symmetric matrices; where rounding errors made one indefinite, its diagonal is raised until it is not.
+
+    Args:
+        matrix: float64 ``[groups, columns, columns]``.
+    """
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    least = _LEAST_RAISE * matrix.diagonal(dim1=1, dim2=2).abs().amax(1).clamp_min(1e-12)
+    eye, raised = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device), torch.zeros_like(least)
+    for _ in range(_MOST_RAISES):
+        if not bool(failed.any()):
+            return lower
+        raised = torch.where(failed > 0, (10 * raised).maximum(least), raised)
+        lower, failed = torch.linalg.cholesky_ex(matrix + raised[:, None, None] * eye)
+    found: Tensor = torch.linalg.cholesky(matrix)  # says what is wrong
+    return found
+
+
 def _factor_of_inverse(second: Tensor) -> Tensor:
     """Upper triangular U with ``inverse(second) = U^T U``, without inverting: second = R R^T gives U = R^-1."""
-    lower = torch.linalg.cholesky(second.flip(1, 2))
+    lower = cholesky(second.flip(1, 2))
     eye = torch.eye(second.shape[1], dtype=second.dtype, device=second.device)
     factor: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
     return factor

@@ -79,6 +79,7 @@ def find_segments(prepared: PreparedModel) -> list[Segment]:
     constants, nodes = _split_constants(prepared.graph_module.graph)
     layers = _find_layers(prepared)
     at = {node: index for index, node in enumerate(nodes)}
+    layers = [layer for layer in layers if layer.node in at]  # others depend on no input
     positions = sorted(at[layer.node] for layer in layers)
     recorder = _Recorder(prepared)
     with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,19 +89,23 @@ def measure_variances(readings: Sequence[Reading], outputs: HeldOutputs) -> tupl
 
 
 def _channel_variance(x: Tensor, axis: int) -> Tensor:
-    """In two passes over a few samples at a time, so that a mapped output is never read as a whole."""
-    if x.ndim < 2:
-        return x.double().var(0, correction=0, keepdim=True)
-    if x.ndim == 2:
-        return x.double().var(0, correction=0)
-    count, channels = max(1, _ROWS_BYTES // max(1, x[:1].numel() * 8)), x.shape[axis]
-    total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
-    for part in x.split(count):
-        total += part.double().movedim(axis, -1).reshape(-1, channels).sum(0)
-    mean = total / (x.numel() // channels)
-    for part in x.split(count):
-        squares += (part.double().movedim(axis, -1).reshape(-1, channels) - mean).square().sum(0)
-    return squares / (x.numel() // channels)
+    """Over finite values, in two passes over a few samples at a time: a mapped output is never read as a whole."""
+    rows = x.reshape(-1, 1) if x.ndim < 2 else x
+    count, channels = max(1, _ROWS_BYTES // max(1, rows[:1].numel() * 8)), rows.shape[1 if x.ndim < 2 else axis]
+    known, total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
+
+    def split() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in rows.split(count):
+            values = part.double().movedim(1 if x.ndim < 2 else axis, -1).reshape(-1, channels)
+            yield values, torch.isfinite(values)
+
+    for values, is_finite in split():
+        known += is_finite.sum(0)
+        total += torch.where(is_finite, values, 0.0).sum(0)
+    mean = total / known.clamp_min(1)
+    for values, is_finite in split():
+        squares += torch.where(is_finite, values - mean, 0.0).square().sum(0)
+    return squares / known.clamp_min(1)
 
 
 def _map_file(shape: tuple[int, ...]) -> Tensor:

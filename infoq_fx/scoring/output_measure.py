@@ -100,7 +100,7 @@ class Outputs:
         noise, loss, lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
         for index, x in found.items():
             weight = getattr(self.loss.readings[index], "weight", 1.0)
-            error = (base[index].double() - x.double()).square().flatten(1).sum(1)
+            error = _square_finite(base[index].double() - x.double())
             noise += weight * error / max(self.signals[index], 1e-30)
         known_reference, known_base = self._encode(start, count)
         encoded = [Encoded(r, x) if i in found else known_base[i] for i, (r, x) in self._numbered(outputs)]
@@ -265,7 +265,7 @@ def read_outputs(
     loss = make_loss(prepared, reference)
     starts = range(0, data.samples, batch_size)
     lost = torch.cat([loss(reference.rows(s, batch_size), base.rows(s, batch_size)) for s in starts])
-    powers = [[x.double().square().flatten(1).sum(1) for x in base.rows(s, batch_size)] for s in starts]
+    powers = [[_square_finite(x.double()) for x in base.rows(s, batch_size)] for s in starts]
     signals = tuple(float(torch.cat(rows).mean()) for rows in zip(*powers, strict=True))
     return Outputs(base, reference, loss, lost, signals, read_class_labels(prepared, data, base))
 
@@ -293,6 +293,11 @@ def read_class_labels(prepared: PreparedModel, data: CalibrationData, base: Held
 def _read_names(prepared: PreparedModel) -> list[str]:
     named = zip(prepared.output_names, prepared.readings, strict=True)
     return [name for name, reading in named if hasattr(reading, "weight")]
+
+
+def _square_finite(x: Tensor) -> Tensor:
+    """The sum of squares of every sample, without what is infinite, as masked logits are; ``[samples]``."""
+    return torch.where(torch.isfinite(x), x, 0.0).square().reshape(len(x), -1).sum(1)
 
 
 def _compare_classes(

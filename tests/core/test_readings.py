@@ -155,3 +155,34 @@ def test_a_reading_survives_its_description(reading):
 def test_a_description_of_nothing_is_refused():
     with pytest.raises(OptionError, match="describes no reading"):
         decode_reading({"kind": "colour"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Quantity(weight=-1.0),
+        lambda: Quantity(weight=math.nan),
+        lambda: Categorical(form="odds"),
+        lambda: Bernoulli(form="log_probabilities"),
+        lambda: Categorical(axis="1"),
+        lambda: Quantity(axis=1.5),
+    ],
+)
+def test_what_is_no_reading_is_refused(make):
+    with pytest.raises(OptionError, match="of a reading; give"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda p, q: 0.0, "gives float for 3 samples; return a tensor"),
+        (lambda p, q: p[0], r"gives \[3, 4\] for 3 samples; return"),
+        (lambda p: p[0], "fails with TypeError"),
+        (lambda p, q: -(p[0] - q[0]).square().sum(1), "return nats of 0 or more"),
+    ],
+)
+def test_functions_that_give_no_nats_are_refused(function, message):
+    loss = OutputLoss((Quantity(),), (None,), function)
+    with pytest.raises(OptionError, match=message):
+        loss([torch.zeros(3, 4)], [torch.ones(3, 4)])

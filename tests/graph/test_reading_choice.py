@@ -168,3 +168,21 @@ def test_one_output_with_an_entry_for_each_sample_is_read_like_an_only_one():
     with torch.no_grad():
         model.fc.weight.mul_(20)
     assert isinstance(infoq_fx.prepare(model, x).readings[1], Categorical)
+
+
+def test_labels_belong_to_one_output():
+    torch.manual_seed(0)
+    x, labels = torch.randn(96, 5), torch.randint(0, 3, (96,))
+    assert infoq_fx.prepare(Heads().eval(), [(x, labels)]).readings[:2] == (Categorical(axis=1), Quantity(axis=1))
+    assert infoq_fx.prepare(Heads().eval(), [(x, torch.full((96,), -1))]).readings[:2] == (Quantity(), Quantity())
+    assert infoq_fx.prepare(nn.Linear(5, 64).eval(), [(x, labels)]).readings == (Quantity(axis=1),)  # an embedding
+    model = nn.Linear(5, 64).eval()
+    with torch.no_grad():
+        model.weight.mul_(30)
+        found = model(x).argmax(1)
+    assert infoq_fx.prepare(model, [(x, found)]).readings == (Categorical(axis=1),)
+
+
+def test_an_output_has_one_reading():
+    with pytest.raises(OptionError, match="outputs gives 'scores' two readings, as 'scores' and 0; leave one out"):
+        infoq_fx.prepare(Heads().eval(), torch.randn(16, 5), outputs={"scores": "quantity", 0: "categorical"})
