@@ -205,22 +205,25 @@ def load_large(folder):
 
 def load(path, runtime):
     """Load a file and print time and memory; runs in a process of its own."""
-    import resource
-
     if runtime == "openvino":
         import openvino
     else:
         import onnxruntime  # noqa: F401
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = read_status("VmRSS"), time.process_time()
     if runtime == "openvino":
         core = openvino.Core()
         held = core.compile_model(core.read_model(path), "CPU")
     else:
         held = open_session(path)
-    spent, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    after = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
-    print(json.dumps({"ms": 1e3 * spent, "mb": (peak - before) / 1024, "after": (after - before) / 1024}))
+    spent, peak, after = time.process_time() - start, read_status("VmHWM"), read_status("VmRSS")
+    print(json.dumps({"ms": 1e3 * spent, "mb": peak - before, "after": after - before}))
     del held
+
+
+def read_status(name):
+    """Memory of this process in MB: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def run_oldest(exact, int8, folder):

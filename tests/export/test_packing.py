@@ -114,11 +114,11 @@ class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(1, 24, 3), nn.Conv2d(24, 24, 3, groups=6), nn.Conv2d(24, 24, 3, padding=1)
-        self.head = nn.Linear(24, 5)
+        self.gate, self.head = nn.Conv2d(24, 1, 1), nn.Linear(24, 5)
 
     def forward(self, x):
         x = self.b(self.a(x).relu()).relu()
-        return self.head((x + self.c(x)).relu().mean((2, 3)))
+        return self.head(((x + self.c(x)).relu() * self.gate(x)).mean((2, 3)))
 
 
 def quantize(model, data, widths):
