@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -44,6 +45,7 @@ from infoq_fx.types import Allocation, Budget, Plain, Score
 
 __all__ = ["Audit", "AuditRow", "audit"]
 
+_LOGGER = logging.getLogger(__name__)
 DEFAULT_CRITERIA = (
     "infoq",
     "infoq_paper",
@@ -95,7 +97,8 @@ def audit(
         model: as for :func:`infoq_fx.quantize`.
         calibration_data: the data for the criteria.
         criteria: names, objects or functions. The default leaves out those that train (``"limpq"``, ``"alps"``) and
-            those that need labels (``"loss"``, ``"accuracy"``).
+            those that need labels (``"loss"``, ``"accuracy"``); of the default ones, those that cannot judge the
+            model, such as ``"hawq_v2"`` without classes, are left out with a warning in the log.
         budgets: mean weight bit-widths or :class:`infoq_fx.Budget` values.
         evaluation_data: the data that accuracy is measured on; None sets every second calibration sample aside for it.
         correlate: measure the accuracy drop of every layer at 4 bits and fewer and correlate scores with it; this takes
@@ -147,7 +150,13 @@ def audit(
         candidates = find_candidates(prepared, calibration, steps)
         tables, rows = {}, []
         for criterion in chosen:
-            table, seconds = _score(prepared, calibration, criterion, resources, folder, candidates)
+            try:
+                table, seconds = _score(prepared, calibration, criterion, resources, folder, candidates)
+            except (CalibrationDataError, OptionError) as error:
+                if tuple(criteria) != DEFAULT_CRITERIA or criterion.name == "infoq":
+                    raise
+                _LOGGER.warning("criterion %r is left out: %s", criterion.name, error)
+                continue
             tables[criterion.name] = table
             allocations = {name: allocate(table, limit) for name, limit in limits.items()}
             r, error, rank = _correlate(table, drops)

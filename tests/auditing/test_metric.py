@@ -93,3 +93,13 @@ def test_verification_measures_it_for_module_and_file(case, tmp_path):
     assert all(level.metric == pytest.approx(result.module_metric, abs=0.1) for level in result.levels)
     assert f"module   psnr {result.module_metric:.4g}" in str(result)
     assert [one.name for one in result.levels[0].outputs] == ["image"]
+
+
+@pytest.mark.slow
+def test_default_criteria_that_cannot_judge_a_model_are_left_out(case, caplog):
+    model, images, _ = case
+    found = infoq_fx.audit(model, images, budgets=[4.0], bits=(2, 4, 8), correlate=False, progress=False)
+    assert {"infoq", "weight_mse"} <= {row.name for row in found.rows}
+    assert "criterion 'hawq_v2' is left out: " in caplog.text
+    with pytest.raises(infoq_fx.InfoqError, match="hawq_v2"):
+        infoq_fx.audit(model, images, ["hawq_v2"], [4.0], bits=(2, 4, 8), correlate=False, progress=False)

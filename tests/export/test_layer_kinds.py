@@ -197,7 +197,7 @@ def cases():
 @pytest.mark.parametrize(("name", "bits"), list(cases()))
 def test_a_layer_kind_is_stored_as_integers_and_computes_the_same(name, bits, tmp_path):
     prepared, quantized, inputs = quantize_uniformly(name, bits)
-    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container="int8")
     with torch.no_grad():
         expected = quantized(inputs).numpy()
     assert np.abs(run(path, inputs) - expected).max() <= last_step(quantized) * 1.01

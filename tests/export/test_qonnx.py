@@ -102,7 +102,7 @@ def test_hls4ml_emulates_a_network_of_mixed_bits(tmp_path, monkeypatch):
     import fpga
 
     torch.manual_seed(0)
-    data = torch.rand(64, 16)
+    data = torch.randint(0, 17, (256, 16)) / 16
     model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     quantized = quantize(model, data, (4, 3, 5), 6)
     path = infoq_fx.export_onnx(quantized, tmp_path / "m.onnx", target="qonnx")

@@ -37,7 +37,8 @@ def finish(model: ir.Model, allocation: Allocation, container: Container | None)
 
     A model with QONNX nodes has no container; it keeps its shapes, which ONNX cannot infer behind them.
 
-    Layers are named by the module path of their weight; packed containers name only these. The metadata has the
+    Layers are named by the module path of their weight; packed containers name others only where
+    onnxruntime 1.20 needs it. The metadata has the
     allocation, with its budget and criterion, as JSON.
     """
     _name_sizes(model)
@@ -48,7 +49,7 @@ def finish(model: ir.Model, allocation: Allocation, container: Container | None)
     is_packed = container is not None and container.is_packed
     if is_packed:
         shorten(model)
-    _name_nodes(model, layers_only=is_packed)
+    _name_nodes(model, others=None if not is_packed else "n" if _has_slices(model) else "")
     if is_packed:
         pack_parameters(model)
         pack_weights(model)
@@ -82,17 +83,27 @@ def _without_nothing(described: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _name_nodes(model: ir.Model, *, layers_only: bool) -> None:
+def _name_nodes(model: ir.Model, *, others: str | None) -> None:
     """Name layers by the path of their weight (``layer1.0.conv1``) and others by their old name, all unique."""
     paths = {node: path for node in model.graph if (path := _layer_path(node)) is not None}
     used: set[str] = set()
     for node in model.graph:
-        base, count = paths.get(node) or ("" if layers_only else node.name or node.op_type), 1
+        base, count = paths.get(node) or (node.name or node.op_type if others is None else others), 1
         name = base
         while name in used:
             name, count = f"{base}_{count}", count + 1
         node.name = name or None
         used |= {name} if name else set()
+
+
+def _has_slices(model: ir.Model) -> bool:
+    """Whether several slices read one value: onnxruntime 1.20 names the Split that replaces them after a node."""
+    counts = [
+        sum(reader.op_type in ("Slice", "Gather") for reader, _ in value.uses())
+        for node in model.graph
+        for value in node.outputs
+    ]
+    return max(counts, default=0) > 1
 
 
 def _layer_path(node: ir.Node) -> str | None:

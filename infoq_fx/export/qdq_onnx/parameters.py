@@ -28,7 +28,9 @@ def pack_parameters(model: ir.Model) -> None:
 
 
 def _is_vector(value: ir.Value) -> bool:
-    return value.const_value is not None and len(value.const_value.shape) == 1 and not value.is_graph_output()
+    """Whether an initializer has several values along one axis; OpenVINO refuses single computed ones."""
+    tensor = value.const_value
+    return tensor is not None and len(tensor.shape) == 1 and tensor.size > 1 and not value.is_graph_output()
 
 
 def _is_read_at(value: ir.Value, index: int) -> bool:
