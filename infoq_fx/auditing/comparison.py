@@ -152,10 +152,10 @@ def audit(
         for criterion in chosen:
             try:
                 table, seconds = _score(prepared, calibration, criterion, resources, folder, candidates)
-            except (CalibrationDataError, OptionError) as error:
+            except (CalibrationDataError, OptionError) as reason:
                 if tuple(criteria) != DEFAULT_CRITERIA or criterion.name == "infoq":
                     raise
-                _LOGGER.warning("criterion %r is left out: %s", criterion.name, error)
+                _LOGGER.warning("criterion %r is left out: %s", criterion.name, reason)
                 continue
             tables[criterion.name] = table
             allocations = {name: allocate(table, limit) for name, limit in limits.items()}
