@@ -18,16 +18,17 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
-from infoq_fx.conversion.quantized import Provenance, QuantizedModule, plain_graph, provenance_of, wrap_quantized
+from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import check_format, write_atomically
 from infoq_fx.core.option_checks import check_device
 from infoq_fx.core.readings import Reading, decode_reading, describe_reading
 from infoq_fx.errors import ExportError, OptionError, UnsupportedModelError
+from infoq_fx.export.saved_structure import decode_form, describe_form, flat_graph
 from infoq_fx.graph.passes.annotate_bits import read_bits
 from infoq_fx.graph.program.exporting import FreeAxes, export_quietly, load_quietly
 from infoq_fx.graph.program.flattening import flatten_program
 from infoq_fx.graph.reading_choice import choose_readings
-from infoq_fx.quantization.call_forms import flatten_tensors
+from infoq_fx.quantization.call_forms import CallForm, flatten_tensors
 from infoq_fx.types import Allocation
 
 __all__ = ["load_quantized", "refuse_code", "save_quantized"]
@@ -45,7 +46,9 @@ def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> 
 
     The file is that of ``torch.export.save``: integers, scales and a dynamic batch dimension, on the CPU. After
     ``import infoq_fx``, which registers the custom ops, ``torch.export.load`` reads it; :func:`load_quantized` also
-    restores the allocation, the names of inputs and outputs and the example inputs. The float model is not in the file.
+    restores the allocation, the names of inputs and outputs, their structure and dtypes, and the example inputs.
+    Classes are not in the file: a named tuple is a tuple once loaded, and an object with fields a dict. Nor is the
+    float model.
 
     Args:
         quantized: what :func:`infoq_fx.quantize` or :func:`infoq_fx.convert` returned, or a copy of it.
@@ -67,7 +70,7 @@ def save_quantized(quantized: QuantizedModule, path: str | os.PathLike[str]) -> 
         warnings.simplefilter("ignore")
         try:
             program = _on_cpu(_export(quantized, provenance))
-            torch.export.save(program, content, extra_files={_EXTRA_FILE: _describe(provenance)})
+            torch.export.save(program, content, extra_files={_EXTRA_FILE: _describe(quantized, provenance)})
         except Exception as error:
             reason = " ".join(str(error).split())[-400:]
             raise ExportError(
@@ -113,8 +116,11 @@ def load_quantized(path: str | os.PathLike[str], *, device: torch.device | str =
             raise OptionError(f"its batch size is {batch_size!r}")
         held = {name: x.to(device) for name, x in zip(names, examples, strict=True)}
         readings = _read_readings(document.get("readings"), flat.graph_module, held)
+        form = decode_form(document["form"]) if "form" in document else CallForm()
     axes = {name: axes for name, x in zip(names, flat.symbolic_axes(), strict=True) if (axes := x)}
-    provenance = Provenance(allocation, held, outputs, batch_size=batch_size, free_axes=axes, readings=readings)
+    provenance = Provenance(
+        allocation, held, outputs, batch_size=batch_size, form=form, free_axes=axes, readings=readings
+    )
     return wrap_quantized(flat.graph_module, provenance)
 
 
@@ -130,7 +136,7 @@ def _read_readings(described: Any, graph_module: fx.GraphModule, examples: Mappi
 def _export(quantized: QuantizedModule, provenance: Provenance) -> ExportedProgram:
     axes: FreeAxes = {index: provenance.free_axes.get(name, ()) for index, name in enumerate(provenance.example_inputs)}
     examples = tuple(provenance.example_inputs.values())
-    return export_quietly(plain_graph(quantized), examples, axes, is_batch_free=provenance.batch_size is None)
+    return export_quietly(flat_graph(quantized), examples, axes, is_batch_free=provenance.batch_size is None)
 
 
 def refuse_code(content: bytes) -> None:
@@ -168,7 +174,9 @@ def _on_cpu(program: ExportedProgram) -> ExportedProgram:
     return moved
 
 
-def _describe(provenance: Provenance) -> str:
+def _describe(quantized: QuantizedModule, provenance: Provenance) -> str:
+    with torch.no_grad():
+        outputs = quantized(*provenance.example_inputs.values())
     document = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -177,6 +185,7 @@ def _describe(provenance: Provenance) -> str:
         "output_names": list(provenance.output_names),
         "batch_size": provenance.batch_size,
         "readings": [describe_reading(reading) for reading in provenance.readings],
+        "form": describe_form(provenance.form, outputs),
     }
     return json.dumps(document, sort_keys=True)
 
