@@ -25,7 +25,7 @@ VERBS = (
 REMEDY = re.compile(rf"(?:[;:,?.]|\bor) (?:{VERBS})\b")
 # Reasons, which the message around them completes: "cannot read X: <reason>; save one with ...".
 REASON = re.compile(r"^(it|its|not|two|damaged|a binary|a size)\b|^\{\}$")
-REASONS_IN = {"allocation_file.py", "atomic_files.py", "cache.py", "quantized_files.py"}
+REASONS_IN = {"allocation_file.py", "atomic_files.py", "cache.py", "quantized_files.py", "saved_structure.py"}
 
 
 def raised():

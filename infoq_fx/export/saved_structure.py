@@ -88,7 +88,7 @@ def decode_form(described: Any) -> CallForm:
         template = None if _is_plain(tree) else _decode_template(tree)
         return CallForm(inputs, outputs, template, bool(described["is_float_in_file"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise OptionError("the structure of its outputs is damaged") from error
+        raise OptionError("its structure of outputs is damaged") from error
 
 
 @dataclass(frozen=True)
