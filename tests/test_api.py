@@ -95,6 +95,7 @@ def test_a_model_in_training_mode_is_quantized_for_inference(samples):
     assert (quantized(samples[0]) - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.slow
 def test_several_limits_and_joint_activation_bits(model, samples):
     budget = infoq_fx.Budget(weight_bits=4.5, bitops=1_000_000 * 16, compression=7.0)
     quantized = quantize(model, budget, samples, bits=(2, 4, 8), activation_bits=(4, 8))
@@ -106,6 +107,7 @@ def test_several_limits_and_joint_activation_bits(model, samples):
     assert {allocation.bits[name] for name in allocation.bits if name.endswith(".input")} <= {4, 8}
 
 
+@pytest.mark.slow
 def test_without_data_weights_alone_by_their_error(model, samples):
     with pytest.warns(UserWarning, match="no calibration data"):
         quantized = quantize(model, 5.0, example_inputs=(samples[0][:2],))
@@ -136,6 +138,7 @@ def test_ignored_layers_keep_their_float_weights(model, samples):
     assert "blocks.0.conv1.weight" not in infoq_fx.allocation_of(quantized).bits
 
 
+@pytest.mark.slow
 def test_pins_hold(model, samples):
     bits = infoq_fx.allocation_of(quantize(model, 3.0, samples, pin={"stem": 8, "head.weight": 2})).bits
     assert (bits["stem.0.weight"], bits["head.weight"]) == (8, 2)
@@ -216,7 +219,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+QUICK = {"alpha", "high_label", "two_inputs", "encoder_alone"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BAD]
+)
 def test_bad_input_is_a_typed_error_with_cause_and_remedy(name, samples):
     options, kind, message = BAD[name]
     chosen = {"model": Small().eval(), "data": samples, "budget": 4.0, **options}

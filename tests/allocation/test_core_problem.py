@@ -46,6 +46,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("branches", [400, 0])
 def test_the_best_is_found_or_kept(pairs, branches, monkeypatch):

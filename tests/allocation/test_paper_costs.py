@@ -107,6 +107,7 @@ def test_uniform_bits_compress_as_in_the_tables(network):
     assert found == {2: 16.0, 3: 10.67, 4: 8.0, 8: 4.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "compression"),
     with_networks(

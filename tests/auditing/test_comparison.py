@@ -107,6 +107,7 @@ def test_allocations_can_be_measured_behind_recovery(model, prepared, samples, t
     assert np.array_equal(again.rows[0].hits["2.5 bits"], found.rows[0].hits["2.5 bits"])
 
 
+@pytest.mark.slow
 def test_rows_are_the_criteria_then_the_uniform_allocation_then_the_default_of_quantize(found, model, samples):
     assert [row.name for row in found.rows] == ["infoq", "weight_mse", "output_kl", "uniform", "infoq, refined"]
     assert found.budgets == ("4 bits", "compression=11")

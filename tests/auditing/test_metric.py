@@ -83,6 +83,7 @@ def test_the_page_shows_it(found, tmp_path):
     assert document["measured_note"].startswith("Psnr on 48 samples")
 
 
+@pytest.mark.slow
 def test_verification_measures_it_for_module_and_file(case, tmp_path):
     model, images, targets = case
     quantized = infoq_fx.quantize(model, 4.0, calibration_data=images, recovery="none", refine=False, progress=False)

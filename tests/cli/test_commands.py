@@ -257,6 +257,7 @@ def test_report_writes_a_page(folder, tmp_path):
     assert "Cats &amp; dogs" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
     def interrupted(prepared, data, criterion, resources, *_):
         call = f"the same call with cache_dir={str(resources.cache_dir)!r}"

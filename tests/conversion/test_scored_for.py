@@ -100,6 +100,7 @@ def test_where_the_scores_fit_or_do_not_matter_nothing_is_said(case):
         assert not warned(lambda a=found: infoq_fx.convert(prepared, a))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", ["none", "fast", "bias_correction"])
 def test_quantize_says_nothing(case, recovery):
     model, images, _, _ = case

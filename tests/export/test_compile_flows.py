@@ -143,6 +143,7 @@ def test_an_allocation_of_another_model_is_refused(case):
 # torch.compile
 
 
+@pytest.mark.slow
 def test_the_backend_quantizes_what_dynamo_captures(case):
     model, allocation, quantized = case
     seen = []

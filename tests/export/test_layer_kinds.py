@@ -194,6 +194,7 @@ def cases():
             yield pytest.param(name, bits, marks=() if is_quick else pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), list(cases()))
 def test_a_layer_kind_is_stored_as_integers_and_computes_the_same(name, bits, tmp_path):
     prepared, quantized, inputs = quantize_uniformly(name, bits)

@@ -180,6 +180,7 @@ def test_a_file_runs_as_the_int8_file_does(name, target, files, tmp_path):
     assert sum(kinds[0].values()) < len(onnx.load(exact).graph.node) / 2
 
 
+@pytest.mark.slow
 def test_openvino_runs_what_it_runs_for_int8(files):
     openvino = pytest.importorskip("openvino", reason="OpenVINO is an extra")
     _, data = quantized_kinds("convolutions")

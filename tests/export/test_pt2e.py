@@ -54,6 +54,7 @@ def sqnr_decibels(found, expected):
     return float(10 * torch.log10(expected.detach().square().sum() / noise))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_every_node_has_the_bits_of_the_allocation(dtype, case):
     model, allocation, _, _ = case
@@ -111,6 +112,7 @@ def test_a_quantized_module_is_taken_over(recovered, case):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_clamps_are_taken_over_with_the_factors_in_the_weights():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.ReLU6(inplace=True), nn.Flatten())
     model = nn.Sequential(*model, nn.Linear(128, 4)).eval()

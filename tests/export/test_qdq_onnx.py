@@ -92,7 +92,7 @@ def all_of(quick, *ranges):
     ]
 
 
-ROUTES = {("residual", 5, 8), ("shared", 5, 8), ("grouped", 5, 4)}
+ROUTES = {("residual", 5, 8), ("grouped", 5, 4)}
 
 
 @pytest.mark.parametrize(("name", "bits", "activation_bits"), all_of(ROUTES, MODELS, (2, 5, 8), (4, 8)))
@@ -250,6 +250,7 @@ def mixed_of(bits):
     return quantize_by_hand(Mixed(), images, bits), images
 
 
+@pytest.mark.slow
 def test_the_container_is_in_the_metadata_and_must_be_known(exported, tmp_path):
     quantized, _, _ = exported
     for container, asked in (("exact", None), ("int8", "int8")):

@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     return quantized, path, images, labels
 
 
+@pytest.mark.slow
 def test_a_module_with_a_fixed_batch_asks_for_a_whole_one(tmp_path):
     x = torch.randn(24, 1, 8, 8)
     program = torch.export.export(randomise_norms(ResidualNet()).eval(), (x[:6],))
@@ -133,6 +134,7 @@ def test_what_is_sound(result, is_problem):
     assert (find_problem(result, top1, 1000) is not None) == is_problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("container", "bits"),
     [

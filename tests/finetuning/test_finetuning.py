@@ -43,6 +43,7 @@ def top1(model, images, labels):
         return float((model(images).argmax(1) == labels).double().mean())
 
 
+@pytest.mark.slow
 def test_two_bits_learn_what_the_float_model_says(caplog):
     model, quantized, (images, _), test = digits_of()
     caplog.set_level(logging.INFO)
@@ -62,6 +63,7 @@ def test_two_bits_learn_what_the_float_model_says(caplog):
     assert float(after) < float(first) / 2
 
 
+@pytest.mark.slow
 def test_what_was_finetuned_runs_in_onnxruntime(tmp_path):
     _, x, prepared = prepared_of("norm_first")
     tuned = quick(convert(prepared), x)

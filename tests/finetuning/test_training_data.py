@@ -85,6 +85,7 @@ def test_validation_data_is_what_is_held_back():
     assert source.training.count == 40
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_used_is_refused():
     quantized, x = small()
     labels = torch.arange(100) % 5

@@ -115,6 +115,7 @@ def bottleneck_of_float_activations():
     return prepared_of(Bottleneck(), torch.randn(8, 3, 8, 8), activation_bits=None)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.25, 4.0), min_size=8, max_size=8))
 @settings(max_examples=15, deadline=None)
 def test_moved_factors_multiply_the_activations_and_leave_the_outputs(found):
@@ -185,6 +186,7 @@ def test_weights_have_the_digits_that_their_inputs_leave():
     assert max(significant_bits_of(float(s)) for s in quantizers["second.weight"].qparams_at(8).scale) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.5, 1.2])
 def test_a_clamp_is_no_tighter_than_the_integers(inputs, gain):
     class Pooled(nn.Module):

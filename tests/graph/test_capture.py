@@ -119,6 +119,7 @@ def test_views_take_any_memory_layout():
     assert torch.equal(captured.graph_module(channels_last), x.flatten(1))
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_one_tensor():
     class Tied(nn.Module):
         def __init__(self):

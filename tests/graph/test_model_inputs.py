@@ -102,6 +102,7 @@ def test_two_equal_tensors_are_no_two_batches_of_a_model_with_one_input():
     assert torch.equal(found.labels, B)
 
 
+@pytest.mark.slow
 def test_all_stages_read_an_input_called_like_labels(tmp_path):
     torch.manual_seed(0)
 

@@ -53,7 +53,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("depthwise", "linear") else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
+)
 def test_a_batch_norm_folds_into_the_layer_before_it(name):
     model, x = LAYERS[name]()
     graph_module = capture(model, (x,)).graph_module
@@ -300,6 +302,7 @@ def test_quantizers_and_observers_leave_the_function_as_it_is(residual_net, imag
     assert torch.equal(graph_module(x), expected)
 
 
+@pytest.mark.slow
 def test_converting_leaves_only_integers_and_the_projects_ops(residual_net, images):
     prepared = infoq_fx.prepare(residual_net, images[0])
     graph_module = prepared.graph_module

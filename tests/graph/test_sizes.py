@@ -175,6 +175,7 @@ def test_the_length_of_audio_is_free(tmp_path):
     assert_takes(quantized, path, model, torch.randn(3, 2, 77))
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_model_writes_into_its_graph_is_freed(tmp_path):
     model = PinnedBatch()
     with warnings.catch_warnings():
@@ -186,6 +187,7 @@ def test_a_batch_that_the_model_writes_into_its_graph_is_freed(tmp_path):
         assert_takes(quantized, path, model, torch.randn(samples, 3, 16, 16))
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_freed_is_told_with_its_place_and_not_claimed(tmp_path):
     with pytest.warns(UserWarning, match=r"fixes the batch to the 2 samples of the capture in test_sizes\.py:\d+"):
         quantized = quantize(LoopOverSamples(), torch.randn(16, 6))

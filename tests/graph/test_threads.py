@@ -53,6 +53,7 @@ def test_two_threads_find_what_one_finds(tmp_path):
     assert all(model.training for model in models)
 
 
+@pytest.mark.slow
 def test_one_model_may_be_captured_by_several_threads_and_keeps_its_mode():
     torch.manual_seed(0)
     model, x, found = Encoder(1).train(), torch.randn(16, 5, 16), []

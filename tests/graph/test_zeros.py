@@ -32,7 +32,7 @@ LAYERS = {
     "transposed in groups": (lambda: nn.ConvTranspose2d(4, 8, 2, groups=2), 1),
     "linear": (lambda: nn.Linear(12, 8), 0),
 }
-QUICK = {"transposed in groups", "linear"}
+QUICK = {"linear"}
 KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS]
 
 
@@ -212,6 +212,7 @@ def two_layers():
     return model, torch.rand(40, 3, 5, 5) * 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("step", [SecondOrderRounding(), BlockReconstruction(epochs=2, samples=32)])
 def test_recovery_keeps_channels_of_zeros_and_rounds_their_biases_as_conversion_does(step, bits):

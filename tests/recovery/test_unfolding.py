@@ -38,6 +38,7 @@ def test_rows_give_the_layers_outputs(branches):
     assert seen == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "convolution",
     [

@@ -105,6 +105,7 @@ def short(value):
     return pytest.approx(value, rel=6e-3, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_slider_shows_what_allocate_finds(visit, path):
     page = visit()
     for axis in read_json(path)["axes"]:
@@ -164,6 +165,7 @@ def test_other_allocations_can_be_shown(visit):
     assert eval(bits) == found.bits
 
 
+@pytest.mark.slow
 def test_no_request_leaves_the_page_and_nothing_goes_wrong(visit, path):
     page = visit(offline=True)
     page.check('#axis input[value="bitops"]')

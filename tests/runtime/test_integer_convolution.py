@@ -105,6 +105,7 @@ def test_only_convolutions_whose_operands_serve_nothing_else_are_taken():
     assert any(q.site.name == "first.weight" for node, q in prepared.quantizer_nodes() if node in nodes)
 
 
+@pytest.mark.slow
 @exact_here
 @pytest.mark.parametrize("build", [lambda: randomise_norms(ResidualNet()), Mixed], ids=["residual", "mixed"])
 def test_runs_over_integers_give_the_same_values(build):

@@ -37,6 +37,7 @@ def test_a_second_run_scores_nothing(prepared_and_data, table, tmp_path, monkeyp
     assert len(entries(tmp_path)) == sum(len(by_bits) for by_bits in table.scores.values())
 
 
+@pytest.mark.slow
 def test_one_more_bit_width_scores_only_that(prepared_and_data, table, tmp_path, monkeypatch):
     score(*prepared_and_data, cache_dir=tmp_path)
     measured = count_measured(monkeypatch)

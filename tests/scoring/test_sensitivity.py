@@ -15,6 +15,7 @@ from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.types import Measurement, Score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     "memory_limit", [None, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (100_000, 1 << 30))]

@@ -44,6 +44,7 @@ def test_a_step_changes_a_copy_and_only_numbers(residual, step):
     assert nats(recovered, data, bits) < 0.9 * nats(prepared, data, bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [replace(s, epochs=1) if hasattr(s, "epochs") else s for s in EVERY_STEP], ids=lambda s: s.name
 )
@@ -65,6 +66,7 @@ def fixed_batch():
     return prepare(program, x, bits=(2, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [

@@ -32,6 +32,7 @@ def stored(prepared, bits):
     return infoq_fx.convert(prepared, infoq_fx.Allocation(bits=bits)).state_dict()
 
 
+@pytest.mark.slow
 def test_integers_stay_and_scales_and_biases_learn(rounded):
     prepared, data, bits = rounded
     tuned = OutputTuning(epochs=10, learning_rate=0.01, scale_rate=3.0).recover(prepared, bits, data, CONTEXT)

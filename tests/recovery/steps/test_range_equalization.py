@@ -83,6 +83,7 @@ def make_unbalanced(*layers):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behind",
     [

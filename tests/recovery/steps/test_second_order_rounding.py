@@ -31,6 +31,7 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
     assert any(not torch.equal(plain[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 5, 6])
 def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(width):
     torch.manual_seed(0)
@@ -57,6 +58,7 @@ def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(
         assert moved["float_weights"] < 0.3 * moved["float_model"]
 
 
+@pytest.mark.slow
 def test_second_order_rounding_takes_every_kind_of_layer(branches):
     prepared, data = branches
     bits = {site.name: 4 if site.kind == "weight" else 8 for site in prepared.inventory.sites}

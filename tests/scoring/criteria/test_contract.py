@@ -40,7 +40,12 @@ def measure(criterion, prepared, data, sites=None, batch_size=32):
     return found
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+SLOW = {"alps", "limpq", "hawq_v2", "infoq_paper", "loss", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CRITERIA]
+)
 def test_every_criterion_keeps_the_contract(name, prepared_and_data):
     prepared, data = prepared_and_data
     criterion = find_criterion(name)
