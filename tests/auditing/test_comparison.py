@@ -4,12 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from logits import compute_logits
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx.auditing.result import AuditRow
 from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.runtime.forward import hold_outputs
 from infoq_fx.scoring import sensitivity
 
 OPTIONS = dict(bits=(2, 3, 4, 8), progress=False)
@@ -173,13 +173,13 @@ def test_of_criteria_that_top1_does_not_tell_apart_it_recommends_the_one_that_lo
 def test_a_second_audit_pays_only_for_what_is_new(found, model, samples, cache_dir, monkeypatch):
     given, first = dict(cache_dir=cache_dir, **OPTIONS), found
     monkeypatch.setattr(sensitivity, "_measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr("infoq_fx.auditing.judge.hold_outputs", lambda *_, **__: pytest.fail("ran again"))
     monkeypatch.setattr("infoq_fx.auditing.comparison.choose_allocation", lambda *_, **__: pytest.fail("refined again"))
     again = infoq_fx.audit(model, samples, CRITERIA, BUDGETS, **given)
     assert str(again) == str(first)  # CPU seconds among it: those of the run that measured
     assert [row.allocations for row in again.rows] == [row.allocations for row in first.rows]
     # Criteria that read the same measurements share them.
-    monkeypatch.setattr("infoq_fx.auditing.comparison.compute_logits", compute_logits)
+    monkeypatch.setattr("infoq_fx.auditing.judge.hold_outputs", hold_outputs)
     more = infoq_fx.audit(model, samples, ["infoq", "loss", "accuracy"], BUDGETS[:1], **given)
     assert more.rows[0].hits["4 bits"].tolist() == first.rows[0].hits["4 bits"].tolist()
     assert more.rows[1].cpu_seconds == first.rows[0].cpu_seconds > 0
