@@ -15,6 +15,8 @@ from infoq_fx.types import Allocation, QuantSpec
 pytest.importorskip("torchao", reason="the extra infoq-fx[torchao] is not installed")
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+pytestmark = pytest.mark.slow  # of features that few models meet
+
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 DEQUANTIZE_WEIGHT = "quantized_decomposed.dequantize_per_channel.default"
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"

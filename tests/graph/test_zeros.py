@@ -22,6 +22,8 @@ from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 
+pytestmark = pytest.mark.slow  # of features that few models meet
+
 DEAD = 4
 
 LAYERS = {

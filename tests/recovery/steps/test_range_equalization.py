@@ -18,6 +18,8 @@ from infoq_fx.recovery.steps.range_equalization import RangeEqualization
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 from infoq_fx.runtime.forward import RunOptions
 
+pytestmark = pytest.mark.slow  # of features that few models meet
+
 STEP = RangeEqualization()
 
 
