@@ -222,7 +222,9 @@ def choose_readings(
                 reading,
                 known[index],
             )
-    if all(isinstance(reading, Ignored) for reading in readings):
+    # A graph that gives integers alone, such as an argmax, can be converted; only scores and recovery need a reading.
+    is_readable = any(x is None or x.is_floating_point() for x in outputs)
+    if is_readable and all(isinstance(reading, Ignored) for reading in readings):
         told = ", ".join(f"{name!r} ({reason})" for name, reason in zip(known, reasons, strict=True))
         raise OptionError(
             f"no output is left to read of {told}; give a reading to one with floating-point values [samples, ...]"
