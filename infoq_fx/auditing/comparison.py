@@ -23,10 +23,11 @@ from torch.export import ExportedProgram
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
 from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, prepare
-from infoq_fx.auditing.judge import Judge, Metric
+from infoq_fx.auditing.judge import Judge
 from infoq_fx.auditing.kept_results import kept_folder, load_result, result_path, store_result
 from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.core.data import CalibrationData, read_data
+from infoq_fx.core.readings import Metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.model_inputs import find_arguments, fit_data
 from infoq_fx.graph.reading_choice import OutputsOption

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 from tqdm.auto import tqdm
 
 from infoq_fx.auditing.kept_results import load_result, result_path, store_result
 from infoq_fx.auditing.result import AuditRow, Hits, Nats
 from infoq_fx.conversion.conversion import convert_prepared
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import Categorical
+from infoq_fx.core.readings import Categorical, Metric
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.finetuning.trainable import float_copy
 from infoq_fx.graph.reading_choice import join_tensors
@@ -31,10 +30,7 @@ from infoq_fx.runtime.outputs import is_read, predict_classes, read_readings
 from infoq_fx.scoring.output_measure import read_class_labels
 from infoq_fx.types import Allocation, Plain
 
-__all__ = ["Judge", "Metric"]
-
-
-Metric = Callable[[Any, Tensor | None], float]
+__all__ = ["Judge"]
 
 
 class Judge:

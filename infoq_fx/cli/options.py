@@ -130,7 +130,8 @@ Pin = Annotated[
 Outputs = Annotated[
     list[str] | None,
     typer.Option(
-        help="What an output means, NAME=KIND with KIND categorical, bernoulli, quantity or ignored; may be repeated.",
+        help="What an output means: NAME=KIND or POSITION=KIND, with KIND categorical, bernoulli, quantity or ignored; "
+        "may be repeated.",
         rich_help_panel=_SEARCH,
     ),
 ]

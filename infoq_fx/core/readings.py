@@ -25,6 +25,7 @@ __all__ = [
     "Encoded",
     "Ignored",
     "LossFunction",
+    "Metric",
     "OutputLoss",
     "Quantity",
     "Reading",
@@ -35,12 +36,15 @@ __all__ = [
     "measure_nats",
 ]
 
+Metric = Callable[[Any, Tensor | None], float]
+"""A metric of the user's own, larger is better: ``(outputs, labels) -> float`` over all samples."""
 LossFunction = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """A loss of the user's own: ``(float_outputs, outputs) -> nats [samples]``."""
 
 _SMALLEST_PROBABILITY = torch.finfo(torch.float32).tiny
 _SMALLEST_VARIANCE = 1e-3  # of a channel, relative to the mean over the channels: a constant channel says nothing
 _NO_VARIANCE = 1e-30
+_ROUNDING = 1e-4  # nats; a divergence computed in float32 may be below 0 by so much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +317,7 @@ def _call(function: LossFunction, reference: Sequence[Tensor], found: Sequence[T
     if not isinstance(nats, Tensor) or nats.shape != (samples,):
         given = list(nats.shape) if isinstance(nats, Tensor) else type(nats).__name__
         raise OptionError(f"outputs={name} gives {given} for {samples} samples; return a tensor of nats [samples]")
-    if bool((nats < 0).any()):
+    if not bool((nats >= -_ROUNDING).all()):
         raise OptionError(f"outputs={name} gives {float(nats.min()):g}; return nats of 0 or more, 0 for equal outputs")
     return nats.double()
 

@@ -145,11 +145,7 @@ def refuse_code(content: bytes) -> None:
     Raises:
         OptionError: it holds more than tensors, numbers and a graph, or is damaged.
     """
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
-    except zipfile.BadZipFile as error:
-        raise OptionError("not an archive, or cut short") from error
-    with archive:
+    with _open_archive(content) as archive:
         entries = _entries_of(archive)
         _refuse_code(archive, entries)
         if _SAMPLE_INPUTS in entries:
@@ -207,13 +203,16 @@ def _reasons_of(source: Path) -> Iterator[None]:
         ) from error
 
 
-def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """Read the provenance and the example inputs, and refuse files with anything that could run code."""
+def _open_archive(content: bytes) -> zipfile.ZipFile:
     try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
+        return zipfile.ZipFile(io.BytesIO(content))
     except zipfile.BadZipFile as error:
         raise OptionError("not an archive, or cut short") from error
-    with archive:
+
+
+def _inspect(content: bytes) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Read the provenance and the example inputs, and refuse files with anything that could run code."""
+    with _open_archive(content) as archive:
         entries = _entries_of(archive)
         if f"extra/{_EXTRA_FILE}" not in entries:
             raise OptionError("it holds no allocation; a program of torch.export alone is read by torch.export.load")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.core.data import ForwardArguments, read_data
+from infoq_fx.core.readings import Metric
 from infoq_fx.core.targets import DEFAULT_TARGET, find_target
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.export.loading import measure_loading
@@ -22,9 +23,8 @@ from infoq_fx.export.verification_result import LevelResult, Loading, OutputResu
 from infoq_fx.graph.reading_choice import join_tensors
 from infoq_fx.quantization.call_forms import CallForm, flatten_tensors
 
-__all__ = ["LevelResult", "Loading", "Metric", "OutputResult", "Verification", "verify_onnx"]
+__all__ = ["LevelResult", "Loading", "OutputResult", "Verification", "verify_onnx"]
 
-Metric = Callable[[Any, Tensor | None], float]
 _Run = Callable[[dict[str, Any]], list[Any]]
 
 

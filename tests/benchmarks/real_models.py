@@ -25,11 +25,11 @@ BUDGETS = (5.0, 4.0, 3.5, 3.0)
 LEVELS = onnxruntime.GraphOptimizationLevel
 
 
-def load_real_models():
+def load_real_models(path=DATA):
     """Load the module that loads models and images; exit if it does not exist."""
-    if not DATA.exists():
-        sys.exit(f"the pretrained models are missing: no {DATA.name} in a folder shared/data next to the project")
-    spec = importlib.util.spec_from_file_location("shared_real_models", DATA)
+    if not path.exists():
+        sys.exit(f"the pretrained models are missing: no {path}")
+    spec = importlib.util.spec_from_file_location("shared_real_models", path)
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
     return real

@@ -186,3 +186,11 @@ def test_functions_that_give_no_nats_are_refused(function, message):
     loss = OutputLoss((Quantity(),), (None,), function)
     with pytest.raises(OptionError, match=message):
         loss([torch.zeros(3, 4)], [torch.ones(3, 4)])
+
+
+def test_rounding_below_zero_is_taken_and_nan_is_not():
+    p, q = [torch.zeros(3, 4)], [torch.ones(3, 4)]
+    tiny = OutputLoss((Quantity(),), (None,), lambda a, b: torch.full((3,), -1e-7))
+    assert torch.equal(tiny(p, q), torch.full((3,), -1e-7).double())
+    with pytest.raises(OptionError, match="return nats of 0 or more"):
+        OutputLoss((Quantity(),), (None,), lambda a, b: torch.full((3,), math.nan))(p, q)

@@ -19,7 +19,8 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
     1. the last value of every module path: named by the path.
     2. the tensor that feeds a layer or a searched activation site: ``"<layer>.input"`` or the site's name,
        observed before the quantizer.
-    3. the first output of the model: ``"output"`` (a module of that name whose value is another: ``"output_1"``).
+    3. the outputs of the model: ``"output"``, and ``"output_1"`` and so on for further ones (a module of such a name
+       whose value is another gets the next number).
 
     Left alone: values that are not floating-point tensors, or the same for all samples (position embeddings). Each
     node gets at most one observer, which has all its names.
@@ -50,6 +51,10 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
             if node is not last and OUTPUT in known:  # a module of that name; the model's output goes first
                 known[known.index(OUTPUT)] = make_unique(OUTPUT, {OUTPUT, *last_of})
         names.setdefault(last, []).append(OUTPUT)
+        taken = {OUTPUT, *last_of}
+        for node in output.all_input_nodes[1:]:
+            if node in varying and _is_floating(node):
+                names.setdefault(node, []).append(make_unique(OUTPUT, taken))
     for index, (node, known) in enumerate(names.items()):
         _insert(graph_module, node, f"observers.{index}", tuple(dict.fromkeys(known)))
     return bool(names)

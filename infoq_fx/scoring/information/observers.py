@@ -8,10 +8,11 @@ from typing import Literal
 from torch import Tensor, fx
 
 from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.graph.reading_choice import list_output_nodes
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import Observer
 
-__all__ = ["choose_default_observers", "find_observers", "pool_features"]
+__all__ = ["choose_default_observers", "find_observers", "list_output_observers", "pool_features"]
 
 _OUTPUT = "output"
 _INTERMEDIATE = 3
@@ -20,7 +21,7 @@ _INTERMEDIATE = 3
 def choose_default_observers(prepared: PreparedModel) -> dict[Observer, fx.Node]:
     """Choose observers by the paper's heuristic: task information at the end, input information in the middle.
 
-    Task information is measured at the classifier's input (global pooling, if there is one) and at the logits; input
+    Task information is measured at the classifier's input (global pooling, if there is one) and at all outputs; input
     information at three intermediate blocks, evenly spread over the second and third quarter of the depth.
 
     Reference:
@@ -32,7 +33,7 @@ def choose_default_observers(prepared: PreparedModel) -> dict[Observer, fx.Node]
         before = f"{prepared.classifier.rpartition('.')[0]}.input"
         if before in named:
             chosen[Observer(before, "task")] = named[before]
-    chosen[Observer(_OUTPUT, "task")] = named[_OUTPUT]
+    chosen.update({Observer(name, "task"): named[name] for name in list_output_observers(prepared)})
     blocks = _blocks(prepared, named)
     for index in range(1, _INTERMEDIATE + 1):
         if blocks:
@@ -46,6 +47,8 @@ def find_observers(
 ) -> dict[Observer, fx.Node]:
     """Find observers by name: both measures for a bare name; ``"auto"`` is every named tensor, under one name each.
 
+    The name ``"output"`` stands for all outputs of the model.
+
     Raises:
         OptionError: there is no observer, or a name or a measure is unknown.
     """
@@ -58,6 +61,8 @@ def find_observers(
     chosen: dict[Observer, fx.Node] = {}
     for item in wanted:
         both = [Observer(item, "input"), Observer(item, "task")] if isinstance(item, str) else [item]
+        if both[0].name == _OUTPUT:
+            both = [Observer(name, one.measure) for one in both for name in list_output_observers(prepared)]
         for observer in both:
             if observer.name not in named:
                 raise unknown_name_error("observer", observer.name, named)
@@ -65,6 +70,16 @@ def find_observers(
                 raise unknown_name_error("measure of an observer", observer.measure, ("input", "task"))
             chosen[observer] = named[observer.name]
     return chosen
+
+
+def list_output_observers(prepared: PreparedModel) -> list[str]:
+    """Return the names of the observers at the outputs that hold numbers, the first one's first."""
+    outputs = set(list_output_nodes(prepared.graph_module))
+    names: dict[fx.Node, str] = {}
+    for name, node in prepared.observer_nodes().items():
+        if node in outputs:
+            names[node] = name  # the last of its names is that of the output
+    return sorted(names.values(), key=lambda name: name != _OUTPUT)
 
 
 def pool_features(value: Tensor, node: fx.Node) -> Tensor:
