@@ -15,6 +15,8 @@ from infoq_fx.graph.model_inputs import fit_data
 from infoq_fx.recovery.ladder import find_steps
 from infoq_fx.scoring.sensitivity import Resources
 
+pytestmark = pytest.mark.slow  # one warning in every way to it
+
 ROUNDING = "second_order_rounding"
 
 

@@ -12,6 +12,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import infoq_fx
 from infoq_fx.types import Allocation
 
+pytestmark = pytest.mark.slow  # torch.compile and pass managers
+
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
 

@@ -15,6 +15,8 @@ from infoq_fx.graph.layers import LAYER_OPS
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.types import Allocation
 
+pytestmark = pytest.mark.slow  # a file for every kind of layer
+
 LEVELS = onnxruntime.GraphOptimizationLevel
 INTEGERS = (np.int8, np.uint8)
 

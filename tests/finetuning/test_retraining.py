@@ -21,6 +21,8 @@ from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_
 from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
 from infoq_fx.types import QParams, QuantSite, QuantSpec
 
+pytestmark = pytest.mark.slow  # training loops of one's own
+
 
 @pytest.fixture(params=CASES)
 def case(request):

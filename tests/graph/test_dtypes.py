@@ -10,6 +10,8 @@ from torch import nn
 
 import infoq_fx
 
+pytestmark = pytest.mark.slow  # of models that few have
+
 
 class Net(nn.Module):
     def __init__(self):

@@ -11,6 +11,8 @@ from torch.nn import functional
 import infoq_fx
 from infoq_fx.graph.layers import free_path
 
+pytestmark = pytest.mark.slow  # of names that few models have
+
 TAKEN = ("observers", "quantizers", "one", "zero_0", "x", "output", "quant_max_15", "scale_1", "last_axis")
 OF_LAYER = ("weight_scale", "bias_scale", "weight_float", "weight_int4")
 

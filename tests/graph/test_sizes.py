@@ -112,7 +112,8 @@ def assert_takes(quantized, path, model, x):
     assert np.abs(result - found.numpy()).mean() < 1e-3
 
 
-@pytest.mark.parametrize("make", [Upscaler, pytest.param(Segmenter, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Upscaler, Segmenter])
 def test_image_networks_take_any_size(make, tmp_path, capfd):
     model = make()
     quantized = quantize(model, X)

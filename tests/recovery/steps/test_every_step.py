@@ -17,6 +17,8 @@ from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 from infoq_fx.runtime.forward import RunOptions
 
+pytestmark = pytest.mark.slow  # every step by every rule
+
 EVERY_STEP = [
     BiasCorrection(),
     SecondOrderRounding(),
