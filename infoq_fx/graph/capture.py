@@ -32,6 +32,7 @@ from infoq_fx.graph.program.sizes import (
     place_of_difference,
     resize,
     same_operations,
+    stay_equal,
 )
 from infoq_fx.quantization.call_forms import CallForm
 
@@ -106,13 +107,18 @@ def capture(
 
 @dataclass(frozen=True)
 class _Draft:
-    """One capture of a model, at the sizes of its example inputs. ``dtypes`` are those taken in float32."""
+    """One capture of a model, at the sizes of its example inputs. ``dtypes`` are those taken in float32.
+
+    ``program`` is what was exported; ``operations`` are those of the program made functional.
+    """
 
     graph_module: fx.GraphModule
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     form: CallForm
     dtypes: set[torch.dtype]
+    program: ExportedProgram
+    operations: frozenset[Any]
 
 
 def _draft(
@@ -121,12 +127,17 @@ def _draft(
     device: torch.device,
     free_axes: FreeAxes | None = None,
 ) -> _Draft:
-    program = model if isinstance(model, ExportedProgram) else _export_module(model, inputs, free_axes)
+    return _flatten(model if isinstance(model, ExportedProgram) else _export_module(model, inputs, free_axes), device)
+
+
+def _flatten(program: ExportedProgram, device: torch.device) -> _Draft:
     _refuse_training_graph(program)
-    flat = flatten_program(_decompose(program), device)
+    functional = _decompose(program)
+    operations = frozenset(node.target for node in functional.graph.nodes if node.op == "call_function")
+    flat = flatten_program(functional, device)
     form, dtypes = take_in_float32(flat.graph_module)
     form = replace(form, template=flat.template)
-    return _Draft(flat.graph_module, flat.input_names, flat.output_names, form, dtypes)
+    return _Draft(flat.graph_module, flat.input_names, flat.output_names, form, dtypes, program, operations)
 
 
 def _try_draft(
@@ -135,6 +146,17 @@ def _try_draft(
     """A capture at other sizes, None if the model does not take them."""
     try:
         return _draft(model, inputs, device, free_axes)
+    except InfoqError:
+        return None
+
+
+def _is_equal_at(model: nn.Module, draft: _Draft, inputs: ExampleInputs, device: torch.device) -> bool | None:
+    """Whether a capture at other sizes is the same, None if the model does not take them."""
+    try:
+        program = _export_module(model, inputs)
+        if stay_equal(draft.program, program, draft.operations):
+            return True
+        return are_equal(draft.graph_module, _flatten(program, device).graph_module)
     except InfoqError:
         return None
 
@@ -219,10 +241,10 @@ def _free_axes(
             for name, axes in wanted.items()
             for axis in axes
         }
-        other = _try_draft(model, resize(inputs, sizes), device)
-        if other is None:
+        is_equal = _is_equal_at(model, draft, resize(inputs, sizes), device)
+        if is_equal is None:
             continue
-        if are_equal(draft.graph_module, other.graph_module):
+        if is_equal:
             return draft, wanted
         free = _try_draft(model, inputs, device, keyed)
         if free is not None and same_operations(draft.graph_module, free.graph_module):
@@ -373,9 +395,12 @@ def _reserved_advice(error: Exception) -> str:
 
 
 def _decompose(program: ExportedProgram) -> ExportedProgram:
+    examples = program.example_inputs
     try:
+        # Without examples torch adds no checks of the inputs, which torch 2.9 cannot do for a forward(*xs).
         # An empty table makes the graph functional without decomposing conv2d, linear and attention.
         with exporting():
+            program.example_inputs = None
             functional: ExportedProgram = program.run_decompositions({})
         return functional
     except Exception as error:
@@ -383,6 +408,8 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
             f"torch.export cannot make the graph functional: {_first_lines(error)}; rewrite the in-place parts of the "
             f"model{_reserved_advice(error)}"
         ) from error
+    finally:
+        program.example_inputs = examples
 
 
 def _move(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:

@@ -223,6 +223,7 @@ class Keeps(nn.Module):
         return self.head(self.last.mean(2))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch.export 2.9 refuses attributes set in a forward")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_torchs_warnings_about_the_capture_do_not_leak():
     model = Keeps()

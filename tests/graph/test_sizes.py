@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
+from infoq_fx.graph.program.exporting import export_quietly
+from infoq_fx.graph.program.flattening import flatten_program
+from infoq_fx.graph.program.sizes import are_equal, stay_equal
 
 X = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -242,3 +245,43 @@ class NormalizesTheBatch(nn.Module):
 def test_models_that_mix_all_values_are_not_mistaken():
     torch.manual_seed(0)
     infoq_fx.prepare(NormalizesTheBatch(), torch.randn(8, 5, 6))
+
+
+class Steps(nn.Module):
+    """A convolution, and operations that torch replaces when it makes a graph functional."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 4, 3, padding=1), steps
+        self.modules_among_them = nn.ModuleList(step for step in steps if isinstance(step, nn.Module))
+
+    def forward(self, x):
+        x = self.conv(x)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+# The first four take any size as they are, the others write sizes into their graphs.
+STEPS = [
+    (nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+    (lambda x: functional.interpolate(x, scale_factor=2.0, mode="bilinear"), lambda x: x.softmax(1)[:, :4]),
+    (lambda x: functional.layer_norm(x.mean((2, 3)), (4,)), lambda x: x.unflatten(1, (2, 2)).squeeze(0)),
+    (lambda x: x.chunk(2, dim=1), torch.stack),
+    (nn.Flatten(), lambda x: x[:, : 4 * 16 * 16]),
+    (lambda x: x / x.shape[-1],),
+    (lambda x: x + torch.linspace(0, 1, x.shape[-1]),),
+    (lambda x: x.flatten(1).unflatten(1, (4, -1))[..., : x.shape[-1]],),
+]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_short_comparison_says_equal_only_where_the_whole_one_does(steps):
+    model = Steps(*steps).eval()
+    programs = [export_quietly(model, (x,)) for x in (X, functional.pad(X, (0, 33, 0, 33)))]
+    functionals = [program.run_decompositions({}) for program in programs]
+    graphs = [flatten_program(program, torch.device("cpu")).graph_module for program in functionals]
+    is_equal = are_equal(*graphs)
+    kept = {node.target for node in functionals[0].graph.nodes}
+    assert stay_equal(*programs, kept) <= is_equal
+    assert is_equal == (STEPS.index(steps) < 4)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    is_concrete_int,
+)
 
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.graph.program.exporting import ExampleInputs
@@ -27,6 +34,7 @@ __all__ = [
     "place_of_difference",
     "resize",
     "same_operations",
+    "stay_equal",
 ]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -34,6 +42,8 @@ _USER_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 Dynamic = Literal["auto"] | Mapping[str, int | Sequence[int]] | None
 """Axes that stay free besides the first: by input name, ``"auto"`` for those that can, None for none."""
+
+_FREE_OF_SIZES = {torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default}
 
 Place = tuple[int, tuple[Any, ...]]
 """Where a number is in a graph: the node's index, and the keys that lead to it in the node's arguments."""
@@ -89,6 +99,50 @@ def choose_axes(examples: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, t
 def are_equal(first: fx.GraphModule, other: fx.GraphModule) -> bool:
     """Whether two captures of a model have the same operations, arguments and stored tensors."""
     return find_written_sizes([first, other]) == {}
+
+
+def stay_equal(first: ExportedProgram, other: ExportedProgram, kept: Collection[Any]) -> bool:
+    """Whether two exports of a model at other sizes are equal, and certainly so once they are made functional.
+
+    That takes most of a capture's time, so that it is worth to know it without.
+
+    Args:
+        first: a program as exported.
+        other: the same model's, at other sizes.
+        kept: the operations of ``first`` made functional. Others were replaced by operations whose arguments may
+            depend on the sizes of tensors, so these have to be the same.
+    """
+    if find_written_sizes([first.graph_module, other.graph_module]) != {}:
+        return False
+    constants = [
+        {name: x for name, x in program.constants.items() if isinstance(x, Tensor)} for program in (first, other)
+    ]
+    if not _hold_same(*constants):
+        return False
+    names = {str(operation) for operation in kept}
+    for node, twin in zip(first.graph.nodes, other.graph.nodes, strict=True):
+        if isinstance(node.target, HigherOrderOperator):
+            return False  # its inner graph was not compared
+        is_kept = node.op != "call_function" or node.target in _FREE_OF_SIZES or node.target in kept
+        if not is_kept and str(node.target).replace("_.", ".") not in names and not _have_same_sizes(node, twin):
+            return False
+    return True
+
+
+def _have_same_sizes(node: fx.Node, twin: fx.Node) -> bool:
+    pairs = zip([node, *node.all_input_nodes], [twin, *twin.all_input_nodes], strict=True)
+    return all(_sizes_of(first) == _sizes_of(other) is not None for first, other in pairs)
+
+
+def _sizes_of(node: fx.Node) -> list[int | None] | None:
+    """A tensor's sizes, None in place of free ones; None for all if there are sizes that grow with others."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    sizes: list[Any] = list(value.shape)
+    if not all(is_concrete_int(size) or size.node.expr.is_symbol for size in sizes):
+        return None
+    return [int(size) if is_concrete_int(size) else None for size in sizes]
 
 
 def same_operations(first: fx.GraphModule, other: fx.GraphModule) -> bool:
