@@ -18,7 +18,7 @@ from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.core.option_checks import check_alpha, check_device, check_model
+from infoq_fx.core.option_checks import check_alpha, check_device, check_model, check_patterns
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
@@ -233,6 +233,7 @@ def prepare(
         )
     weight_candidates = check_bits(DEFAULT_BITS if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
+    check_patterns(ignore, pin)
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
     data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))

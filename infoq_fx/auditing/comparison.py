@@ -27,7 +27,8 @@ from infoq_fx.auditing.judge import Judge
 from infoq_fx.auditing.kept_results import kept_folder, load_result, result_path, store_result
 from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.core.data import CalibrationData, read_data
-from infoq_fx.core.readings import Metric
+from infoq_fx.core.option_checks import check_model, check_patterns
+from infoq_fx.core.readings import Metric, check_metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.model_inputs import find_arguments, fit_data
 from infoq_fx.graph.reading_choice import OutputsOption
@@ -126,6 +127,11 @@ def audit(
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a budget is out of reach.
     """
+    check_model(model)
+    check_patterns(ignore, pin)
+    check_metric(metric)
+    if not isinstance(budgets, list | tuple):
+        raise OptionError(f"budgets={budgets!r}; give a list, such as [4.0, 3.0]")
     chosen, steps = _read_criteria(criteria), find_steps(recovery)
     arguments = find_arguments(model)
     held_back = None if evaluation_data is None else read_data(evaluation_data, arguments)

@@ -15,7 +15,7 @@ from infoq_fx.auditing.kept_results import load_result, result_path, store_resul
 from infoq_fx.auditing.result import AuditRow, Hits, Nats
 from infoq_fx.conversion.conversion import convert_prepared
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import Categorical, Metric
+from infoq_fx.core.readings import Categorical, Metric, measure_metric
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.finetuning.trainable import float_copy
 from infoq_fx.graph.reading_choice import join_tensors
@@ -119,7 +119,7 @@ class Judge:
                 structure = module(*batch.values())
                 structure = structure if allocation is not None else model.form.give(structure)
                 parts.append(tuple(x.cpu() for x in flatten_tensors(structure)))
-        return float(self._metric(join_tensors(structure, parts), self._data.labels))
+        return measure_metric(self._metric, join_tensors(structure, parts), self._data.labels)
 
     def _count_hits(self, outputs: HeldOutputs) -> Hits:
         """The share of right classes of every sample; empty if no output has classes."""

@@ -14,7 +14,15 @@ from infoq_fx.errors import OptionError, UnsupportedModelError
 if TYPE_CHECKING:  # numbers are checked without torch
     import torch
 
-__all__ = ["check_alpha", "check_count", "check_device", "check_model", "check_rate", "with_seed"]
+__all__ = [
+    "check_alpha",
+    "check_count",
+    "check_device",
+    "check_model",
+    "check_patterns",
+    "check_rate",
+    "with_seed",
+]
 
 _T = TypeVar("_T")
 
@@ -68,6 +76,18 @@ def check_device(device: Any) -> torch.device:
     if found.type == "meta":
         raise OptionError(f"device={device!r} holds no values; {remedy}")
     return found
+
+
+def check_patterns(ignore: Any, pin: Any) -> None:
+    """Check that layers are named by glob patterns: a list of them to ignore, a dict of bit-widths by pattern to pin.
+
+    Raises:
+        OptionError: they are not.
+    """
+    if not isinstance(ignore, list | tuple | set | frozenset) or not all(isinstance(x, str) for x in ignore):
+        raise OptionError(f"ignore={ignore!r}; give a list of glob patterns on module paths, such as ['head.*']")
+    if pin is not None and not (isinstance(pin, Mapping) and all(isinstance(x, str) for x in pin)):
+        raise OptionError(f"pin={pin!r}; give a dict of bit-widths by glob pattern, such as {{'head.*': 8}}")
 
 
 def check_model(model: Any) -> None:

@@ -29,10 +29,12 @@ __all__ = [
     "OutputLoss",
     "Quantity",
     "Reading",
+    "check_metric",
     "decode_reading",
     "describe_reading",
     "draw_log_likelihood",
     "measure_cross_entropy",
+    "measure_metric",
     "measure_nats",
 ]
 
@@ -228,6 +230,31 @@ def _diverge(reading: Reading, p: Encoded, q: Encoded, variance: Tensor | None, 
     else:
         nats = temperature**2 * torch.where(torch.isfinite(p.rows), _bernoulli_nats(p.rows, q.rows), 0.0)
     return nats.sum(-1).mean(1)
+
+
+def check_metric(metric: Any) -> None:
+    """Check that a metric is a function, or None.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if metric is not None and not callable(metric):
+        raise OptionError(f"metric={metric!r}; give a function (outputs, labels) -> float, larger is better")
+
+
+def measure_metric(metric: Metric, outputs: Any, labels: Tensor | None) -> float:
+    """Return what the user's metric gives for the outputs of all samples.
+
+    Raises:
+        OptionError: that is not a number.
+    """
+    found: Any = metric(outputs, labels)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        name = getattr(metric, "__name__", type(metric).__name__)
+        shown = f"a tensor of {list(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.60}"
+        raise OptionError(f"the metric {name} returned {shown}; let it return one number, larger is better") from error
 
 
 def measure_cross_entropy(reading: Categorical, output: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.core.data import ForwardArguments, read_data
-from infoq_fx.core.readings import Metric
+from infoq_fx.core.readings import Metric, check_metric, measure_metric
 from infoq_fx.core.targets import DEFAULT_TARGET, find_target
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
 from infoq_fx.export.loading import measure_loading
@@ -65,6 +65,7 @@ def verify_onnx(
         CalibrationDataError: the data cannot be used, or holds less than a fixed batch.
         ExportError: the runtime refuses the file.
     """
+    check_metric(metric)
     provenance = provenance_of(quantized)
     if provenance is None:
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
@@ -91,7 +92,7 @@ def verify_onnx(
                 comparisons[key].add(start, expected, found)
             kept[key] += [] if metric is None else [_tensors_of(structure, provenance.form, found)]
     measured = {
-        key: None if metric is None else float(metric(join_tensors(structure, parts), samples.labels))
+        key: None if metric is None else measure_metric(metric, join_tensors(structure, parts), samples.labels)
         for key, parts in kept.items()
     }
     results = tuple(

@@ -201,17 +201,18 @@ def choose_readings(
     nodes = list_output_nodes(graph_module)
     known = list(names) or [f"output_{index}" for index in range(len(outputs))]
     if callable(option) and not isinstance(option, type):
-        compared = tuple(Quantity(axis=1) if x is not None and x.is_floating_point() else Ignored() for x in outputs)
+        compared = tuple(
+            Quantity(axis=1) if x is not None and x.is_floating_point() and x.numel() else Ignored() for x in outputs
+        )
         return ReadingChoice(compared, ("compared by the given function",) * len(compared), option)
     given = _read_option(option, known)
     is_only = sum(x is not None and x.is_floating_point() for x in outputs) == 1
     labelled = _find_labelled(nodes, outputs, given, labels)
     readings, reasons = [], []
     for index, (node, x) in enumerate(zip(nodes, outputs, strict=True)):
-        if x is None and isinstance(option, Mapping) and hasattr(given[index], "weight"):
-            raise OptionError(
-                f"outputs reads {known[index]!r}, which has no entry for each sample along its first axis; leave it out"
-            )
+        if (x is None or not x.numel()) and isinstance(option, Mapping) and hasattr(given[index], "weight"):
+            missing = "entry for each sample along its first axis" if x is None else "values"
+            raise OptionError(f"outputs reads {known[index]!r}, which has no {missing}; leave it out")
         reading, reason = _choose(node, x, given[index], labelled.get(index), inputs, is_only=is_only)
         readings.append(reading)
         reasons.append(reason)
@@ -258,6 +259,8 @@ def _choose(
 ) -> tuple[Reading, str]:
     if x is None:
         return Ignored(), "has no entry for each sample"
+    if not x.numel():
+        return Ignored(), "has no values"
     if not x.is_floating_point():
         return Ignored(), "holds no floating-point values"
     if given is not None:

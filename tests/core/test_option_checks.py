@@ -110,3 +110,23 @@ def test_tables_and_allocations_are_checked(prepared, nothing_computed):
 def test_numbers_are_checked_without_torch():
     code = "import infoq_fx.core.option_checks, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(ignore=5), "ignore=5; give a list of glob patterns"),
+        (dict(ignore="head"), "ignore='head'; give a list"),
+        (dict(pin=["head"]), r"pin=\['head'\]; give a dict of bit-widths"),
+    ],
+)
+def test_layers_are_named_by_patterns(nothing_computed, options, told):
+    for call in (infoq_fx.prepare, lambda *args, **options: infoq_fx.audit(*args, progress=False, **options)):
+        with pytest.raises(OptionError, match=told):
+            call(nn.Linear(4, 3), DATA, **options)
+
+
+@pytest.mark.parametrize("dynamic", [True, [2], {"input": "a"}, {"input": [True]}])
+def test_free_axes_are_numbers_by_input(dynamic):
+    with pytest.raises(OptionError, match="dynamic"):
+        infoq_fx.prepare(nn.Linear(4, 3), DATA, dynamic=dynamic)

@@ -14,10 +14,12 @@ from infoq_fx.core.readings import (
     Ignored,
     OutputLoss,
     Quantity,
+    check_metric,
     decode_reading,
     describe_reading,
     draw_log_likelihood,
     measure_cross_entropy,
+    measure_metric,
     measure_nats,
 )
 from infoq_fx.errors import OptionError
@@ -194,3 +196,15 @@ def test_rounding_below_zero_is_taken_and_nan_is_not():
     assert torch.equal(tiny(p, q), torch.full((3,), -1e-7).double())
     with pytest.raises(OptionError, match="return nats of 0 or more"):
         OutputLoss((Quantity(),), (None,), lambda a, b: torch.full((3,), math.nan))(p, q)
+
+
+@pytest.mark.parametrize("found", [None, "high", torch.ones(2), [1.0]])
+def test_a_metric_gives_one_number(found):
+    def accuracy(outputs, labels):
+        return found
+
+    with pytest.raises(OptionError, match=r"the metric accuracy returned .*; let it return one number"):
+        measure_metric(accuracy, None, None)
+    assert measure_metric(lambda outputs, labels: torch.tensor(0.5), None, None) == 0.5
+    with pytest.raises(OptionError, match="metric='map'; give a function"):
+        check_metric("map")

@@ -186,3 +186,22 @@ def test_labels_belong_to_one_output():
 def test_an_output_has_one_reading():
     with pytest.raises(OptionError, match="outputs gives 'scores' two readings, as 'scores' and 0; leave one out"):
         infoq_fx.prepare(Heads().eval(), torch.randn(16, 5), outputs={"scores": "quantity", 0: "categorical"})
+
+
+def test_an_output_without_values_is_ignored():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.head(x)
+            return {"logits": y, "nothing": y[:, :0]}
+
+    data = torch.randn(16, 4)
+    prepared = infoq_fx.prepare(Net(), data)
+    assert any("'nothing' is ignored (has no values)" in line for line in prepared.output_notes)
+    quantized = infoq_fx.quantize(Net(), 4.0, calibration_data=data, progress=False)
+    assert quantized(data)["nothing"].shape == (16, 0)
+    with pytest.raises(infoq_fx.OptionError, match="outputs reads 'nothing', which has no values"):
+        infoq_fx.prepare(Net(), data, outputs={"nothing": "quantity"})

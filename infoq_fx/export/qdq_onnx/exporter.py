@@ -67,6 +67,8 @@ def export_onnx(
         raise OptionError(f"{type(quantized).__name__} is not a quantized module; pass what quantize() returned")
     runtime = find_target(target)
     chosen = _choose_container(container, runtime)
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"path={path!r}; give the path of the file, such as 'model.onnx'")
     place = Path(path)
     with folder_beside(place) as folder:
         model = trace(quantized, provenance, OPSET_VERSION, has_fixed_sizes=chosen is None)

@@ -81,12 +81,20 @@ def choose_axes(examples: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, t
         if dynamic != "auto":
             raise OptionError(f"dynamic is {dynamic!r}; give 'auto', None or a dict of axes by input name")
         return {name: tuple(range(2, x.ndim)) for name, x in examples.items() if x.is_floating_point() and x.ndim > 2}
+    if not isinstance(dynamic, Mapping):
+        raise OptionError(
+            f"dynamic={dynamic!r}; give 'auto', None or a dict of axes by input name, such as "
+            f"{{{next(iter(examples))!r}: (2, 3)}}"
+        )
     chosen = {}
     for name, given in dynamic.items():
         if name not in examples:
             raise unknown_name_error("input in dynamic", name, examples)
         ndim = examples[name].ndim
-        axes = sorted({given} if isinstance(given, int) else {*given})
+        axes = [given] if isinstance(given, int) else list(given) if isinstance(given, list | tuple | set) else [given]
+        if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+            raise OptionError(f"dynamic[{name!r}]={given!r}; give an axis or a list of axes, such as (2, 3)")
+        axes = sorted(set(axes))
         wrong = [axis for axis in axes if not 0 <= axis < ndim]
         if wrong:
             raise OptionError(
