@@ -23,14 +23,14 @@ def margins(prepared, data, bits):
     return best[:, 0] - best[:, 1]
 
 
-baseline = []
+baselines = {}  # by the number of samples: audit() scores with a part of them
 
 
 def shrunken_margin(prepared, data, site, bits):
     """Return the mean decrease of the margin, in logits, from the model at 8 bits."""
-    if not baseline:
-        baseline.append(margins(prepared, data, {}))
-    return float((baseline[0] - margins(prepared, data, {site.name: bits})).clamp(min=0).mean())
+    if data.samples not in baselines:
+        baselines[data.samples] = margins(prepared, data, {})
+    return float((baselines[data.samples] - margins(prepared, data, {site.name: bits})).clamp(min=0).mean())
 
 
 # 2. From the weights only: FunctionCriterion declares that the function needs no data. With a version, which must
