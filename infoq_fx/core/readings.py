@@ -163,10 +163,18 @@ class OutputLoss:
     def compare(self, reference: Sequence[Encoded], found: Sequence[Encoded], temperature: float = 1.0) -> Tensor:
         """Sum the nats of all outputs of two encoded runs; see :meth:`__call__`. There is no function."""
         total = torch.zeros(reference[0].samples, dtype=torch.float64, device=reference[0].device)
-        for reading, variance, p, q in zip(self.readings, self.variances, reference, found, strict=True):
-            if not isinstance(reading, Ignored):
-                total = total + reading.weight * _diverge(reading, p, q, variance, temperature)
+        for nats in self.compare_each(reference, found, temperature):
+            total = total + nats
         return total
+
+    def compare_each(
+        self, reference: Sequence[Encoded], found: Sequence[Encoded], temperature: float = 1.0
+    ) -> tuple[Tensor, ...]:
+        """Return the nats of every output times its weight, each float64 ``[samples]``; there is no function."""
+        return tuple(
+            getattr(reading, "weight", 0.0) * _diverge(reading, p, q, variance, temperature)
+            for reading, variance, p, q in zip(self.readings, self.variances, reference, found, strict=True)
+        )
 
 
 class Encoded:
@@ -254,7 +262,7 @@ def measure_metric(metric: Metric, outputs: Any, labels: Tensor | None) -> float
     except (TypeError, ValueError, RuntimeError) as error:
         name = getattr(metric, "__name__", type(metric).__name__)
         shown = f"a tensor of {list(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.60}"
-        raise OptionError(f"the metric {name} returned {shown}; let it return one number, larger is better") from error
+        raise OptionError(f"the metric {name} returned {shown}; give a function that returns one number, larger is better") from error
 
 
 def measure_cross_entropy(reading: Categorical, output: Tensor, labels: Tensor) -> Tensor:

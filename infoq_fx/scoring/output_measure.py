@@ -29,6 +29,7 @@ __all__ = [
     "INFORMATION_LOSS",
     "KL",
     "LOSS_INCREASE",
+    "LOSS_OVER_PAIRS",
     "NOISE_TO_SIGNAL",
     "ClassLabels",
     "OutputMeasure",
@@ -41,14 +42,18 @@ __all__ = [
 ]
 
 INFORMATION_LOSS = "information_loss_nats"
+LOSS_OVER_PAIRS = "information_loss_over_pairs_nats"
 KL = "output_kl_nats"
 NOISE_TO_SIGNAL = "output_noise_to_signal"
 LOSS_INCREASE = "loss_increase_nats"
 ACCURACY_DROP = "accuracy_drop"
 # "algorithm_version" is raised when the same data gives other measurements.
-DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 2}
-_KEYS = (INFORMATION_LOSS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
+DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 3}
+_KEYS = (INFORMATION_LOSS, LOSS_OVER_PAIRS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
 _OF_LABELS = {LOSS_INCREASE, ACCURACY_DROP}
+_MOST_POSITIONS = 16  # of a categorical output that is compared over pairs; with more, the mean over them is steady
+_MOST_PAIRED, _PAIRED_VALUES = 512, 2**21  # samples, and probabilities, that every sample is paired with
+_FARTHEST = 300.0  # nats; its exponential is finite
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class Outputs:
 
     ``base`` are the outputs of the 8-bit baseline, ``reference`` those of the float model; ``lost`` are the baseline's
     own nats, float64 ``[samples]``; ``signals`` the mean power of each output per sample; ``classes`` are None if no
-    output is categorical.
+    output is categorical. ``paired`` are, for every output that is compared over pairs, probabilities of the float
+    model for other samples, float64 ``[positions, samples, classes]``; else None.
     """
 
     base: HeldOutputs
@@ -78,7 +84,8 @@ class Outputs:
     lost: Tensor
     signals: tuple[float, ...]
     classes: ClassLabels | None
-    _held: dict[tuple[int, int], tuple[tuple[Encoded, ...], tuple[Encoded, ...]]] = field(
+    paired: tuple[Tensor | None, ...] = ()
+    _held: dict[tuple[int, int], tuple[tuple[Encoded, ...], tuple[Encoded, ...], Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -88,7 +95,7 @@ class Outputs:
         return self.base.samples
 
     def compare(self, start: int, found: Mapping[int, Tensor]) -> Tensor:
-        """Compare a perturbed run with the baseline per sample, float64 ``[5, samples]``, in the order of ``_KEYS``.
+        """Compare a perturbed run with the baseline per sample, float64 ``[6, samples]``, in the order of ``_KEYS``.
 
         Args:
             start: index of the first sample.
@@ -102,25 +109,44 @@ class Outputs:
             weight = getattr(self.loss.readings[index], "weight", 1.0)
             error = _square_finite(base[index].double() - x.double())
             noise += weight * error / max(self.signals[index], 1e-30)
-        known_reference, known_base = self._encode(start, count)
+        known_reference, known_base, lost_over_pairs = self._encode(start, count)
         encoded = [Encoded(r, x) if i in found else known_base[i] for i, (r, x) in self._numbered(outputs)]
         if self.loss.function is None:
             nats, divergence = (self.loss.compare(known, encoded) for known in (known_reference, known_base))
+            over_pairs = self._compare_over_pairs(known_reference, encoded) - lost_over_pairs
         else:
             nats, divergence = (self.loss(x, outputs) for x in (self.reference.rows(start, count), base))
+            over_pairs = nats
         if self.classes is not None and self.classes.index in found:
             index, labels = self.classes.index, self.classes.labels[start : start + count]
             axis = getattr(self.loss.readings[index], "axis", 1)
             predicted = base[index].argmax(axis), found[index].argmax(axis)
             loss, lost = _compare_classes(known_base[index].rows, encoded[index].rows, predicted, labels)
-        return torch.stack([nats - self.lost[start : start + count], divergence, noise, loss, 100 * lost])
+        nats = nats - self.lost[start : start + count]
+        return torch.stack([nats, over_pairs, divergence, noise, loss, 100 * lost])
 
-    def _encode(self, start: int, count: int) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
-        """The reference and the baseline of a batch, kept until another batch is asked for."""
+    def _compare_over_pairs(self, reference: Sequence[Encoded], found: Sequence[Encoded]) -> Tensor:
+        """The nats of all outputs, those in ``paired`` by :func:`_diverge_over_pairs`; zeros if there are none."""
+        total = torch.zeros(reference[0].samples, dtype=torch.float64)
+        if not self.is_paired:
+            return total
+        each = self.loss.compare_each(reference, found)
+        for nats, others, reading, p, q in zip(each, self.paired, self.loss.readings, reference, found, strict=True):
+            weight = getattr(reading, "weight", 0.0)
+            total += nats if others is None else weight * _diverge_over_pairs(others, p.rows, q.rows)
+        return total
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether an output is compared over pairs."""
+        return any(others is not None for others in self.paired)
+
+    def _encode(self, start: int, count: int) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...], Tensor]:
+        """Reference and baseline of a batch, and what the latter loses over pairs; kept until another batch comes."""
         held = self._held.get((start, count))
         if held is None:
             reference, base = (self.loss.encode(x.rows(start, count)) for x in (self.reference, self.base))
-            held = reference, base
+            held = reference, base, self._compare_over_pairs(reference, base)
             self._held.clear()
             self._held[start, count] = held
         return held
@@ -134,12 +160,15 @@ class Outputs:
     def summarize(self, compared: Tensor) -> dict[str, float]:
         """Return means over the samples of the rows of :meth:`compare`, each with its standard error.
 
-        Information loss and divergence are in nats, noise is a ratio of powers, loss is in nats, accuracy in points;
-        the latter two are left out if no output is categorical.
+        Information losses and divergence are in nats, noise is a ratio of powers, loss is in nats, accuracy in points;
+        the latter two are left out if no output is categorical, the loss over pairs if no output has pairs.
         """
         values = {}
+        left_out = (set() if self.classes is not None else _OF_LABELS) | (
+            set() if self.is_paired else {LOSS_OVER_PAIRS}
+        )
         for key, rows in zip(_KEYS, compared, strict=True):
-            if key not in _OF_LABELS or self.classes is not None:
+            if key not in left_out:
                 values[key] = float(rows.mean())
                 values[f"{key}:standard_error"] = float(rows.std(correction=0)) / math.sqrt(len(rows))
         return values
@@ -267,7 +296,37 @@ def read_outputs(
     lost = torch.cat([loss(reference.rows(s, batch_size), base.rows(s, batch_size)) for s in starts])
     powers = [[_square_finite(x.double()) for x in base.rows(s, batch_size)] for s in starts]
     signals = tuple(float(torch.cat(rows).mean()) for rows in zip(*powers, strict=True))
-    return Outputs(base, reference, loss, lost, signals, read_class_labels(prepared, data, base))
+    classes, paired = read_class_labels(prepared, data, base), _read_paired(loss, reference)
+    return Outputs(base, reference, loss, lost, signals, classes, paired)
+
+
+def _read_paired(loss: OutputLoss, reference: HeldOutputs) -> tuple[Tensor | None, ...]:
+    """The float model's probabilities for samples that are spread over the data, of outputs with few positions."""
+    paired: list[Tensor | None] = []
+    for reading, x in zip(loss.readings, reference.tensors, strict=True):
+        is_steady = not isinstance(reading, Categorical) or x[0].numel() > _MOST_POSITIONS * x.shape[reading.axis]
+        if is_steady or loss.function is not None:
+            paired.append(None)
+            continue
+        count = max(1, min(len(x), _MOST_PAIRED, _PAIRED_VALUES // x[0].numel()))
+        rows = torch.arange(count) * len(x) // count
+        paired.append(Encoded(reading, x[rows]).probabilities.transpose(0, 1).contiguous())
+    return tuple(paired)
+
+
+def _diverge_over_pairs(others: Tensor, reference: Tensor, found: Tensor) -> Tensor:
+    """E KL(p' || q') in nats: every sample's change of its log-probabilities is applied to the p' of other samples.
+
+    q' is p' exp(change), normalised, so that KL(p' || q') = log sum p' exp(change) - sum p' change.
+
+    Args:
+        others: p', ``[positions, other samples, classes]``.
+        reference: log-probabilities of the float model, ``[samples, positions, classes]``.
+        found: those of the run.
+    """
+    change = torch.where(torch.isfinite(reference), found - reference, 0.0).clamp(-_FARTHEST, _FARTHEST)
+    change = change.permute(1, 2, 0)
+    return ((others @ change.exp()).log() - others @ change).mean((0, 1))
 
 
 def read_class_labels(prepared: PreparedModel, data: CalibrationData, base: HeldOutputs) -> ClassLabels | None:

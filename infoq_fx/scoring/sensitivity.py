@@ -31,7 +31,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
 __all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 
-_BLOCK_RUNS = 32  # runs that an interrupt may lose; each block runs a part of the baseline again
+_BLOCK_RUNS = 64  # runs that an interrupt may lose; each block runs a part of the baseline again
 _WORKER_BLOCK_RUNS = 16
 _MEMORY_SHARE = 0.5
 _SMALLEST_LIMIT_BYTES = 64 << 20
@@ -106,6 +106,9 @@ def measure_sensitivity(
                 f"criterion {found.name!r} scores no {site.kind}s, and {site.name!r} is searched over {site.bits}: fix "
                 f"{site.kind}s at one bit-width, or take a criterion such as 'infoq' that scores both"
             )
+    choose = getattr(found, "choose_bits", None)
+    if choose is not None:
+        sites = [replace(site, bits=choose(site)) for site in sites]
     most = getattr(found, "samples", None)
     if data is not None and most is not None:
         data = _take_samples(prepared, data, most, found.name)

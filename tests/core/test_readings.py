@@ -203,7 +203,7 @@ def test_a_metric_gives_one_number(found):
     def accuracy(outputs, labels):
         return found
 
-    with pytest.raises(OptionError, match=r"the metric accuracy returned .*; let it return one number"):
+    with pytest.raises(OptionError, match=r"the metric accuracy returned .*; give a function that returns one number"):
         measure_metric(accuracy, None, None)
     assert measure_metric(lambda outputs, labels: torch.tensor(0.5), None, None) == 0.5
     with pytest.raises(OptionError, match="metric='map'; give a function"):

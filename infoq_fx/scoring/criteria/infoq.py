@@ -13,15 +13,13 @@ from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
 from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.information.encoders import Encoder
-from infoq_fx.scoring.output_measure import DESCRIPTION, INFORMATION_LOSS, measure_outputs
-from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
+from infoq_fx.scoring.output_measure import DESCRIPTION, INFORMATION_LOSS, LOSS_OVER_PAIRS, measure_outputs
+from infoq_fx.scoring.shrinkage import Evidence, shrink_losses
+from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, QuantSite, Score
 
 __all__ = ["InfoQ"]
 
-_PRIOR_SPREAD = 0.7  # relative spread of the prior on the loss with one more bit, whose mean is about a quarter
-_SMALLEST_SHARE = 0.05
-_NOTHING_NATS = 1e-12
-_FARTHEST = 8.0  # standard errors below zero
+_MEASURED_WIDTHS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +39,11 @@ class InfoQ:
     rounding errors of the whole network and cost the same constant (0.02 nats on MobileNetV2, more than most layers
     cost at 4 bits); here that constant is in both terms.
 
-    Small scores are noisy, so each is shrunk, according to its standard error e, towards a prediction from the next
-    smaller candidate b'. Rounding noise has the power 4^-b, and the loss is of second order in it, so that the prior of
-    S(i, b) has the mean m = S(i, b') (4^-b - 4^-8) / (4^-b' - 4^-8) and the spread 0.7 m. The score is the mean of the
-    posterior, at most S(i, b'), and 0 at 8 bits.
+    Only the two smallest candidates of a site are measured, on a few hundred samples. These losses are means of heavy
+    tails, and noisy; what else is known makes scores of them, at all bit-widths: the loss of the same changes at other
+    samples, and that rounding noise has the power 4^-b (:func:`infoq_fx.scoring.shrinkage.shrink_losses`). On
+    ResNet-20 and MobileNetV2, scores from 192 samples at 2 bit-widths are as close to the losses on unseen images as
+    means over all calibration samples at 6 bit-widths are.
 
     A single output column is treated as a quantity with Gaussian errors, not as logits.
 
@@ -52,11 +51,12 @@ class InfoQ:
     or SMI(L; Y) changes beyond two standard errors adds ``smi_weight`` to the score. On ResNet-20 and MobileNetV2 it
     did not improve an allocation; it is off by default.
 
-    Cost: one partial forward pass per (site, bit-width), no backward pass, no labels.
+    Cost: two partial forward passes per site, no backward pass, no labels.
 
     Args:
         samples: largest number of samples, evenly spread over the data; None for all.
-        observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere.
+        observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
+            observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
         slices: random projections per observer.
@@ -67,7 +67,7 @@ class InfoQ:
         InfoQ, Section 4, for information flow as the measure of sensitivity.
     """
 
-    samples: int | None = 1024
+    samples: int | None = 192
     observers: Sequence[Observer | str] | Literal["auto"] | None = None
     smi_weight: float = 0.1
     encoder: Encoder | str | None = None
@@ -102,63 +102,30 @@ class InfoQ:
         return measure_outputs(self.name, prepared, data, batch_size=batch_size, run_options=run_options)
 
     def score(self, prepared: PreparedModel, measurements: Sequence[Measurement]) -> Scores:
-        """Return the shrunk loss of every (site, bit-width) and its remaining standard error."""
-        by_site: dict[str, list[Measurement]] = {}
+        """Return the estimated loss of every site at all its candidates, and its remaining standard error."""
+        by_site: dict[str, dict[int, Evidence]] = {}
         for found in measurements:
-            by_site.setdefault(found.site, []).append(found)
-        return {
-            site: _shrink({m.bits: self._read(m) for m in sorted(found, key=lambda m: m.bits)})
-            for site, found in by_site.items()
-        }
+            by_site.setdefault(found.site, {})[found.bits] = self._read(found)
+        return shrink_losses(by_site, {site.name: site.bits for site in prepared.inventory.sites})
+
+    def choose_bits(self, site: QuantSite) -> tuple[int, ...]:
+        """Return the bit-widths that are measured; the scores of the others follow from them."""
+        below = tuple(sorted(bits for bits in site.bits if bits < BASELINE_BITS))
+        return site.bits if self.observers is not None else below[:_MEASURED_WIDTHS]
 
     def _sliced(self) -> InfoQPaper:
         return InfoQPaper(observers=self.observers, encoder=self.encoder, slices=self.slices, seed=self.seed)
 
-    def _read(self, found: Measurement) -> Score:
+    def _read(self, found: Measurement) -> Evidence:
         values = found.values
         loss, error = values[INFORMATION_LOSS], values[f"{INFORMATION_LOSS}:standard_error"]
+        over_pairs = None
+        if LOSS_OVER_PAIRS in values:
+            over_pairs = Score(values[LOSS_OVER_PAIRS], values[f"{LOSS_OVER_PAIRS}:standard_error"])
         for key in sorted(k.removesuffix(":change") for k in values if k.endswith(":change")):
             doubt = values[f"{key}:standard_error"]
-            loss += self.smi_weight * max(0.0, values[f"{key}:change"] - 2 * doubt)
-            error = math.hypot(error, self.smi_weight * doubt)
-        return Score(loss, error)
-
-
-def _shrink(measured: Mapping[int, Score]) -> dict[int, Score]:
-    """Scores by ascending bit-width, each shrunk towards the prediction from the bit-width below it."""
-    shrunk: dict[int, Score] = {}
-    below: int | None = None
-    for bits, found in measured.items():
-        if bits >= BASELINE_BITS:
-            shrunk[bits] = Score(0.0)
-        elif below is None:
-            shrunk[bits] = Score(_positive_mean(found.value, found.standard_error), found.standard_error)
-        else:
-            shrunk[bits] = _update(shrunk[below].value, below, bits, found)
-        below = bits
-    return shrunk
-
-
-def _positive_mean(value: float, standard_error: float) -> float:
-    """The mean of a loss that is known to be positive, measured as ``value`` with a normal error.
-
-    It is the value itself where that is well above its error, and of the size of the error where the measurement says
-    nothing: a site is not insensitive for want of evidence.
-    """
-    if standard_error <= 0:
-        return max(value, 0.0)
-    ratio = value / standard_error
-    if ratio < -_FARTHEST:  # a normal tail: the mean is about the error over the distance
-        return standard_error / -ratio
-    hazard = math.exp(-ratio * ratio / 2) / math.sqrt(2 * math.pi) / (0.5 * math.erfc(-ratio / math.sqrt(2)))
-    return value + standard_error * hazard
-
-
-def _update(loss_below: float, below: int, bits: int, found: Score) -> Score:
-    expected = loss_below * (4.0**-bits - 4.0**-BASELINE_BITS) / (4.0**-below - 4.0**-BASELINE_BITS)
-    if expected < _NOTHING_NATS:
-        return Score(expected, found.standard_error)
-    prior = (_PRIOR_SPREAD * expected) ** -2
-    data = max(found.standard_error, _NOTHING_NATS) ** -2
-    value = (data * found.value + prior * expected) / (data + prior)
-    return Score(min(max(value, _SMALLEST_SHARE * expected), loss_below), (data + prior) ** -0.5)
+            added = self.smi_weight * max(0.0, values[f"{key}:change"] - 2 * doubt)
+            loss, error = loss + added, math.hypot(error, self.smi_weight * doubt)
+            if over_pairs is not None:
+                over_pairs = Score(over_pairs.value + added, over_pairs.standard_error)
+        return Evidence(Score(loss, error), over_pairs)

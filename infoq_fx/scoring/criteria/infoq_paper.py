@@ -27,7 +27,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
 __all__ = ["CORRELATION_THRESHOLD", "InfoQPaper"]
 
 CORRELATION_THRESHOLD = 0.70
-_ALGORITHM_VERSION = 2  # raised when the same data gives other measurements; 2: classes are grouped by SciPy
+_ALGORITHM_VERSION = 3  # raised when the same data gives other measurements
 _SMALLEST_BASELINE_NATS = 1e-3
 
 

@@ -1,0 +1,167 @@
+"""Turns noisy measurements of a few bit-widths into scores of all: what is known of rounding noise fills the gaps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from infoq_fx.types import BASELINE_BITS, Score
+
+__all__ = ["Evidence", "follow_law", "shrink_losses"]
+
+_LAW_SPREAD = 0.7  # of the loss with one more bit around the law, relative; its mean is about a quarter
+_PAIRS_SPREAD = 0.5  # of a loss around that over pairs, relative
+_SMALLEST_SHARE = 0.05
+_NOTHING_NATS = 1e-12
+_FARTHEST = 8.0  # standard errors below zero
+
+_Losses = dict[int, Score]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The loss of one (site, bit-width) in nats as measured, and over pairs, where that was measured too."""
+
+    loss: Score
+    over_pairs: Score | None = None
+
+
+def shrink_losses(
+    measured: Mapping[str, Mapping[int, Evidence]], candidates: Mapping[str, Sequence[int]]
+) -> dict[str, _Losses]:
+    """Estimate the loss of every site at all its candidate bit-widths.
+
+    A loss is the mean of a few large values and many small ones: some samples are near a decision, most are not. Over
+    pairs, every sample's change meets the decisions of all samples; this mean has a tenth of the noise, but no longer
+    knows that some changes are larger where decisions are near. It is scaled by the ratio that the sums over all sites
+    have at a bit-width, and the measured loss is shrunk towards it, according to its standard error. That error is at
+    least the sites' median, relative to the loss over pairs: the error of a heavy tail looks small where the sample
+    missed the tail.
+
+    Rounding noise has the power 4^-b, and the loss is of second order in it. Losses of a site at two bit-widths
+    and more are therefore moved half way, on a logarithmic scale, to the line through them that has this slope.
+    Without pairs, every loss is shrunk towards the prediction from the bit-width below. Bit-widths that were not
+    measured follow the law; losses do not rise with the bits; at 8 bits nothing is lost.
+
+    Args:
+        measured: by site and bit-width.
+        candidates: bit-widths by site; those below the least that was measured get no loss.
+    """
+    scales = _fit_scales(measured)
+    return {
+        site: _fill(_shrink_site(dict(sorted(found.items())), scales), candidates.get(site, ()))
+        for site, found in measured.items()
+    }
+
+
+def follow_law(loss: float, measured_bits: int, bits: int) -> float:
+    """Predict a loss at more bits from that at fewer: both are as 4^-b - 4^-8, the noise beyond that of 8 bits."""
+    return loss * (4.0**-bits - 4.0**-BASELINE_BITS) / (4.0**-measured_bits - 4.0**-BASELINE_BITS)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the loss over pairs is multiplied by, and the sites' median error relative to it."""
+
+    factor: float
+    relative_error: float
+
+
+def _fit_scales(measured: Mapping[str, Mapping[int, Evidence]]) -> dict[int, _Scale]:
+    pairs: dict[int, list[tuple[Score, Score]]] = {}
+    for found in measured.values():
+        for bits, evidence in found.items():
+            if evidence.over_pairs is not None and bits < BASELINE_BITS:
+                pairs.setdefault(bits, []).append((evidence.loss, evidence.over_pairs))
+    scales = {}
+    for bits, known in pairs.items():
+        over_pairs = [_positive_mean(x.value, x.standard_error) for _, x in known]
+        total = max(math.fsum(over_pairs), _NOTHING_NATS)
+        ratio = math.fsum(loss.value for loss, _ in known) / total
+        doubt = math.sqrt(math.fsum(loss.standard_error**2 for loss, _ in known)) / total
+        factor = max((ratio + doubt**2) / (1 + doubt**2), _SMALLEST_SHARE)  # 1 +- 1 before it was measured
+        errors = [loss.standard_error / max(x, _NOTHING_NATS) for (loss, _), x in zip(known, over_pairs, strict=True)]
+        scales[bits] = _Scale(factor, statistics.median(errors))
+    return scales
+
+
+def _shrink_site(found: Mapping[int, Evidence], scales: Mapping[int, _Scale]) -> _Losses:
+    """The losses of one site by ascending bit-width."""
+    losses: _Losses = {}
+    below: int | None = None
+    for bits, evidence in found.items():
+        loss, over_pairs = evidence.loss, evidence.over_pairs
+        if bits >= BASELINE_BITS:
+            losses[bits] = Score(0.0)
+        elif over_pairs is not None:
+            mean, scale = _positive_mean(over_pairs.value, over_pairs.standard_error), scales[bits]
+            error = max(loss.standard_error, scale.relative_error * mean)
+            losses[bits] = _update(scale.factor * mean, _PAIRS_SPREAD, Score(loss.value, error))
+        elif below is None:
+            losses[bits] = Score(_positive_mean(loss.value, loss.standard_error), loss.standard_error)
+        else:
+            losses[bits] = _update(follow_law(losses[below].value, below, bits), _LAW_SPREAD, loss)
+        below = bits
+    if any(evidence.over_pairs is not None for evidence in found.values()):
+        losses = _move_to_law(losses)
+    return _without_rises(losses)
+
+
+def _move_to_law(losses: _Losses) -> _Losses:
+    known = {bits: x for bits, x in losses.items() if bits < BASELINE_BITS and x.value > _NOTHING_NATS}
+    if len(known) < 2:
+        return losses
+    level = math.fsum(math.log(x.value / follow_law(1.0, 1, bits)) for bits, x in known.items()) / len(known)
+    moved = {
+        bits: Score(math.sqrt(x.value * math.exp(level) * follow_law(1.0, 1, bits)), x.standard_error)
+        for bits, x in known.items()
+    }
+    return {bits: moved.get(bits, x) for bits, x in losses.items()}
+
+
+def _without_rises(losses: _Losses) -> _Losses:
+    least, found = math.inf, {}
+    for bits, x in losses.items():
+        least = min(least, x.value)
+        found[bits] = Score(least, x.standard_error)
+    return found
+
+
+def _fill(losses: _Losses, candidates: Sequence[int]) -> _Losses:
+    """The losses with those of candidates that were not measured, by the law from the nearest one below."""
+    filled = dict(losses)
+    for bits in sorted(set(candidates) - set(losses)):
+        below = max((known for known in losses if known < bits), default=None)
+        if bits >= BASELINE_BITS:
+            filled[bits] = Score(0.0)
+        elif below is not None:
+            value = follow_law(losses[below].value, below, bits)
+            filled[bits] = Score(value, _LAW_SPREAD * value)
+    return _without_rises(dict(sorted(filled.items())))
+
+
+def _positive_mean(value: float, standard_error: float) -> float:
+    """The mean of a loss that is known to be positive, measured as ``value`` with a normal error.
+
+    It is the value itself where that is well above its error, and of the size of the error where the measurement says
+    nothing: a site is not insensitive for want of evidence.
+    """
+    if standard_error <= 0:
+        return max(value, 0.0)
+    ratio = value / standard_error
+    if ratio < -_FARTHEST:  # a normal tail: the mean is about the error over the distance
+        return standard_error / -ratio
+    hazard = math.exp(-ratio * ratio / 2) / math.sqrt(2 * math.pi) / (0.5 * math.erfc(-ratio / math.sqrt(2)))
+    return value + standard_error * hazard
+
+
+def _update(expected: float, spread: float, found: Score) -> Score:
+    """The mean of the posterior, with a normal prior of mean ``expected`` and a relative ``spread``, and its error."""
+    if expected < _NOTHING_NATS:
+        return Score(expected, found.standard_error)
+    prior = (spread * expected) ** -2
+    data = max(found.standard_error, _NOTHING_NATS) ** -2
+    value = (data * found.value + prior * expected) / (data + prior)
+    return Score(max(value, _SMALLEST_SHARE * expected), (data + prior) ** -0.5)
