@@ -262,7 +262,9 @@ def measure_metric(metric: Metric, outputs: Any, labels: Tensor | None) -> float
     except (TypeError, ValueError, RuntimeError) as error:
         name = getattr(metric, "__name__", type(metric).__name__)
         shown = f"a tensor of {list(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.60}"
-        raise OptionError(f"the metric {name} returned {shown}; give a function that returns one number, larger is better") from error
+        raise OptionError(
+            f"the metric {name} returned {shown}; give a function that returns one number, larger is better"
+        ) from error
 
 
 def measure_cross_entropy(reading: Categorical, output: Tensor, labels: Tensor) -> Tensor:

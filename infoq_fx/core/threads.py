@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ __all__ = ["one_torch_thread", "thread_map"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 ThreadMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+_AHEAD = 2  # results for each thread that may wait
 
 _lock = threading.Lock()
 _entered = 0
@@ -62,7 +65,7 @@ def thread_map(threads: int, stop: threading.Event) -> Iterator[ThreadMap]:
         return
     pool = ThreadPoolExecutor(threads)
     try:
-        yield functools.partial(_run, pool)
+        yield functools.partial(_run, pool, _AHEAD * threads)
     except BaseException:
         stop.set()
         raise
@@ -70,7 +73,14 @@ def thread_map(threads: int, stop: threading.Event) -> Iterator[ThreadMap]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    futures = [pool.submit(function, item) for item in items]
-    for future in futures:
-        yield future.result()
+def _run(
+    pool: ThreadPoolExecutor, ahead: int, function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
+    """Results in order; no more than ``ahead`` of them wait to be taken, and none is kept."""
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import fx
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import average_moments, measure_moments
-from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, choose_samples
-from infoq_fx.recovery.parameters import fork, read_qparams
+from infoq_fx.recovery.input_moments import Inputs, RunningMoments, measure_rows
+from infoq_fx.recovery.layerwise_runner import choose_samples
+from infoq_fx.recovery.parameters import read_qparams
 from infoq_fx.recovery.second_order import Curvature, round_rows
-from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.segments import Layer, find_segments
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, scale_choices
-from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
+from infoq_fx.recovery.unfolding import can_unfold, columns_of, groups_of, input_rows, rows_to_weight, weight_to_rows
 from infoq_fx.runtime.digest import digest_run
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size
+from infoq_fx.runtime.forward import RunOptions, choose_batch_size, map_whole
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
@@ -30,7 +33,8 @@ _SAMPLES = 512
 _ROWS = 8192
 _DAMPING = 0.03
 _SWEEPS = 2
-_ALGORITHM_VERSION = 2  # raised when the same data gives other rounded weights
+_GROUP_BYTES = 512 << 20
+_ALGORITHM_VERSION = 3  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -72,15 +76,17 @@ class Candidates:
         }
 
     def round(self, sites: Iterable[QuantSite], run_options: RunOptions) -> PreparedModel:
-        """Return the prepared model with these sites' weights rounded at all their candidates below 8 bits.
+        """Return the prepared model with these sites' weights rounded, at all their candidates in it below 8 bits.
 
-        Cost: a forward pass of the model in float and at 8 bits for every two layers, and for every weight and
-        bit-width the cube of its columns; weights that were rounded before cost nothing.
+        Cost: a forward pass of the model at 8 bits, more of them where the moments of all layers take more than 512
+        MiB; for every weight the cube of its columns, and their square for every bit-width. Weights that were rounded
+        before cost nothing.
         """
+        wanted = {site.name for site in sites if site.kind == "weight" and set(site.bits) - {BASELINE_BITS}}
         missing: dict[str, list[int]] = {}
-        for site in sites:
+        for site in self._prepared.inventory.sites:
             widths = [b for b in site.bits if b != BASELINE_BITS and (site.name, b) not in self._rounded]
-            if site.kind == "weight" and widths:
+            if site.name in wanted and widths:
                 missing[site.name] = widths
         if missing:
             start = time.process_time()
@@ -90,31 +96,68 @@ class Candidates:
         return replace(self._prepared, rounded=dict(self._rounded))
 
     def _round(self, missing: Mapping[str, list[int]], run_options: RunOptions) -> None:
-        runner = LayerwiseRunner(
-            fork(self._prepared), {}, self._data, StepContext(batch_size=self._batch_size, run_options=run_options)
-        )
-        left = {layer.site.name for segment in runner.segments for layer in segment.layers} & set(missing)
-        with thread_map(run_options.threads, run_options.stop) as spread:
-            for segment in runner.segments:
-                for layer in segment.layers:
-                    name, columns = layer.site.name, columns_of(layer)
-                    if name not in left or not can_unfold(layer):
+        layers = [
+            layer
+            for segment in find_segments(self._prepared)
+            for layer in segment.layers
+            if layer.site.name in missing and can_unfold(layer)
+        ]
+        for group in _group_layers(layers):
+            moments = self._measure_moments(group, run_options)
+            with thread_map(run_options.threads, run_options.stop) as spread:
+                for layer in group:
+                    inputs = moments.pop(layer.site.name, None)
+                    if inputs is None:
                         continue
-                    halves = measure_moments(runner, segment, layer, max(_ROWS, 16 * columns))
-                    if halves is None:
-                        continue
-                    curvature = average_moments(halves).factorize(_DAMPING)
+                    curvature, widths = inputs.factorize(_DAMPING), missing[layer.site.name]
 
                     def run(bits: int, layer: Layer = layer, curvature: Curvature = curvature) -> RoundedWeight:
                         with torch.inference_mode():
-                            return _round_layer(runner.prepared, layer, curvature, bits)
+                            return _round_layer(self._prepared, layer, curvature, bits)
 
-                    for bits, found in zip(missing[name], spread(run, missing[name]), strict=True):
-                        self._rounded[name, bits] = found
-                left -= {layer.site.name for layer in segment.layers}
-                if not left:
-                    break
-                runner.advance(segment)
+                    for bits, found in zip(widths, spread(run, widths), strict=True):
+                        self._rounded[layer.site.name, bits] = found
+
+    def _measure_moments(self, layers: Sequence[Layer], run_options: RunOptions) -> dict[str, Inputs]:
+        """The moments of the inputs of some layers in the 8-bit baseline, by site."""
+        samples = self._data.samples
+        most = {x.site.name: math.ceil(max(_ROWS, 16 * columns_of(x)) / samples) for x in layers}
+
+        def read(_: int, values: Mapping[fx.Node, Any]) -> list[Inputs | None]:
+            found = []
+            for layer in layers:
+                value = values[layer.source]
+                x = value.dequantize() if isinstance(value, QuantizedTensor) else value
+                x = x if x.ndim > 1 else x[None]
+                rows = input_rows(layer, x, most[layer.site.name])
+                found.append(measure_rows(rows, rows, samples * rows.shape[1] / len(x)))
+            return found
+
+        sums = {layer.site.name: RunningMoments() for layer in layers}
+        for found in map_whole(
+            self._prepared,
+            self._data,
+            {layer.source for layer in layers},
+            read,
+            batch_size=self._batch_size,
+            run_options=run_options,
+        ):
+            for layer, part in zip(layers, found, strict=True):
+                sums[layer.site.name].add(part)
+        return {name: total for name, x in sums.items() if (total := x.finish()) is not None}
+
+
+def _group_layers(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers whose moments take at most 512 MiB together, or a single one."""
+    groups: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        needed = 8 * groups_of(layer) * columns_of(layer) ** 2
+        if not groups or needed > room:
+            groups, room = [*groups, []], _GROUP_BYTES
+        groups[-1].append(layer)
+        room -= needed
+    return groups
 
 
 def _round_layer(prepared: PreparedModel, layer: Layer, curvature: Curvature, bits: int) -> RoundedWeight:

@@ -14,7 +14,16 @@ from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, facto
 from infoq_fx.recovery.segments import Layer, Segment
 from infoq_fx.recovery.unfolding import input_rows
 
-__all__ = ["MOST_COLUMNS", "InputMoments", "InputSamples", "Inputs", "average_moments", "measure_moments"]
+__all__ = [
+    "MOST_COLUMNS",
+    "InputMoments",
+    "InputSamples",
+    "Inputs",
+    "RunningMoments",
+    "average_moments",
+    "measure_moments",
+    "measure_rows",
+]
 
 MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
@@ -122,31 +131,63 @@ class InputSamples:
 Inputs = InputMoments | InputSamples
 
 
+class RunningMoments:
+    """Adds up the moments of batches, in the order in which they come, so that threads do not change the result."""
+
+    def __init__(self) -> None:
+        self._total: InputMoments | None = None
+        self._samples: list[InputSamples] = []
+
+    def add(self, part: Inputs | None) -> None:
+        """Take the rows of a batch; see :func:`measure_rows`."""
+        if isinstance(part, InputSamples):
+            self._samples.append(part)
+        elif part is not None:
+            added = _scale(part, part.count)
+            self._total = added if self._total is None else _add_to(self._total, added)
+
+    def finish(self) -> Inputs | None:
+        """Return the moments of all rows; None if there were none."""
+        if self._samples:
+            return average_moments(self._samples)
+        return None if self._total is None else _scale(self._total, 1 / self._total.count)
+
+
+def measure_rows(reference: Tensor, quantized: Tensor, rows_in_all: float) -> Inputs | None:
+    """Return the moments of the rows of a batch, ``[groups, rows, columns]``; None for too many columns.
+
+    The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the columns.
+    Otherwise the result is None for more than ``MOST_COLUMNS`` columns. The same tensor may be given twice.
+    """
+    x, found = reference, quantized
+    if _SAMPLES_SHARE * rows_in_all <= x.shape[2]:
+        x, found = x.double(), found.double()
+        return InputSamples(x, found, x.mean(1), found.mean(1))
+    if x.shape[2] > MOST_COLUMNS:
+        return None
+    second = (found.mT @ found / x.shape[1]).double()
+    cross = second if x is found else (x.mT @ found / x.shape[1]).double()
+    return InputMoments(x.shape[1], x.mean(1).double(), found.mean(1).double(), second, cross)
+
+
 def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
     """Measure the moments over each half of the samples, from about ``rows`` rows in all.
 
     The runner must be at the segment's start. Batches go to the two halves in turn; a single batch is used for both.
-    Where all rows together are at most half as many as the columns, they are kept as they are. Otherwise the result is
-    None for layers of more than ``MOST_COLUMNS`` columns.
+    The result is None where that of :func:`measure_rows` is.
     """
     most = max(1, math.ceil(rows / runner.samples))
 
     def read(index: int, pair: Pair) -> Inputs | None:
         pair = pair if pair.reference.ndim > 1 else Pair(pair.reference[None], pair.quantized[None])
         x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
-        per_sample = x.shape[1] / runner.batch_samples[index]
-        if _SAMPLES_SHARE * per_sample * runner.samples <= x.shape[2]:
-            x, found = x.double(), found.double()
-            return InputSamples(x, found, x.mean(1), found.mean(1))
-        if x.shape[2] > MOST_COLUMNS:
-            return None
-        products = x.mean(1), found.mean(1), found.mT @ found / x.shape[1], x.mT @ found / x.shape[1]
-        return InputMoments(x.shape[1], *(product.double() for product in products))
+        return measure_rows(x, found, x.shape[1] / runner.batch_samples[index] * runner.samples)
 
-    parts = [part for part in runner.collect(segment, layer.source, read) if part is not None]
-    if not parts:
-        return None
-    return average_moments(parts[::2]), average_moments(parts[1::2] or parts)
+    halves = RunningMoments(), RunningMoments()
+    for index, part in enumerate(runner.collect(segment, layer.source, read)):
+        halves[index % 2].add(part)
+    first, second = (half.finish() for half in halves)
+    return None if first is None else (first, second or first)
 
 
 def average_moments(parts: Sequence[Inputs]) -> Inputs:
@@ -170,6 +211,26 @@ def average_moments(parts: Sequence[Inputs]) -> Inputs:
         average(part.mean_quantized for part in moments),
         average(part.second for part in moments),
         average(part.cross for part in moments),
+    )
+
+
+def _scale(part: InputMoments, factor: float) -> InputMoments:
+    """The moments times a number; the count stays."""
+    second = part.second * factor
+    cross = second if part.cross is part.second else part.cross * factor
+    return InputMoments(part.count, part.mean * factor, part.mean_quantized * factor, second, cross)
+
+
+def _add_to(total: InputMoments, part: InputMoments) -> InputMoments:
+    """The sum of both, in the memory of the first."""
+    total.second.add_(part.second)
+    if total.cross is not total.second:
+        total.cross.add_(part.cross)
+    return replace(
+        total,
+        count=total.count + part.count,
+        mean=total.mean + part.mean,
+        mean_quantized=total.mean_quantized + part.mean_quantized,
     )
 
 

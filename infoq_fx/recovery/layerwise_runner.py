@@ -98,7 +98,7 @@ class LayerwiseRunner:
 
     def run_reference(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
         """Return values of some nodes in the reference, for every batch; the runner must be at the segment's start."""
-        return self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes])
+        return list(self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes]))
 
     def squared_gradients(
         self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
@@ -122,8 +122,8 @@ class LayerwiseRunner:
                     found[node].append(square)
         return found
 
-    def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> list[_Result]:
-        """Apply ``read`` to each batch's index and a node's value; the runner must be at the segment's start."""
+    def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> Iterator[_Result]:
+        """Apply ``read`` to each batch's index and a node's value, in order; it must be at the segment's start."""
         nodes = _up_to(segment, node)
         return self._map(segment, nodes, lambda i, sought, found: read(i, Pair(sought[node], found[node])))
 
@@ -134,25 +134,25 @@ class LayerwiseRunner:
         def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
             return {n: reference[n] for n in kept}, {n: quantized[n] for n in kept}
 
-        pairs = self._map(segment, segment.nodes, keep)
+        pairs = list(self._map(segment, segment.nodes, keep))
         self._reference, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
 
     def _map(
         self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
-    ) -> list[_Result]:
+    ) -> Iterator[_Result]:
         with torch.inference_mode():
             sought, rounding = self._runners
             reference = sought.fork().compute(segment.constants, {})
             quantized = rounding.fork().compute(segment.constants, {})
 
-            def run(index: int) -> _Result:
-                with torch.inference_mode():
-                    first = sought.fork().compute(nodes, reference | self._reference[index])
-                    second = rounding.fork().compute(nodes, quantized | self._quantized[index])
-                    return read(index, first, second)
+        def run(index: int) -> _Result:
+            with torch.inference_mode():
+                first = sought.fork().compute(nodes, reference | self._reference[index])
+                second = rounding.fork().compute(nodes, quantized | self._quantized[index])
+                return read(index, first, second)
 
-            with thread_map(self.run_options.threads, self.run_options.stop) as spread:
-                return list(spread(run, range(len(self._reference))))
+        with thread_map(self.run_options.threads, self.run_options.stop) as spread:
+            yield from spread(run, range(len(self._reference)))
 
 
 def check_reference(reference: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from infoq_fx.recovery.segments import Layer
 
-__all__ = ["can_unfold", "columns_of", "input_rows", "rows_to_weight", "weight_to_rows"]
+__all__ = ["can_unfold", "columns_of", "groups_of", "input_rows", "rows_to_weight", "weight_to_rows"]
 
 _ATEN = torch.ops.aten
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -25,6 +25,11 @@ def can_unfold(layer: Layer) -> bool:
 def columns_of(layer: Layer) -> int:
     """Return the number of values that every output of the layer sums over."""
     return math.prod(layer.site.shape) // layer.site.shape[layer.op.channel_axis]
+
+
+def groups_of(layer: Layer) -> int:
+    """Return the number of groups of a layer's channels."""
+    return _groups(layer.node)
 
 
 def weight_to_rows(layer: Layer, weight: Tensor) -> Tensor:

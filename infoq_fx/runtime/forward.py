@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,7 @@ __all__ = [
     "choose_batch_size",
     "hold_float_outputs",
     "hold_outputs",
+    "map_whole",
     "measure_lost_nats",
     "run_perturbed",
     "run_whole",
@@ -35,6 +36,8 @@ __all__ = [
 
 _BATCH_BYTES = 256 << 20
 _MAX_BATCH = 64
+
+_Result = TypeVar("_Result")
 
 MakeReader = Callable[[tuple[str, int], int], ReadValue]
 """Makes the callback that reads the values of a run, from its (site, bit-width) and the batch's first sample index."""
@@ -146,20 +149,37 @@ def run_whole(
     ``read`` is called with the index of a batch's first sample and the observed values. The first batch is read before
     any other starts; the others are read in any order, from several threads.
     """
+    for _ in map_whole(prepared, data, observed, read, bits=bits, batch_size=batch_size, run_options=run_options):
+        pass
+
+
+def map_whole(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    observed: Iterable[fx.Node],
+    read: Callable[[int, Mapping[fx.Node, Any]], _Result],
+    *,
+    bits: Mapping[str, int] | None = None,
+    batch_size: int,
+    run_options: RunOptions,
+) -> Iterator[_Result]:
+    """Run all samples as :func:`run_whole` does, and yield what ``read`` returns, in the order of the batches.
+
+    Inputs of convolutions may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
+    """
     integers, given = find_integer_nodes(prepared), bits or {}
     interpreter = SiteInterpreter(prepared, integers)
     interpreter.quantize_weights(bits=given)
     own, plan = _ForkPerThread(interpreter), plan_whole_run(prepared, observed, integers, given)
 
-    def run(numbered: tuple[int, Mapping[str, Tensor]]) -> None:
+    def run(numbered: tuple[int, Mapping[str, Tensor]]) -> _Result:
         start, batch = numbered
-        read(start, own().run_plan(plan, {}, inputs=batch, bits=given, is_stopped=run_options.stop.is_set))
+        return read(start, own().run_plan(plan, {}, inputs=batch, bits=given, is_stopped=run_options.stop.is_set))
 
     first, *others = _number_batches(data, batch_size)
-    run(first)
+    yield run(first)
     with thread_map(run_options.threads, run_options.stop) as spread:
-        for _ in spread(run, others):
-            pass
+        yield from spread(run, others)
 
 
 def run_perturbed(

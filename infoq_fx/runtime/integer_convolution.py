@@ -44,6 +44,10 @@ class QuantizedTensor:
     scale: float
     zero_point: int
 
+    def dequantize(self) -> Tensor:
+        """Return the real values, float32."""
+        return (self.q.float() - self.zero_point) * self.scale
+
 
 @dataclass(frozen=True)
 class IntegerWeight:
@@ -103,7 +107,7 @@ def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Ten
 
 def _convolve_floats(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
     stride, padding, dilation, groups = _options(node)
-    real_x = ((x.q.float() - x.zero_point) * x.scale).contiguous(memory_format=torch.channels_last)
+    real_x = x.dequantize().contiguous(memory_format=torch.channels_last)
     real_weight = weight.q.float() * weight.scale.reshape(-1, 1, 1, 1)
     return functional.conv2d(real_x, real_weight, bias, stride, padding, dilation, groups)
 

@@ -24,11 +24,8 @@ def test_moments_are_those_of_numpy(residual):
     segment, layer = runner.segments[1], runner.segments[1].layers[1]
     halves = measure_moments(runner, segment, layer, 10**9)
     found = average_moments(halves).centre()
-    rows = runner.collect(
-        segment,
-        layer.source,
-        lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6)),
-    )
+    read = lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6))  # noqa: E731
+    rows = list(runner.collect(segment, layer.source, read))
     x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
     joint = np.cov(x, y, rowvar=False, bias=True)
     columns = x.shape[1]

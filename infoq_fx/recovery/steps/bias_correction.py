@@ -72,7 +72,7 @@ def _mean_error(runner: LayerwiseRunner, segment: Segment, layer: Layer) -> Tens
         others = [i for i in range(difference.ndim) if i != axis]
         return difference.sum(others), difference.numel() // difference.shape[axis]
 
-    parts = runner.collect(segment, layer.node, read)
+    parts = list(runner.collect(segment, layer.node, read))
     total = sum((found for found, _ in parts[1:]), parts[0][0])
     with torch.inference_mode(False):
         return (total / sum(count for _, count in parts)).float().clone()

@@ -206,7 +206,7 @@ def _equalize(runner: LayerwiseRunner, segment: Segment, pair: _LayerPair) -> bo
         axis = _channel_axis(second, x.shape)
         return input_rows(second, x, most), x.abs().amax([i for i in range(x.ndim) if i != axis])
 
-    parts = runner.collect(segment, second.source, read)
+    parts = list(runner.collect(segment, second.source, read))
     x, ranges = torch.cat([rows for rows, _ in parts], 1), torch.stack([found for _, found in parts]).amax(0)
     weight = weight_to_rows(second, read_tensor(changed.graph_module, second.weight))
     by_channel = weight.abs().amax(1).reshape(ranges.numel(), -1)
