@@ -18,7 +18,7 @@ from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.core.option_checks import check_alpha, check_device, check_model, check_patterns
+from infoq_fx.core.option_checks import check_alpha, check_device, check_memory_limit, check_model, check_patterns
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
@@ -107,8 +107,9 @@ def quantize(
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
             more bit-width computes only new scores.
-        memory_limit: memory in bytes that scoring may take per process, in addition to model and data; None for half
-            of the free memory.
+        memory_limit: memory in bytes that scores, rounding and recovery may take per process, in addition to model and
+            data; values beyond it are written to temporary files. None for half of the free memory while scoring, and
+            about 1.5 GiB otherwise.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -184,7 +185,8 @@ def quantize_prepared(
         InfeasibleBudgetError: a limit cannot be met.
     """
     check_alpha(alpha)
-    candidates = None if data is None else find_candidates(prepared, data, steps)
+    limit = resources.memory_limit
+    candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=limit)
     measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
     if isinstance(scores, SensitivityTable):
         table = scores
@@ -193,7 +195,9 @@ def quantize_prepared(
     if keep_scores is not None:
         keep_scores(table)
     if refine and held is not None:
-        allocation = choose_allocation(prepared, table, budget, held, alpha=alpha, candidates=candidates)
+        allocation = choose_allocation(
+            prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit
+        )
     else:
         allocation = allocate(table, budget, alpha=alpha)
     if isinstance(scores, SensitivityTable):
@@ -201,7 +205,15 @@ def quantize_prepared(
     if data is None:
         return convert_prepared(prepared, allocation, table)
     folder = None if resources.cache_dir is None else Path(resources.cache_dir)
-    better = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=resources.progress)
+    better = recover_accuracy(
+        prepared,
+        allocation.bits,
+        data,
+        steps,
+        cache_dir=folder,
+        memory_limit=limit,
+        progress=resources.progress,
+    )
     return convert_prepared(better, allocation, table)
 
 
@@ -303,7 +315,7 @@ def score(
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     arguments = ForwardArguments.exactly(prepared.input_names)
     data = None if calibration_data is None else fit_data(prepared, read_data(calibration_data, arguments))
-    candidates = None if data is None else find_candidates(prepared, data, steps)
+    candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=memory_limit)
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     measured = None if data is None else data.hold_back(prepared.batch_size or 1)[0]
     return measure_sensitivity(prepared, measured, chosen, resources, candidates)[0]
@@ -363,6 +375,7 @@ def recover(
     *,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
     progress: bool = True,
 ) -> PreparedModel:
     """Recover accuracy at the bit-widths of an allocation, by better weights, biases and scales in the same graph.
@@ -382,6 +395,7 @@ def recover(
         recovery: a level, a step, or a list of steps.
         seed: of all random numbers; steps given as objects have their own.
         cache_dir: folder for finished parts of long steps, from which an interrupted run resumes.
+        memory_limit: memory in bytes, see :func:`quantize`.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -398,7 +412,10 @@ def recover(
     arguments = ForwardArguments.exactly(prepared.input_names)
     data = fit_data(prepared, read_data(calibration_data, arguments))
     folder = None if cache_dir is None else Path(cache_dir)
-    found = recover_accuracy(prepared, allocation.bits, data, steps, cache_dir=folder, progress=progress)
+    check_memory_limit(memory_limit)
+    found = recover_accuracy(
+        prepared, allocation.bits, data, steps, cache_dir=folder, memory_limit=memory_limit, progress=progress
+    )
     tried = (*prepared.recovery_tried, *(step.name for step in steps))
     return replace(found, recovery_tried=tried) if steps else found
 

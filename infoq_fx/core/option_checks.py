@@ -18,6 +18,7 @@ __all__ = [
     "check_alpha",
     "check_count",
     "check_device",
+    "check_memory_limit",
     "check_model",
     "check_patterns",
     "check_rate",
@@ -88,6 +89,16 @@ def check_patterns(ignore: Any, pin: Any) -> None:
         raise OptionError(f"ignore={ignore!r}; give a list of glob patterns on module paths, such as ['head.*']")
     if pin is not None and not (isinstance(pin, Mapping) and all(isinstance(x, str) for x in pin)):
         raise OptionError(f"pin={pin!r}; give a dict of bit-widths by glob pattern, such as {{'head.*': 8}}")
+
+
+def check_memory_limit(limit: Any) -> None:
+    """Check a memory limit, a number of bytes or None.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise OptionError(f"memory_limit={limit!r} is not a number of bytes; give one, half a gigabyte is {1 << 29}")
 
 
 def check_model(model: Any) -> None:

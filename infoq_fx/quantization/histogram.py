@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.quantization.pointwise import count_bins
 from infoq_fx.types import QParams, QuantSpec
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 ]
 
 MAX_BINS = 8192
-MAX_VALUES_PER_SAMPLE = 16384
+MAX_VALUES_PER_SAMPLE = 4096
 
 _MANY_TERMS = 576  # terms of a sum for which scale_significant_bits gives a weight's scale no extra bits
 _MOST_DIGITS = 5
@@ -84,7 +85,9 @@ class Histogram:
             return
         self._cover_range()
         counted = samples[:, :: _coprime_stride(samples.shape[1])]
-        # In float64, where the smallest negative value divided by the widest bin does not become 0: its bin is -1.
+        if counted.device.type == "cpu":
+            count_bins(counted.numpy(), math.ldexp(1.0, -self.exponent), self.first_bin, self.counts.numpy())
+            return
         scaled = counted.to(torch.float64).mul_(math.ldexp(1.0, -self.exponent))
         bins = scaled.floor_().to(torch.int64).sub_(self.first_bin)
         self.counts += torch.bincount(bins.flatten(), minlength=len(self.counts)).cpu()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from infoq_fx.core.jit import jit
 
 __all__ = [
+    "count_bins",
     "draw_share",
     "fake_quantize_but_share",
     "fake_quantize_flat",
@@ -46,6 +47,17 @@ def fake_quantize_sum(x: Floats, y: Floats, scale: Number, low: Number, high: Nu
         q = low if q < low else q
         q = high if q > high else q
         out[i] = q * scale + x.dtype.type(0)
+
+
+@jit
+def count_bins(x: Floats, bins_per_unit: float, first_bin: int, counts: NDArray[np.int64]) -> None:
+    """Count every value of ``x`` ``[samples, values]`` in the bin ``floor(x * bins_per_unit) - first_bin``.
+
+    The product is in float64, where the smallest negative float32 divided by the widest bin does not become 0.
+    """
+    for sample in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            counts[int(np.floor(np.float64(x[sample, i]) * bins_per_unit)) - first_bin] += 1
 
 
 @jit

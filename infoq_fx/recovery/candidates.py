@@ -52,6 +52,7 @@ class Candidates:
     Args:
         prepared: calibrated; not changed.
         data: by the model's input names, on the model's device; at most 512 samples are used.
+        memory_limit: bytes for moments and a batch's values; None for about 768 MiB.
 
     Attributes:
         recovery: name of the recovery step that leaves weights rounded so.
@@ -60,10 +61,11 @@ class Candidates:
 
     recovery = SecondOrderRounding().name
 
-    def __init__(self, prepared: PreparedModel, data: CalibrationData) -> None:
+    def __init__(self, prepared: PreparedModel, data: CalibrationData, *, memory_limit: int | None = None) -> None:
         self._prepared = prepared
         self._data = choose_samples(prepared, data, _SAMPLES)
-        self._batch_size = choose_batch_size(prepared)
+        self._batch_size = choose_batch_size(prepared, memory_limit)
+        self._group_bytes = _GROUP_BYTES if memory_limit is None else min(_GROUP_BYTES, memory_limit // 2)
         self.cpu_seconds = 0.0
         self._rounded: dict[tuple[str, int], RoundedWeight] = {}
 
@@ -102,7 +104,7 @@ class Candidates:
             for layer in segment.layers
             if layer.site.name in missing and can_unfold(layer)
         ]
-        for group in _group_layers(layers):
+        for group in _group_layers(layers, self._group_bytes):
             moments = self._measure_moments(group, run_options)
             with thread_map(run_options.threads, run_options.stop) as spread:
                 for layer in group:
@@ -147,14 +149,14 @@ class Candidates:
         return {name: total for name, x in sums.items() if (total := x.finish()) is not None}
 
 
-def _group_layers(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers whose moments take at most 512 MiB together, or a single one."""
+def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]:
+    """Consecutive layers whose moments take at most ``most_bytes`` together, or a single one."""
     groups: list[list[Layer]] = []
     room = 0
     for layer in layers:
         needed = 8 * groups_of(layer) * columns_of(layer) ** 2
         if not groups or needed > room:
-            groups, room = [*groups, []], _GROUP_BYTES
+            groups, room = [*groups, []], most_bytes
         groups[-1].append(layer)
         room -= needed
     return groups

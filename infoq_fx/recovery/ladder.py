@@ -67,6 +67,7 @@ AnyRecovery = str | RecoveryStep | Sequence[str | RecoveryStep]
 
 _HELD_SHARE = 5  # one in this many samples is held out
 _MOST_HELD = 256
+_HELD_BYTES = 1 << 30  # of values between layers in memory
 
 
 def find_steps(recovery: AnyRecovery, seed: int = 0) -> list[RecoveryStep]:
@@ -94,9 +95,15 @@ def find_steps(recovery: AnyRecovery, seed: int = 0) -> list[RecoveryStep]:
     )
 
 
-def find_candidates(prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep]) -> Candidates | None:
+def find_candidates(
+    prepared: PreparedModel, data: CalibrationData, steps: Sequence[RecoveryStep], *, memory_limit: int | None = None
+) -> Candidates | None:
     """Return rounded weights to score with if these steps follow; None for rounding to nearest."""
-    return Candidates(prepared, data) if any(step.name == Candidates.recovery for step in steps) else None
+    return (
+        Candidates(prepared, data, memory_limit=memory_limit)
+        if any(step.name == Candidates.recovery for step in steps)
+        else None
+    )
 
 
 def recover_accuracy(
@@ -106,6 +113,7 @@ def recover_accuracy(
     steps: Sequence[RecoveryStep],
     *,
     cache_dir: Path | None = None,
+    memory_limit: int | None = None,
     progress: bool = True,
 ) -> PreparedModel:
     """Run the steps in order, and undo each step that does not bring the outputs closer to the float model's.
@@ -119,6 +127,7 @@ def recover_accuracy(
         data: by the model's input names, on the model's device.
         steps: in order.
         cache_dir: where long steps keep finished parts.
+        memory_limit: bytes that a step may take, in addition to model and data; None for about 1.5 GiB.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -127,7 +136,8 @@ def recover_accuracy(
     if not steps:
         return prepared
     log = logging.getLogger(__name__)
-    batch_size = choose_batch_size(prepared)
+    batch_size = choose_batch_size(prepared, memory_limit)
+    held_bytes = _HELD_BYTES if memory_limit is None else min(_HELD_BYTES, memory_limit // 2)
     fitted, held = _hold_back(data, prepared.batch_size or 1)
     is_on_cpu = prepared.device.type == "cpu"
     with (
@@ -139,7 +149,9 @@ def recover_accuracy(
         current, nats = prepared, check(prepared)
         for index, step in enumerate(steps):
             bar.set_description(f"recovering ({step.name})")
-            context = StepContext(batch_size=batch_size, run_options=run_options, cache_dir=cache_dir)
+            context = StepContext(
+                batch_size=batch_size, run_options=run_options, cache_dir=cache_dir, held_bytes=held_bytes
+            )
             found = step.recover(current, bits, fitted, context)
             found_nats = check(found)
             if found_nats < nats:

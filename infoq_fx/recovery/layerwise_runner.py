@@ -22,6 +22,7 @@ from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer, Segment, find_segments
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
+from infoq_fx.runtime.held_values import HeldValues
 from infoq_fx.runtime.outputs import read_nodes, read_readings
 from infoq_fx.types import BASELINE_BITS
 
@@ -78,11 +79,13 @@ class LayerwiseRunner:
         bits_sought = bits if reference == "float_weights" else None
         self._runners = SegmentRunner(prepared, bits_sought, has_float_weights=True), SegmentRunner(prepared, bits)
         self.layers = sum(len(segment.layers) for segment in self.segments)
-        batches = [_laid_out(batch) for batch in data.batches(context.batch_size)]
         inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-        self.batch_samples = [len(next(iter(batch.values()))) for batch in batches]
-        self._reference = [{node: batch[str(node.target)] for node in inputs} for batch in batches]
-        self._quantized = [dict(values) for values in self._reference]
+        self._held_bytes = context.held_bytes // 4  # of each model, before a segment and behind it
+        self._reference = self._quantized = HeldValues(2 * self._held_bytes)
+        self.batch_samples: list[int] = []
+        for batch in data.batches(context.batch_size):
+            self.batch_samples.append(len(next(iter(batch.values()))))
+            self._reference.add({node: channels_last(batch[str(node.target)]) for node in inputs})
 
     def visit(self) -> Iterator[tuple[Segment, Layer]]:
         """Yield every layer with its segment, in graph order, while the runner is at the segment's start."""
@@ -134,8 +137,11 @@ class LayerwiseRunner:
         def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
             return {n: reference[n] for n in kept}, {n: quantized[n] for n in kept}
 
-        pairs = list(self._map(segment, segment.nodes, keep))
-        self._reference, self._quantized = [a for a, _ in pairs], [b for _, b in pairs]
+        passed = HeldValues(self._held_bytes), HeldValues(self._held_bytes)
+        for values in self._map(segment, segment.nodes, keep):
+            for held, found in zip(passed, values, strict=True):
+                held.add(found)
+        self._reference, self._quantized = passed
 
     def _map(
         self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
@@ -257,7 +263,3 @@ def _up_to(segment: Segment, node: fx.Node) -> list[fx.Node]:
             needed.add(found)
             pending.extend(found.all_input_nodes)
     return [found for found in segment.nodes if found in needed]
-
-
-def _laid_out(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: channels_last(x) for name, x in batch.items()}

@@ -20,12 +20,13 @@ class StepContext:
 
     ``batch_size`` samples are run together. ``run_options`` holds threads and the progress bar: a step advances it by
     shares that sum to 1. ``cache_dir`` is where a long step keeps finished parts, so that it can resume; None keeps
-    nothing.
+    nothing. ``held_bytes`` is what values between layers may take in memory; those beyond it go to a temporary file.
     """
 
     batch_size: int
     run_options: RunOptions = field(default_factory=RunOptions)
     cache_dir: Path | None = None
+    held_bytes: int = 1 << 30
 
 
 class RecoveryStep(Protocol):

@@ -31,6 +31,7 @@ def choose_allocation(
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
     candidates: Candidates | None = None,
+    memory_limit: int | None = None,
 ) -> Allocation:
     """Return the proposed allocation that loses the least information at the output, with all sites at their bits.
 
@@ -49,6 +50,7 @@ def choose_allocation(
         alpha: factor on the scores of activations relative to those of weights.
         pin: fixed bit-widths by site name.
         candidates: rounded weights to run with; None for rounding to nearest.
+        memory_limit: bytes for a batch's values; None for about 256 MiB.
 
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
@@ -57,7 +59,7 @@ def choose_allocation(
     samples = data.spread(_SAMPLES)
     if prepared.batch_size is not None:
         samples = samples.take(samples.samples - samples.samples % prepared.batch_size)
-    batch_size = choose_batch_size(prepared)
+    batch_size = choose_batch_size(prepared, memory_limit)
     with one_torch_thread() as threads:
         run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
         if candidates is not None:

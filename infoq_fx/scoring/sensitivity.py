@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.memory import available_memory_bytes
+from infoq_fx.core.option_checks import check_memory_limit
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
@@ -57,11 +58,7 @@ class Resources:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        limit = self.memory_limit
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise OptionError(
-                f"memory_limit={limit!r} is not a number of bytes; give one, half a gigabyte is {1 << 29}"
-            )
+        check_memory_limit(self.memory_limit)
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise OptionError(
                 f"executor is a {type(self.executor).__name__}; give a concurrent.futures.Executor, such as "

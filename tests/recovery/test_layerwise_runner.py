@@ -10,6 +10,7 @@ from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
 from infoq_fx.recovery.parameters import fork, set_parameter
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 
 
 @pytest.mark.parametrize("name", ["residual", "branches"])
@@ -55,3 +56,15 @@ def test_a_reference_with_float_weights_has_quantized_activations(residual):
         expected = ActivationsOnly(prepared.graph_module).run(*data.inputs.values())
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, compute_float_logits(prepared, data, batch_size=16), atol=1e-4)
+
+
+def test_recovery_from_disk_is_that_from_memory(residual):
+    from dataclasses import replace
+
+    prepared, data, bits = residual
+    in_memory, on_disk = (
+        SecondOrderRounding().recover(prepared, bits, data, replace(CONTEXT, held_bytes=size)) for size in (1 << 30, 0)
+    )
+    expected = dict(in_memory.graph_module.named_parameters())
+    for name, x in on_disk.graph_module.named_parameters():
+        assert torch.equal(x, expected[name])

@@ -1,0 +1,48 @@
+"""Values of nodes by batch are given back as they were, from memory or from a file."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx
+
+from infoq_fx.errors import CalibrationDataError
+from infoq_fx.runtime.held_values import HeldValues
+
+NODE = fx.Graph().placeholder("x")
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool])
+
+
+@given(st.lists(st.integers(0, 4), max_size=4), DTYPES, st.randoms(use_true_random=False), st.booleans())
+def test_a_tensor_comes_back_with_its_layout(shape, dtype, random, is_on_disk):
+    x = torch.randint(0, 2, shape).to(dtype)
+    x = x.permute(random.sample(range(x.ndim), x.ndim))
+    held = HeldValues(0 if is_on_disk else 1 << 20)
+    held.add({NODE: x})
+    found = held[0][NODE]
+    assert found.dtype == dtype
+    assert torch.equal(found, x)
+    assert not x.numel() or [s for n, s in zip(x.shape, found.stride(), strict=True) if n > 1] == [
+        s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1
+    ]
+
+
+def test_what_is_beyond_the_limit_is_on_disk_and_threads_read_it():
+    held = HeldValues(250)
+    for index in range(20):
+        held.add({NODE: torch.full((25,), float(index)), None: index})
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(held.__getitem__, range(20)))
+    assert [(int(x[NODE].sum()), x[None]) for x in found] == [(25 * index, index) for index in range(20)]
+    assert len(list(held)) == len(held) == 20
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("infoq_fx.runtime.held_values.os.pwrite", fail)
+    with pytest.raises(CalibrationDataError, match="No space left on device; give fewer samples, or set TMPDIR"):
+        HeldValues(0).add({NODE: torch.ones(3)})
