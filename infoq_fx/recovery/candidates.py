@@ -128,11 +128,14 @@ class Candidates:
         def read(_: int, values: Mapping[fx.Node, Any]) -> list[Inputs | None]:
             found = []
             for layer in layers:
-                value = values[layer.source]
-                x = value.dequantize() if isinstance(value, QuantizedTensor) else value
-                x = x if x.ndim > 1 else x[None]
-                rows = input_rows(layer, x, most[layer.site.name])
-                found.append(measure_rows(rows, rows, samples * rows.shape[1] / len(x)))
+                value, count = values[layer.source], most[layer.site.name]
+                if isinstance(value, QuantizedTensor):
+                    rows = replace(value, q=input_rows(layer, value.q, count, value.zero_point)).dequantize()
+                    in_batch = len(value.q)
+                else:
+                    x = value if value.ndim > 1 else value[None]
+                    rows, in_batch = input_rows(layer, x, count), len(x)
+                found.append(measure_rows(rows, rows, samples * rows.shape[1] / in_batch))
             return found
 
         sums = {layer.site.name: RunningMoments() for layer in layers}

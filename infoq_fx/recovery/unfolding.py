@@ -46,13 +46,14 @@ def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
     return rows.reshape(shape[::-1]).transpose(0, 1).contiguous()
 
 
-def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
+def input_rows(layer: Layer, x: Tensor, most: int, fill: int = 0) -> Tensor:
     """Unfold a layer's input to ``[groups, rows, columns]``, with columns as in :func:`weight_to_rows`.
 
     Args:
         layer: not a transposed convolution.
         x: its input, ``[samples, ...]``.
         most: largest number of rows per sample; if it has more, ``most`` spread over it, the same for every sample.
+        fill: the value of padding.
     """
     if not layer.op.is_convolution:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -67,7 +68,7 @@ def input_rows(layer: Layer, x: Tensor, most: int) -> Tensor:
     taken = values.index_select(0, (first[:, None] + places.flatten()).flatten().to(x.device))
     taken = taken.reshape(samples, *places.shape, channels)
     if not bool(is_inside.all()):
-        taken[:, ~is_inside.to(x.device)] = 0
+        taken[:, ~is_inside.to(x.device)] = fill
     groups = _groups(layer.node)
     patches = taken.reshape(*taken.shape[:3], groups, channels // groups)  # samples, rows, kernel, group, channels
     return patches.permute(3, 0, 1, 4, 2).reshape(groups, samples * places.shape[0], -1).contiguous()

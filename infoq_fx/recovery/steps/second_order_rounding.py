@@ -60,7 +60,7 @@ class SecondOrderRounding:
 
     Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
     covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between blocks are
-    kept in memory for both models.
+    kept for both models, those beyond 1 GiB in a temporary file.
 
     Reference:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
@@ -77,7 +77,7 @@ class SecondOrderRounding:
         OptionError: an option is out of range.
     """
 
-    samples: int = 1024
+    samples: int = 512
     rows: int = 16384
     sweeps: int = 8
     reference: Reference = "float_weights"
