@@ -6,12 +6,14 @@ import cmath
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from threading import Event, Lock
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import CalibrationDataError
 from infoq_fx.graph.clamps import CLAMPS
 from infoq_fx.graph.float_interpreter import FloatInterpreter, read_weight
@@ -28,7 +30,7 @@ from infoq_fx.quantization.histogram import (
 from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
-from infoq_fx.types import BASELINE_BITS
+from infoq_fx.types import BASELINE_BITS, QParams
 
 __all__ = ["calibrate", "weight_digits"]
 
@@ -54,11 +56,27 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
     """
     quantizers = dict(prepared.quantizer_nodes())
     activations = [(node, module) for node, module in quantizers.items() if module.site.kind == "activation"]
-    histograms: dict[str, Histogram] = {}
-    calibrator = _Calibrator(prepared, histograms)
-    with torch.inference_mode():
-        for batch in data.batches(batch_size) if activations else ():
-            calibrator.run(*batch.values())
+    with one_torch_thread() as threads, thread_map(threads if prepared.device.type == "cpu" else 1, Event()) as spread:
+        _calibrate(prepared, quantizers, activations, data, batch_size, spread)
+
+
+def _calibrate(
+    prepared: PreparedModel,
+    quantizers: Mapping[fx.Node, Quantizer],
+    activations: Sequence[tuple[fx.Node, Quantizer]],
+    data: CalibrationData,
+    batch_size: int,
+    spread: ThreadMap,
+) -> None:
+    histograms = {module.site.name: Histogram() for _, module in activations}
+    locks = {name: Lock() for name in histograms}
+
+    def run(batch: Mapping[str, Tensor]) -> None:
+        with torch.inference_mode():
+            _Calibrator(prepared, histograms, locks).run(*batch.values())
+
+    for _ in spread(run, data.batches(batch_size) if activations else ()):
+        pass
     factors = _choose_factors(prepared, activations, histograms)
     equalize_scales(prepared.graph_module, factors)
     prepared.graph_module.recompile()
@@ -67,11 +85,15 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
         histogram, of_zeros = histograms[module.site.name], fit_input_scale(prepared.graph_module, node)
         choose = functools.partial(choose_activation_qparams, histogram, factor=factors.get(node), of_zeros=of_zeros)
         module.set_qparams({bits: choose(spec_of(module.site, bits)) for bits in _widths(module)}, device)
-    for node, module in quantizers.items():
-        if module.site.kind == "weight":
-            weight, digits = read_weight(prepared, node), functools.partial(weight_digits, quantizers, node)
-            chosen = {b: choose_weight_qparams(weight, spec_of(module.site, b), digits(b)) for b in _widths(module)}
-            module.set_qparams(chosen, device)
+
+    def choose_of_weight(node: fx.Node) -> dict[int, QParams]:
+        module = quantizers[node]
+        weight, digits = read_weight(prepared, node), functools.partial(weight_digits, quantizers, node)
+        return {b: choose_weight_qparams(weight, spec_of(module.site, b), digits(b)) for b in _widths(module)}
+
+    weights = [node for node, module in quantizers.items() if module.site.kind == "weight"]
+    for node, chosen in zip(weights, spread(choose_of_weight, weights), strict=True):
+        quantizers[node].set_qparams(chosen, device)
 
 
 def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:
@@ -83,9 +105,9 @@ def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: 
         bits: its bit-width.
     """
     sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
-    met = [quantizers.get(source) for source in sources]
-    scales = [float(q.qparams_at(width).scale) for q in met if q is not None for width in q.calibrated_bits]
-    of_input = None if None in met else max(map(significant_bits_of, scales), default=None)
+    met = [q for source in sources if (q := quantizers.get(source)) is not None and q.site.kind == "activation"]
+    scales = [float(q.qparams_at(width).scale) for q in met for width in q.calibrated_bits]
+    of_input = None if len(met) < len(sources) else max(map(significant_bits_of, scales), default=None)
     site = quantizers[node].site
     terms = max(1, site.numel // site.shape[site.channel_axis or 0])
     return scale_significant_bits(bits, is_weight=True, terms=terms, of_input=of_input)
@@ -128,19 +150,20 @@ def _is_clamped(node: fx.Node) -> bool:
 
 
 class _Calibrator(FloatInterpreter):
-    """Fills the histogram of every activation site."""
+    """Fills the histogram of every activation site; neither the order of the batches nor threads change it."""
 
-    def __init__(self, prepared: PreparedModel, histograms: dict[str, Histogram]) -> None:
+    def __init__(self, prepared: PreparedModel, histograms: Mapping[str, Histogram], locks: Mapping[str, Lock]) -> None:
         super().__init__(prepared)
-        self._histograms = histograms
+        self._histograms, self._locks = histograms, locks
 
     def see(self, quantizer: Quantizer, x: Tensor) -> None:
         if quantizer.site.kind == "weight":
             return
         name = quantizer.site.name
-        histogram = self._histograms.setdefault(name, Histogram())
-        histogram.update(x)
-        if not histogram.is_finite:
+        with self._locks[name]:
+            self._histograms[name].update(x)
+            is_finite = self._histograms[name].is_finite
+        if not is_finite:
             raise CalibrationDataError(
                 f"the activation at {name!r} is NaN or infinite for a calibration batch: check the inputs' "
                 "normalisation and the checkpoint, or leave the layer before it in float with ignore=[...]"

@@ -241,3 +241,20 @@ def test_a_residual_network_keeps_its_outputs():
 @pytest.mark.parametrize(("scale", "digits"), [(1.0, 1), (0.375, 2), (5.0, 3), (2.0**-126, 1), (0.1, 24)])
 def test_significant_bits(scale, digits):
     assert significant_bits_of(float(np.float32(scale))) == digits
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_scale(threads):
+    torch.manual_seed(0)
+    model, images = randomise_norms(ResidualNet()).eval(), torch.randn(200, 1, 8, 8)
+    expected = infoq_fx.prepare(model, images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = infoq_fx.prepare(model, images)
+    finally:
+        torch.set_num_threads(before)
+    for (_, one), (_, other) in zip(expected.quantizer_nodes(), found.quantizer_nodes(), strict=True):
+        for bits in one.calibrated_bits:
+            assert torch.equal(one.qparams_at(bits).scale, other.qparams_at(bits).scale)
+            assert torch.equal(one.qparams_at(bits).zero_point, other.qparams_at(bits).zero_point)
