@@ -185,6 +185,36 @@ def quantize_prepared(
         InfeasibleBudgetError: a limit cannot be met.
     """
     check_alpha(alpha)
+    # The parts of the data and the rounded weights are freed before recovery.
+    table, allocation = _search(prepared, budget, data, scores, steps, resources, alpha, refine, keep_scores)
+    if isinstance(scores, SensitivityTable):
+        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
+    if data is None:
+        return convert_prepared(prepared, allocation, table)
+    better = recover_accuracy(
+        prepared,
+        allocation.bits,
+        data,
+        steps,
+        cache_dir=None if resources.cache_dir is None else Path(resources.cache_dir),
+        memory_limit=resources.memory_limit,
+        progress=resources.progress,
+    )
+    return convert_prepared(better, allocation, table)
+
+
+def _search(
+    prepared: PreparedModel,
+    budget: float | Budget,
+    data: CalibrationData | None,
+    scores: Criterion | SensitivityTable,
+    steps: Sequence[RecoveryStep],
+    resources: Resources,
+    alpha: float,
+    refine: bool,
+    keep_scores: Callable[[SensitivityTable], None] | None,
+) -> tuple[SensitivityTable, Allocation]:
+    """The scores, and the allocation that is chosen by them."""
     limit = resources.memory_limit
     candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=limit)
     measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
@@ -194,27 +224,10 @@ def quantize_prepared(
         table, _ = measure_sensitivity(prepared, measured, scores, resources, candidates)
     if keep_scores is not None:
         keep_scores(table)
-    if refine and held is not None:
-        allocation = choose_allocation(
-            prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit
-        )
-    else:
-        allocation = allocate(table, budget, alpha=alpha)
-    if isinstance(scores, SensitivityTable):
-        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
-    if data is None:
-        return convert_prepared(prepared, allocation, table)
-    folder = None if resources.cache_dir is None else Path(resources.cache_dir)
-    better = recover_accuracy(
-        prepared,
-        allocation.bits,
-        data,
-        steps,
-        cache_dir=folder,
-        memory_limit=limit,
-        progress=resources.progress,
-    )
-    return convert_prepared(better, allocation, table)
+    if not refine or held is None:
+        return table, allocate(table, budget, alpha=alpha)
+    chosen = choose_allocation(prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit)
+    return table, chosen
 
 
 def prepare(
