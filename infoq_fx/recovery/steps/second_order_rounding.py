@@ -103,7 +103,7 @@ class SecondOrderRounding:
         for segment, layer in runner.visit():
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
-                halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
+                halves = measure_moments(runner, segment, layer, max(self.rows, 16 * columns))
             if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
