@@ -69,7 +69,7 @@ class SecondOrderRounding:
 
     Args:
         samples: largest number of samples, spread over the data.
-        rows: least number of input rows for the moments of a layer; at least 16 per column are used.
+        rows: least number of input rows for the moments of a layer; at least 32 per column are used.
         sweeps: largest number of rounds of coordinate descent.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are approximated.
 
@@ -77,7 +77,7 @@ class SecondOrderRounding:
         OptionError: an option is out of range.
     """
 
-    samples: int = 512
+    samples: int = 1024
     rows: int = 16384
     sweeps: int = 8
     reference: Reference = "float_weights"
@@ -103,7 +103,7 @@ class SecondOrderRounding:
         for segment, layer in runner.visit():
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
-                halves = measure_moments(runner, segment, layer, max(self.rows, 16 * columns))
+                halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
             if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
