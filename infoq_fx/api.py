@@ -107,9 +107,9 @@ def quantize(
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
             more bit-width computes only new scores.
-        memory_limit: memory in bytes that scores, rounding and recovery may take per process, in addition to model and
-            data; values beyond it are written to temporary files. None for half of the free memory while scoring, and
-            about 1.5 GiB otherwise.
+        memory_limit: bytes per process for what scores, rounding and recovery hold besides model and data: batches,
+            moments of layers, values between layers. A single sample or layer may need more. None for half of the free
+            memory in scoring; in recovery, values between layers beyond 1 GiB are then written to a temporary file.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -125,6 +125,7 @@ def quantize(
     check_model(model)
     check_device(device)
     check_alpha(alpha)
+    check_memory_limit(memory_limit)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
     if data is None and chosen.needs_data:
@@ -185,36 +186,6 @@ def quantize_prepared(
         InfeasibleBudgetError: a limit cannot be met.
     """
     check_alpha(alpha)
-    # The parts of the data and the rounded weights are freed before recovery.
-    table, allocation = _search(prepared, budget, data, scores, steps, resources, alpha, refine, keep_scores)
-    if isinstance(scores, SensitivityTable):
-        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
-    if data is None:
-        return convert_prepared(prepared, allocation, table)
-    better = recover_accuracy(
-        prepared,
-        allocation.bits,
-        data,
-        steps,
-        cache_dir=None if resources.cache_dir is None else Path(resources.cache_dir),
-        memory_limit=resources.memory_limit,
-        progress=resources.progress,
-    )
-    return convert_prepared(better, allocation, table)
-
-
-def _search(
-    prepared: PreparedModel,
-    budget: float | Budget,
-    data: CalibrationData | None,
-    scores: Criterion | SensitivityTable,
-    steps: Sequence[RecoveryStep],
-    resources: Resources,
-    alpha: float,
-    refine: bool,
-    keep_scores: Callable[[SensitivityTable], None] | None,
-) -> tuple[SensitivityTable, Allocation]:
-    """The scores, and the allocation that is chosen by them."""
     limit = resources.memory_limit
     candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=limit)
     measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
@@ -224,10 +195,28 @@ def _search(
         table, _ = measure_sensitivity(prepared, measured, scores, resources, candidates)
     if keep_scores is not None:
         keep_scores(table)
-    if not refine or held is None:
-        return table, allocate(table, budget, alpha=alpha)
-    chosen = choose_allocation(prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit)
-    return table, chosen
+    if refine and held is not None:
+        allocation = choose_allocation(
+            prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit
+        )
+    else:
+        allocation = allocate(table, budget, alpha=alpha)
+    if isinstance(scores, SensitivityTable):
+        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
+    if data is None:
+        return convert_prepared(prepared, allocation, table)
+    del candidates, measured, held  # copies of the data and rounded weights, which recovery does not need
+    folder = None if resources.cache_dir is None else Path(resources.cache_dir)
+    better = recover_accuracy(
+        prepared,
+        allocation.bits,
+        data,
+        steps,
+        cache_dir=folder,
+        memory_limit=limit,
+        progress=resources.progress,
+    )
+    return convert_prepared(better, allocation, table)
 
 
 def prepare(
@@ -408,7 +397,7 @@ def recover(
         recovery: a level, a step, or a list of steps.
         seed: of all random numbers; steps given as objects have their own.
         cache_dir: folder for finished parts of long steps, from which an interrupted run resumes.
-        memory_limit: memory in bytes, see :func:`quantize`.
+        memory_limit: bytes for what the steps hold, see :func:`quantize`.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -420,12 +409,12 @@ def recover(
         CalibrationDataError: the data cannot be used.
     """
     check_prepared(prepared, "recover")
+    check_memory_limit(memory_limit)
     steps = find_steps(recovery, seed)
     check_allocation(prepared, allocation)
     arguments = ForwardArguments.exactly(prepared.input_names)
     data = fit_data(prepared, read_data(calibration_data, arguments))
     folder = None if cache_dir is None else Path(cache_dir)
-    check_memory_limit(memory_limit)
     found = recover_accuracy(
         prepared, allocation.bits, data, steps, cache_dir=folder, memory_limit=memory_limit, progress=progress
     )

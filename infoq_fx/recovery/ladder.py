@@ -127,7 +127,8 @@ def recover_accuracy(
         data: by the model's input names, on the model's device.
         steps: in order.
         cache_dir: where long steps keep finished parts.
-        memory_limit: bytes that a step may take, in addition to model and data; None for about 1.5 GiB.
+        memory_limit: bytes for batches and for values between layers; those beyond it go to a temporary file. None for
+            256 MiB and 1 GiB.
         progress: show a progress bar on standard error.
 
     Returns:

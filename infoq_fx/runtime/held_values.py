@@ -45,7 +45,7 @@ class HeldValues:
         self._room = limit_bytes
         self._batches: list[dict[fx.Node, Any]] = []
         self._file: Any = None
-        self._lock, self._end = threading.Lock(), 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -80,29 +80,24 @@ class HeldValues:
         order = tuple(sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True))
         packed = x.detach().permute(order).contiguous().cpu()
         content: Any = packed.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b""
-        with self._lock:
-            start, self._end = self._end, self._end + len(content)
         try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="infoq_fx_")  # noqa: SIM115  # closed with this object
-                weakref.finalize(self, self._file.close)
-            written = 0
-            while written < len(content):
-                written += os.pwrite(self._file.fileno(), content[written:], start + written)
+            with self._lock:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(prefix="infoq_fx_")  # noqa: SIM115  # closed with this object
+                    weakref.finalize(self, self._file.close)
+                start = self._file.seek(0, os.SEEK_END)
+                self._file.write(content)
         except OSError as error:
             raise CalibrationDataError(
-                f"values between layers take more than {self._end / 2**20:,.0f} MiB in {tempfile.gettempdir()!r}: "
-                f"{error}; give fewer samples, or set TMPDIR to a larger disk"
+                f"values between layers cannot be written to {tempfile.gettempdir()!r}: {error}; give fewer samples, "
+                "or set TMPDIR to a larger disk"
             ) from error
         return _Stored(start, len(content), tuple(packed.shape), order, x.dtype, x.device)
 
     def _read(self, stored: _Stored) -> Tensor:
-        content = bytearray(stored.count)
-        view, done = memoryview(content), 0
-        while done < stored.count:
-            part = os.pread(self._file.fileno(), stored.count - done, stored.start + done)
-            view[done : done + len(part)] = part
-            done += len(part)
+        with self._lock:
+            self._file.seek(stored.start)
+            content = bytearray(self._file.read(stored.count))
         values = torch.from_numpy(np.frombuffer(content, np.uint8)).view(stored.dtype)
         inverse = sorted(range(len(stored.order)), key=stored.order.__getitem__)
         return values.reshape(stored.shape).permute(inverse).to(stored.device)

@@ -40,9 +40,9 @@ def test_what_is_beyond_the_limit_is_on_disk_and_threads_read_it():
 
 
 def test_a_full_disk_is_told(monkeypatch):
-    def fail(*_):
+    def fail(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infoq_fx.runtime.held_values.os.pwrite", fail)
+    monkeypatch.setattr("infoq_fx.runtime.held_values.tempfile.TemporaryFile", fail)
     with pytest.raises(CalibrationDataError, match="No space left on device; give fewer samples, or set TMPDIR"):
         HeldValues(0).add({NODE: torch.ones(3)})

@@ -110,9 +110,10 @@ def are_equal(first: fx.GraphModule, other: fx.GraphModule) -> bool:
 
 
 def stay_equal(first: ExportedProgram, other: ExportedProgram, kept: Collection[Any]) -> bool:
-    """Whether two exports of a model at other sizes are equal, and certainly so once they are made functional.
+    """Whether two exports of a model at different sizes are equal, and would be so once they are made functional.
 
-    That takes most of a capture's time, so that it is worth to know it without.
+    Making a program functional takes most of a capture's time; this saves it for the second size. False may also mean
+    that it cannot be told from the exports.
 
     Args:
         first: a program as exported.

@@ -20,6 +20,7 @@ from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, QuantSit
 __all__ = ["InfoQ"]
 
 _MEASURED_WIDTHS = 2
+_SAMPLES, _OBSERVED_SAMPLES = 192, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class InfoQ:
     Cost: two partial forward passes per site, no backward pass, no labels.
 
     Args:
-        samples: largest number of samples, evenly spread over the data; None for all.
+        samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 192, or 1,024 with
+            observers, whose estimators of information need them.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
             observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
@@ -67,7 +69,7 @@ class InfoQ:
         InfoQ, Section 4, for information flow as the measure of sensitivity.
     """
 
-    samples: int | None = 192
+    samples: int | Literal["auto"] | None = "auto"
     observers: Sequence[Observer | str] | Literal["auto"] | None = None
     smi_weight: float = 0.1
     encoder: Encoder | str | None = None
@@ -77,6 +79,10 @@ class InfoQ:
     needs_data: bool = True
     kinds: tuple[Kind, ...] = ("weight", "activation")
     runs_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.samples == "auto":
+            object.__setattr__(self, "samples", _SAMPLES if self.observers is None else _OBSERVED_SAMPLES)
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the settings of the measurements; those of observers are included if there are any."""
