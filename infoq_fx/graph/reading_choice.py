@@ -263,6 +263,11 @@ def _choose(
         return Ignored(), "has no values"
     if not x.is_floating_point():
         return Ignored(), "holds no floating-point values"
+    if isinstance(given, Categorical) and x.ndim < 2:
+        raise OptionError(
+            "outputs reads an output of shape ['samples'] as categorical, which has one number for each sample and no "
+            "classes; give 'bernoulli' or 'quantity'"
+        )
     if given is not None:
         return _check_axis(given, x), "as given"
     if (found := _read_end(node, x)) is not None:

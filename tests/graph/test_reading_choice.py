@@ -205,3 +205,16 @@ def test_an_output_without_values_is_ignored():
     assert quantized(data)["nothing"].shape == (16, 0)
     with pytest.raises(infoq_fx.OptionError, match="outputs reads 'nothing', which has no values"):
         infoq_fx.prepare(Net(), data, outputs={"nothing": "quantity"})
+
+
+def test_one_number_a_sample_has_no_classes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(x)[:, 0]
+
+    with pytest.raises(infoq_fx.OptionError, match="no classes; give 'bernoulli' or 'quantity'"):
+        infoq_fx.prepare(Net(), torch.randn(16, 4), outputs={"output": "categorical"})
