@@ -185,7 +185,8 @@ def _decode(document: dict[str, Any]) -> SensitivityTable:
 
 def _decode_inventory(document: dict[str, Any]) -> Inventory:
     sites = tuple(
-        QuantSite(**{**site, "shape": tuple(site["shape"]), "bits": tuple(site["bits"])}) for site in document["sites"]
+        QuantSite(**{**site, **{key: tuple(site.get(key, ())) for key in ("shape", "bits", "follows")}})
+        for site in document["sites"]
     )
     operations = tuple(Operation(**operation) for operation in document["operations"])
     return Inventory(**{**document, "sites": sites, "operations": operations})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # budgets and allocations are read and made without torch
 
 __all__ = [
     "BASELINE_BITS",
+    "FLOAT16_BITS",
     "FLOAT_BITS",
     "MAX_BITS",
     "MIN_BITS",
@@ -42,6 +43,8 @@ Plain = str | int | float | bool | None
 MIN_BITS = 2
 MAX_BITS = 8
 BASELINE_BITS = 8
+FLOAT16_BITS = 16
+"""The candidate that is no integer: a weight in float16, an activation in float."""
 FLOAT_BITS = 32
 
 
@@ -52,11 +55,19 @@ class QuantSpec:
     Invariants: ``quant_min <= q <= quant_max`` and ``x ~ (q - zero_point) * scale``. Symmetric means signed
     integers with ``zero_point == 0``; affine means unsigned integers. ``channel_axis`` is the axis along which
     each slice has its own scale; None means one scale for the whole tensor.
+
+    With 16 bits the tensor stays in float: a weight is stored in float16, in units of its scale, and an activation is
+    not changed.
     """
 
     bits: int
     symmetric: bool
     channel_axis: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor stays in float."""
+        return self.bits == FLOAT16_BITS
 
     @property
     def quant_min(self) -> int:
@@ -95,9 +106,10 @@ class QuantSite:
     """One tensor, weight or activation, with its own bit-width.
 
     ``shape`` is the weight's shape, or the activation's shape without its batch dimension. ``bits`` are the
-    candidate bit-widths, ascending; a single candidate is a fixed bit-width. ``is_searched`` is False for tensors
-    that are quantized only so that integer kernels fuse (operands of residual additions, outputs of convolutions):
-    they stay at 8 bits and have no score.
+    candidate bit-widths, ascending, 16 for float; a single candidate is a fixed bit-width. ``is_searched`` is False for
+    tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
+    convolutions): they stay at 8 bits and have no score, but are in float where one of the sites in ``follows`` is: an
+    operand of the convolution that makes the tensor, or the tensor itself as another layer reads it.
     """
 
     name: str
@@ -106,11 +118,17 @@ class QuantSite:
     bits: tuple[int, ...]
     channel_axis: int | None = None
     is_searched: bool = True
+    follows: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
         """Number of elements of the weight, or of the activation for one sample."""
         return math.prod(self.shape)
+
+    @property
+    def baseline_bits(self) -> int:
+        """Bit-width in the baseline that other sites are measured in: 8, or 16 for a site that is fixed there."""
+        return FLOAT16_BITS if min(self.bits) > MAX_BITS else BASELINE_BITS
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,11 @@ class Inventory:
             if site.name == name:
                 return site
         raise KeyError(name)
+
+    def complete_floats(self, bits: Mapping[str, int]) -> dict[str, int]:
+        """Return bit-widths with 16 for all sites that are not named and follow one in float."""
+        following = (site.name for site in self.sites if any(bits.get(name) == FLOAT16_BITS for name in site.follows))
+        return {**dict.fromkeys(following, FLOAT16_BITS), **bits}
 
 
 @dataclass(frozen=True)
@@ -188,7 +211,8 @@ class Budget:
             ``"exact"`` stores them, their scales (4 bytes per channel) and all other parameters (biases and ignored
             layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;
             :func:`infoq_fx.summarize` says both for a file.
-        bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2).
+        bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2); a tensor
+            left in float by the bit-width 16 counts 16 bits, one that is not quantized at all 32.
         activation_bytes: sum of the bytes of all searched activation sites, for one sample.
         costs: limits on user-defined costs, by their names in :data:`infoq_fx.COSTS`, each in its own unit.
 
@@ -322,13 +346,14 @@ def check_bits(bits: Any, option: str) -> tuple[int, ...]:
     """Return candidate bit-widths as an ascending tuple without repeats.
 
     Raises:
-        OptionError: there are none, or one is not an integer from 2 to 8.
+        OptionError: there are none, or one is neither an integer from 2 to 8 nor 16 (float).
     """
     given = tuple(bits) if isinstance(bits, Iterable) else (bits,)
+    known = f"give integers from {MIN_BITS} to {MAX_BITS}, or {FLOAT16_BITS} for float"
     if not given:
-        raise OptionError(f"{option} is empty; give integers from {MIN_BITS} to {MAX_BITS}")
+        raise OptionError(f"{option} is empty; {known}")
     for value in given:
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-        if not (is_integer and MIN_BITS <= value <= MAX_BITS):
-            raise OptionError(f"{option} holds {value!r}; give integers from {MIN_BITS} to {MAX_BITS}")
+        if not (is_integer and (MIN_BITS <= value <= MAX_BITS or value == FLOAT16_BITS)):
+            raise OptionError(f"{option} holds {value!r}; {known}")
     return tuple(sorted({int(value) for value in given}))

@@ -11,7 +11,7 @@ from typing import Any
 
 from infoq_fx.core.atomic_files import read_json, write_atomically
 from infoq_fx.errors import OptionError
-from infoq_fx.types import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
 
 __all__ = ["decode_allocation", "describe_allocation", "load_allocation", "save_allocation"]
 
@@ -28,12 +28,12 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
     """Rebuild an allocation from the values of :func:`describe_allocation`.
 
     Raises:
-        OptionError: a bit-width is not an integer from 2 to 8.
+        OptionError: a bit-width is not an integer from 2 to 8, nor 16.
         KeyError, TypeError, ValueError, AttributeError: the values are not those of an allocation.
     """
     values = dict(held)
     for name, width in values["bits"].items():
-        if type(width) is not int or not MIN_BITS <= width <= MAX_BITS:
+        if type(width) is not int or not (MIN_BITS <= width <= MAX_BITS or width == FLOAT16_BITS):
             raise OptionError(f"its allocation gives site {name!r} {width!r} bits")
     # Earlier versions could count weights as a file of another kind stores them.
     limits = {name: value for name, value in (values["budget"] or {}).items() if name != "container"}

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.types import FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
+from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
 
 __all__ = [
     "COSTS",
@@ -46,7 +46,8 @@ class OperationCost(Protocol):
 
         Args:
             operation: its ``name`` is the layer's module path, ``macs`` its multiply-accumulates for one sample.
-            left_bits: of the weight, or of the first activation of a matrix product; None is float.
+            left_bits: of the weight, or of the first activation of a matrix product; None is float, which the
+                bit-width 16 is too.
             right_bits: of the activation that enters, or of the second one of a matrix product; None is float.
         """
         ...
@@ -89,7 +90,12 @@ class CostRow:
 
 
 def weight_bytes(site: QuantSite, bits: int) -> int:
-    """Return the bytes of a weight packed at ``bits``, with its scales (float32, one per channel or one in all)."""
+    """Return the bytes of a weight packed at ``bits``, with its scales (float32, one per channel or one in all).
+
+    A weight of 16 bits, in float16, has none.
+    """
+    if bits == FLOAT16_BITS:
+        return _packed_bytes(site.numel, bits)
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
     return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels
 
@@ -100,7 +106,7 @@ def activation_bytes(site: QuantSite, bits: int) -> int:
 
 
 def operation_bitops(operation: Operation, left_bits: int | None, right_bits: int | None) -> int:
-    """Return multiply-accumulates times the bits of both operands, for one sample; None is an operand in float.
+    """Return multiply-accumulates times the bits of both operands, for one sample; None is an operand in float32.
 
     Reference:
         InfoQ, Eq. 2.
@@ -280,7 +286,8 @@ def _evaluate(name: str, operation: Operation, left_bits: int | None, right_bits
             f"Budget limits {name!r}, which is not a known cost; put a function (operation, left_bits, right_bits) -> "
             f"cost into infoq_fx.COSTS[{name!r}] first"
         )
-    value: Any = COSTS[name](operation, left_bits, right_bits)
+    left, right = (None if bits == FLOAT16_BITS else bits for bits in (left_bits, right_bits))
+    value: Any = COSTS[name](operation, left, right)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise OptionError(
             f"cost {name!r} is {value!r} for {operation.name!r} at {left_bits} and {right_bits} bits; return a finite "

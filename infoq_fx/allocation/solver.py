@@ -11,12 +11,23 @@ from typing import Any
 
 from infoq_fx.allocation.core_problem import search_core
 from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_row, measure_cost
+from infoq_fx.allocation.float_candidates import drop_idle_floats, widest_integer
 from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
 from infoq_fx.core.option_checks import check_alpha
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
 from infoq_fx.table import SensitivityTable, check_table
-from infoq_fx.types import Allocation, Budget, Cost, Inventory, QuantSite, Score, check_bits
+from infoq_fx.types import (
+    FLOAT16_BITS,
+    MAX_BITS,
+    Allocation,
+    Budget,
+    Cost,
+    Inventory,
+    QuantSite,
+    Score,
+    check_bits,
+)
 
 __all__ = ["allocate", "check_budget", "find_uniform", "propose"]
 
@@ -41,8 +52,9 @@ def allocate(
 ) -> Allocation:
     """Return the allocation with the least total score among all that meet every limit of the budget.
 
-    If two bit-widths of a site have equal scores, the larger one is taken as far as the budget reaches. The result is
-    deterministic.
+    If two bit-widths of a site have equal scores, the larger one is taken as far as the budget reaches, but not float
+    (16). Where no limit counts activations, one stays in float only if that gains much, see
+    ``infoq_fx.allocation.float_candidates``. The result is deterministic.
 
     Args:
         table: scores of every site with more than one candidate.
@@ -135,13 +147,21 @@ def _propose(
     inventory = _pin_sites(table.inventory, pin)
     limits = check_budget(inventory, budget)
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
+
+    def solve(inventory: Inventory, scores: CandidateScores) -> float:
+        scores = _scores_of(inventory, scores)
+        known = _find_known(inventory, limits)
+        return _total_score(scores, _minimize_score(inventory, limits, scores, known))
+
+    inventory = drop_idle_floats(inventory, limits, candidates, solve)
+    candidates = _scores_of(inventory, candidates)
+    known = _find_known(inventory, limits)
     uniform_bits, uniform = find_uniform(inventory, limits)
-    smallest = {site.name: site.bits[0] for site in inventory.sites}
-    known = [bits for bits in (smallest, uniform) if bits is not None and _fits(inventory, limits, bits)]
-    known = known or [bits for bits in (_find_fitting(inventory, limits),) if bits is not None]
     of_uniform = None if uniform is None else _total_score(candidates, uniform)
 
     def describe(bits: _Bits) -> Allocation:
+        searched = {site.name: bits[site.name] for site in inventory.sites if not site.follows}
+        bits = {**bits, **inventory.complete_floats(searched)}
         return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
 
     for power in powers:
@@ -154,6 +174,18 @@ def _propose(
         yield describe(_spend(inventory, limits, others, _minimize_score(inventory, limits, others, known)))
     if uniform is not None:
         yield describe(uniform)
+
+
+def _scores_of(inventory: Inventory, scores: CandidateScores) -> dict[str, dict[int, float]]:
+    """The scores of the candidates that the sites of an inventory have."""
+    return {site.name: {bits: scores[site.name][bits] for bits in site.bits} for site in inventory.sites}
+
+
+def _find_known(inventory: Inventory, limits: Budget) -> list[_Bits]:
+    """Some allocations within the limits, which bound the search."""
+    smallest = {site.name: site.bits[0] for site in inventory.sites}
+    known = [bits for bits in (smallest, find_uniform(inventory, limits)[1]) if bits and _fits(inventory, limits, bits)]
+    return known or [bits for bits in (_find_fitting(inventory, limits),) if bits is not None]
 
 
 def _describe(
@@ -249,12 +281,13 @@ def _exact_text(value: float) -> str:
 def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:
     """Return the largest bit-width that all searched weights can have within the budget, and that allocation.
 
-    Searched activations have their largest candidate or, if that does not fit, the weights' bit-width.
+    Searched activations have their largest integer candidate or, if that does not fit, the weights' bit-width. A
+    bit-width of 16, float, is not uniform.
     """
     free = [site for site in inventory.sites if len(site.bits) > 1]
-    candidates = [set(site.bits) for site in free if site.kind == "weight"]
+    candidates = [set(site.bits) - {FLOAT16_BITS} for site in free if site.kind == "weight"]
     common = set.intersection(*candidates) if candidates else set()
-    largest = {site.name: site.bits[-1] for site in inventory.sites}
+    largest = {site.name: widest_integer(site) for site in inventory.sites}
     for bits in sorted(common, reverse=True):
         wide = {**largest, **{site.name: bits for site in free if site.kind == "weight"}}
         choices = [wide]
@@ -297,12 +330,13 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
 def _spend(inventory: Inventory, budget: Budget, scores: CandidateScores, bits: _Bits) -> _Bits:
     """Raise bit-widths that cost no score as far as the budget reaches, the lowest and smallest first.
 
-    Scores that tie say nothing against more bits, and what the budget has left is of no other use.
+    Scores that tie say nothing against more bits, and what the budget has left is of no other use. Float, which gives
+    up integer kernels, is not taken so.
     """
     raised = dict(bits)
     for site in sorted(inventory.sites, key=lambda site: (bits[site.name], site.numel)):
         known = scores[site.name]
-        for wider in sorted((b for b in known if b > raised[site.name]), reverse=True):
+        for wider in sorted((b for b in known if raised[site.name] < b <= MAX_BITS), reverse=True):
             tried = {**raised, site.name: wider}
             if known[wider] <= known[raised[site.name]] and _fits(inventory, budget, tried):
                 raised = tried

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.types import MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite
 
 __all__ = ["Summary", "summarize_allocation"]
 
@@ -57,7 +57,8 @@ def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple
     bits, score = allocation.bits[site.name], allocation.scores.get(site.name)
     share = f"{100 * weight_bytes(site, bits) / cost.size_bytes:.1f} %" if site.kind == "weight" else "-"
     value, error = ("-", "-") if score is None else (f"{score.value:.3g}", f"{score.standard_error:.2g}")
-    return site.name, site.kind, f"{site.numel:,}", str(bits), value, error, share
+    width = "16 (float)" if bits == FLOAT16_BITS else str(bits)
+    return site.name, site.kind, f"{site.numel:,}", width, value, error, share
 
 
 def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, file: FileSize | None) -> list[str]:

@@ -20,9 +20,9 @@ from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
-from infoq_fx.quantization.numerics import quantize
+from infoq_fx.quantization.numerics import choose_weight_qparams, quantize
 from infoq_fx.quantization.quantizers import spec_of
-from infoq_fx.types import FLOAT_BITS, QParams, QuantSite
+from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
 
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
@@ -218,6 +218,10 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     site = QuantSite(name, "weight", tuple(integers.shape), (bits,), axis)
     qparams = QParams(spec_of(site, bits), scale, torch.zeros_like(scale, dtype=torch.int32))
     write_tensor(draft, str(source.target), dequantize_op(integers, scale, axis, bits, name))
+    if qparams.spec.is_float:
+        node.replace_all_uses_with(source)
+        draft.graph.erase_node(node)
+        return
     terms = max(1, integers.numel() // integers.shape[axis])
     digits = scale_significant_bits(bits, is_weight=True, terms=terms, of_input=_digits_met(draft, node))
     _replace(draft, node, name, LearnedStepQuantizer(site, qparams, digits), (source,))
@@ -268,7 +272,9 @@ def _write_back(trained: TrainableModule) -> QuantizedModule:
             found = learned[str(node.args[4])]
             node.args = (node.args[0], float(found.scale), int(found.zero_point), *node.args[3:])
     for node in result.graph.nodes:
-        if _is_weight(node):
+        if _is_weight(node) and node.args[3] == FLOAT16_BITS:
+            _write_float16(result, node, values)
+        elif _is_weight(node):
             _write_weight(result, node, learned[str(node.args[4])], values)
     quantized = {node.args[0].target for node in result.graph.nodes if node.target is dequantize_op}
     for node in result.graph.nodes:
@@ -299,6 +305,16 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
         integers = torch.round(values[bias_target].double() / step.double()).to(torch.int32)
         write_tensor(result, bias_target, integers)
         write_tensor(result, step_target, step)
+
+
+def _write_float16(result: QuantizedModule, node: fx.Node, values: Mapping[str, Tensor]) -> None:
+    arguments: Any = node.args
+    source, _, axis, bits, name = arguments
+    value = values[str(source.target)]
+    site = QuantSite(name, "weight", tuple(value.shape), (bits,), axis)
+    qparams = choose_weight_qparams(value, spec_of(site, bits))
+    write_tensor(result, str(source.target), quantize(value, qparams))
+    write_tensor(result, str(arguments[1].target), qparams.scale)
 
 
 def _write_float(result: QuantizedModule, target: str, value: Tensor) -> None:

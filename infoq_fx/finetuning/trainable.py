@@ -22,7 +22,7 @@ from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import fake_quantize_flat
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
-from infoq_fx.types import BASELINE_BITS, QParams, QuantSite
+from infoq_fx.types import QParams, QuantSite
 
 __all__ = [
     "LearnedStepQuantizer",
@@ -138,17 +138,18 @@ def trainable_copy(
         if name not in known:
             raise unknown_name_error("site", name, known)
 
-    def make(quantizer: Quantizer) -> nn.Module:
+    def make(quantizer: Quantizer) -> nn.Module | None:
         site = quantizer.site
         if site.name in given:
             return LearnedStepQuantizer(site, given[site.name])
-        width = chosen.get(site.name, BASELINE_BITS)
+        width = chosen.get(site.name, site.baseline_bits)
         if width not in quantizer.calibrated_bits:
             raise OptionError(
                 f"bits[{site.name!r}]={width}: it was calibrated for {quantizer.calibrated_bits}; take one of those, "
                 "or give qparams for it"
             )
-        return LearnedStepQuantizer(site, quantizer.qparams_at(width))
+        qparams = quantizer.qparams_at(width)
+        return None if qparams.spec.is_float else LearnedStepQuantizer(site, qparams)
 
     return copy_with(prepared, make)
 

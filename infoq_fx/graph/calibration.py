@@ -30,7 +30,7 @@ from infoq_fx.quantization.histogram import (
 from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
-from infoq_fx.types import BASELINE_BITS, QParams
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, MAX_BITS, QParams
 
 __all__ = ["calibrate", "weight_digits"]
 
@@ -106,7 +106,7 @@ def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: 
     """
     sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
     met = [q for source in sources if (q := quantizers.get(source)) is not None and q.site.kind == "activation"]
-    scales = [float(q.qparams_at(width).scale) for q in met for width in q.calibrated_bits]
+    scales = [float(q.qparams_at(width).scale) for q in met for width in q.calibrated_bits if width <= MAX_BITS]
     of_input = None if len(met) < len(sources) else max(map(significant_bits_of, scales), default=None)
     site = quantizers[node].site
     terms = max(1, site.numel // site.shape[site.channel_axis or 0])
@@ -114,7 +114,8 @@ def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: 
 
 
 def _widths(quantizer: Quantizer) -> list[int]:
-    return sorted({*quantizer.site.bits, BASELINE_BITS})
+    following = (FLOAT16_BITS,) if quantizer.site.follows else ()
+    return sorted({*quantizer.site.bits, BASELINE_BITS, *following})
 
 
 def _choose_factors(
@@ -131,7 +132,8 @@ def _choose_factors(
     for node, module in activations:
         histogram = histograms[module.site.name]
         if node in groups and not histogram.minimum == histogram.maximum == 0:
-            scale = find_activation_scale(histogram, spec_of(module.site, max(module.site.bits)))
+            widest = max((bits for bits in module.site.bits if bits <= MAX_BITS), default=BASELINE_BITS)
+            scale = find_activation_scale(histogram, spec_of(module.site, widest))
             asked.setdefault((groups[node], _is_clamped(node)), []).append(math.log2(scale))
     decisive = {first: asked.get((first, True)) or found for (first, _), found in asked.items()}
     octaves = {

@@ -22,7 +22,7 @@ from infoq_fx.graph.operands import (
     make_unique,
     record_sample_shapes,
 )
-from infoq_fx.types import BASELINE_BITS, Inventory, QuantSite
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Inventory, QuantSite
 
 __all__ = ["SitePlan", "find_sites"]
 
@@ -165,7 +165,11 @@ def _place_fused(
     placements: Sequence[Placement],
     shapes: Callable[[fx.Node], tuple[int, ...]],
 ) -> list[Placement]:
-    """Fixed 8-bit sites on convolution outputs and on residual additions that join them."""
+    """Fixed 8-bit sites on convolution outputs and on residual additions that join them.
+
+    They help integer kernels only, and are in float where the convolution is, or where another layer reads the same
+    tensor in float.
+    """
     outputs: dict[fx.Node, str] = {}
     names = {layer.node: layer.name for layer in layers}
     for node in graph_module.graph.nodes:
@@ -179,12 +183,25 @@ def _place_fused(
     quantized_users: dict[fx.Node, set[fx.Node]] = {}
     for placement in placements:
         quantized_users.setdefault(placement.node, set()).update(placement.users)
+    made_by = {_after_activation(layer.node): layer.node for layer in layers}
     found, taken = [], {placement.site.name for placement in placements}
     for node, name in outputs.items():
         users = [user for user in node.users if user.op != "output"]
         users = [user for user in users if user not in quantized_users.get(node, ())]
         if users and node.op != "placeholder":
-            site = QuantSite(make_unique(name, taken), "activation", shapes(node), (BASELINE_BITS,), is_searched=False)
+            leaders = [
+                p.site
+                for p in placements
+                if FLOAT16_BITS in p.site.bits and (p.node is node or made_by.get(node) in p.users)
+            ]
+            site = QuantSite(
+                make_unique(name, taken),
+                "activation",
+                shapes(node),
+                (FLOAT16_BITS,) if any(leader.bits == (FLOAT16_BITS,) for leader in leaders) else (BASELINE_BITS,),
+                is_searched=False,
+                follows=tuple(leader.name for leader in leaders),
+            )
             found.append(Placement(site, node, tuple(users)))
     return found
 

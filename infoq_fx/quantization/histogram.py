@@ -153,7 +153,8 @@ def choose_activation_qparams(
     """Choose the affine scale and zero point that minimise the expected squared error under a histogram.
 
     The values of a bin are taken as spread evenly over it. A grid search over scale and zero point, the full range
-    included, is followed by a pattern search with shrinking steps, all in float64 on the CPU.
+    included, is followed by a pattern search with shrinking steps, all in float64 on the CPU. With 16 bits, where the
+    activation stays in float, the scale is 1.
 
     Args:
         histogram: of the activation.
@@ -171,8 +172,8 @@ def choose_activation_qparams(
         CalibrationDataError: the histogram is empty, or saw NaN or infinite values.
     """
     _check_affine(histogram, spec)
-    scale, zero_point = of_zeros, 0
-    if not histogram.minimum == histogram.maximum == 0:
+    scale, zero_point = 1.0 if spec.is_float else of_zeros, 0
+    if not spec.is_float and not histogram.minimum == histogram.maximum == 0:
         scale, zero_point = _round_affine(histogram, spec, _search_affine(histogram, spec), factor)
     limits = torch.finfo(torch.float32)
     # A smaller scale would be subnormal, which accelerators flush to zero.

@@ -33,6 +33,7 @@ __all__ = [
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _CHUNK_ELEMENTS = 1 << 15  # small enough that torch uses one thread and the values stay in a core's cache
 _SUM_BLOCK = 1024
+_LARGEST_EXPONENT, _SMALLEST_EXPONENT = 15, -8  # of a row's largest value, without a scale in float16
 _KERNEL_THREADS = 4  # with more threads, torch's own operations (several passes, but parallel) are faster
 
 
@@ -40,7 +41,7 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     """Choose the symmetric scales that minimise the squared error of a weight, per channel or per tensor.
 
     Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong
-    clipping to none.
+    clipping to none. With 16 bits the scale is 1, or a power of two where float16 lacks the range.
 
     Args:
         weight: float, any shape.
@@ -66,6 +67,8 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
             f"cannot quantize a weight of shape {tuple(weight.shape)}: {int((~rows.isfinite()).sum())} of "
             f"its {weight.numel()} values are NaN or infinite; load a valid checkpoint, or ignore this layer"
         )
+    if spec.is_float:
+        return _qparams(spec, _float16_units(largest).flatten())
     # Scaling by powers of two is exact and keeps squares far from overflow and underflow.
     exponent = torch.frexp(largest).exponent.clamp_(-125, 126)
     is_zero = largest == 0
@@ -88,10 +91,12 @@ def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
         qparams: scale and zero point; moved to the device of ``x``.
 
     Returns:
-        int8 (symmetric) or uint8 (affine), of the shape of ``x``.
+        int8 (symmetric) or uint8 (affine), of the shape of ``x``; float16 for a weight of 16 bits.
     """
     spec = qparams.spec
     scale, zero_point = _broadcast(qparams, x)
+    if spec.is_float:
+        return (x.detach().to(torch.float32) / scale).to(torch.float16)
     q = torch.round(x.detach().to(torch.float32) / scale).nan_to_num_(0.0, math.inf, -math.inf)
     q = q.add_(zero_point).clamp_(spec.quant_min, spec.quant_max)
     return q.to(torch.int8 if spec.symmetric else torch.uint8)
@@ -101,7 +106,7 @@ def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """Dequantize integers as ONNX DequantizeLinear does: ``(q - zero_point) * scale``.
 
     Args:
-        q: integers as :func:`quantize` returns them.
+        q: integers, or float16, as :func:`quantize` returns them.
         qparams: scale and zero point; moved to the device of ``q``.
 
     Returns:
@@ -120,7 +125,8 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Fake quantize: equal to ``dequantize(quantize(x))`` bit for bit, except that NaN stays NaN.
 
-    An addition and a clip before it can be done in the same pass over memory.
+    An addition and a clip before it can be done in the same pass over memory. With 16 bits nothing else is done to an
+    activation, and a weight is rounded to float16.
 
     Args:
         x: float, any shape and device. No gradient flows: see :func:`fake_quantize_ste`.
@@ -134,6 +140,8 @@ def fake_quantize(
     if addend is not None and x.dtype != torch.float32:
         x, addend = x.detach() + addend.detach(), None
     spec, x = qparams.spec, x.detach().to(torch.float32)
+    if spec.is_float:
+        return _keep_float(x, qparams, addend, clip)
     if spec.channel_axis is None and x.device.type == "cpu" and torch.get_num_threads() <= _KERNEL_THREADS:
         return _fake_quantize_in_one_pass(x, qparams, addend, clip)
     x = x if addend is None else x + addend.detach()
@@ -235,6 +243,23 @@ def quantize_in_one_pass(
     else:
         quantize_sum(flat_view(first), flat_view(second), scale, low, high, shift, flat_view(out))
     return out
+
+
+def _keep_float(
+    x: torch.Tensor, qparams: QParams, addend: torch.Tensor | None, clip: tuple[float, float]
+) -> torch.Tensor:
+    x = x if addend is None else x + addend.detach()
+    x = x.clamp(*clip) if clip != (-math.inf, math.inf) else x
+    return dequantize(quantize(x, qparams), qparams) if qparams.spec.symmetric else x
+
+
+def _float16_units(largest: torch.Tensor) -> torch.Tensor:
+    """Scales for the largest values of rows: float16 keeps 11 significant bits from 2^-14 to 2^16."""
+    exponent = torch.frexp(largest).exponent
+    unit = torch.ldexp(torch.ones_like(largest), exponent)
+    return torch.where((exponent > _LARGEST_EXPONENT) | (exponent < _SMALLEST_EXPONENT), unit, 1.0).clamp_min_(
+        _SMALLEST_SCALE
+    )
 
 
 def _fake_quantize_in_one_pass(

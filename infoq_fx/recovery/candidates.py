@@ -84,10 +84,10 @@ class Candidates:
         MiB; for every weight the cube of its columns, and their square for every bit-width. Weights that were rounded
         before cost nothing.
         """
-        wanted = {site.name for site in sites if site.kind == "weight" and set(site.bits) - {BASELINE_BITS}}
+        wanted = {site.name for site in sites if site.kind == "weight" and min(site.bits) < BASELINE_BITS}
         missing: dict[str, list[int]] = {}
         for site in self._prepared.inventory.sites:
-            widths = [b for b in site.bits if b != BASELINE_BITS and (site.name, b) not in self._rounded]
+            widths = [b for b in site.bits if b < BASELINE_BITS and (site.name, b) not in self._rounded]
             if site.name in wanted and widths:
                 missing[site.name] = widths
         if missing:

@@ -24,7 +24,6 @@ from infoq_fx.recovery.step import StepContext
 from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
 from infoq_fx.runtime.held_values import HeldValues
 from infoq_fx.runtime.outputs import read_nodes, read_readings
-from infoq_fx.types import BASELINE_BITS
 
 __all__ = [
     "LIGHT_BITS",
@@ -221,7 +220,7 @@ class SegmentRunner(GraphInterpreter):
         return x if self._bits is None or is_left else quantizer.quantize_at(x, bits)
 
     def _bits_of(self, quantizer: Quantizer) -> int:
-        return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
+        return (self._bits or {}).get(quantizer.site.name, quantizer.site.baseline_bits)
 
 
 def _squared_gradients(

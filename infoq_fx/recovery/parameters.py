@@ -14,7 +14,7 @@ from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.types import BASELINE_BITS, QParams
+from infoq_fx.types import QParams
 
 __all__ = ["fork", "read_qparams", "set_bias", "set_parameter", "set_qparams", "weight_quantizer"]
 
@@ -41,19 +41,21 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
     assert layer.bias is not None
     source = layer.source
     module = prepared.graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
-    weight = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+    weight = read_qparams(prepared, layer, bits)
     if isinstance(module, Quantizer):
-        input_scale = module.qparams_at(bits.get(module.site.name, BASELINE_BITS)).scale
-        if weight.scale.shape == bias.shape:
+        of_input = module.qparams_at(bits.get(module.site.name, module.site.baseline_bits))
+        input_scale = of_input.scale
+        if weight.scale.shape == bias.shape and not (weight.spec.is_float or of_input.spec.is_float):
             is_zero = find_zero_channels(read_tensor(prepared.graph_module, layer.weight), weight.spec.channel_axis)
             unit = fit_weight_scale(weight.scale, [(bias, input_scale)], is_zero) * input_scale
             bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
     set_parameter(prepared, layer.bias, bias)
 
 
-def read_qparams(prepared: PreparedModel, layer: Layer, bits: int) -> QParams:
-    """Return the qparams of a layer's weight at a bit-width."""
-    return weight_quantizer(prepared, layer).qparams_at(bits)
+def read_qparams(prepared: PreparedModel, layer: Layer, bits: int | Mapping[str, int]) -> QParams:
+    """Return the qparams of a layer's weight at a bit-width, or at that of an allocation."""
+    width = bits if isinstance(bits, int) else bits.get(layer.site.name, layer.site.baseline_bits)
+    return weight_quantizer(prepared, layer).qparams_at(width)
 
 
 def set_qparams(prepared: PreparedModel, layer: Layer, qparams: QParams) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.version import __version__
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.types import BASELINE_BITS, Plain
+from infoq_fx.types import Plain
 
 __all__ = ["digest_run"]
 
@@ -28,7 +28,7 @@ def digest_run(
 ) -> str:
     """Return a hash of everything that determines measurements, except the site and its bit-width.
 
-    It covers the versions of the package and of torch, the graph, all its weights, the 8-bit qparams of all sites, the
+    It covers the versions of the package and of torch, the graph, all its weights, the qparams of the baseline, the
     data and the settings of the criterion, and the batch size, which affects the last bits of some sums. With ``bits``,
     by site, the qparams at these bit-widths are included too.
     """
@@ -45,7 +45,8 @@ def digest_run(
             parts += [name, tensor]
     for quantizer in quantizers:
         name = quantizer.site.name
-        for width in [BASELINE_BITS, *([] if bits is None else [bits.get(name, BASELINE_BITS)])]:
+        base = quantizer.site.baseline_bits
+        for width in [base, *([] if bits is None else [bits.get(name, base)])]:
             qparams = quantizer.qparams_at(width)
             parts += [name, qparams.scale, qparams.zero_point]
     for name, tensor in data.inputs.items() if data is not None else ():

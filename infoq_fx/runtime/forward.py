@@ -19,7 +19,7 @@ from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
 from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
-from infoq_fx.types import BASELINE_BITS, QuantSite
+from infoq_fx.types import QuantSite
 
 __all__ = [
     "MakeReader",
@@ -167,7 +167,7 @@ def map_whole(
 
     Inputs of convolutions may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
     """
-    integers, given = find_integer_nodes(prepared), bits or {}
+    integers, given = find_integer_nodes(prepared), prepared.inventory.complete_floats(bits or {})
     interpreter = SiteInterpreter(prepared, integers)
     interpreter.quantize_weights(bits=given)
     own, plan = _ForkPerThread(interpreter), plan_whole_run(prepared, observed, integers, given)
@@ -201,7 +201,7 @@ def run_perturbed(
     """
     wanted, integers = set(observed), find_integer_nodes(prepared)
     plans = {site.name: plan_perturbed_run(prepared, site.name, wanted, integers) for site in sites}
-    runs = [(site.name, bits) for site in sites for bits in site.bits if bits != BASELINE_BITS]
+    runs = [(site.name, bits) for site in sites for bits in site.bits if bits != site.baseline_bits]
     if not runs:
         return
     boundary = set().union(*(plan.boundary for plan in plans.values()))
@@ -214,7 +214,8 @@ def run_perturbed(
 
         def perturb(run: tuple[str, int], start: int = start, known: Mapping[fx.Node, Any] = known) -> None:
             plan, read = plans[run[0]], make_reader(run, start)
-            own().run_plan(plan, known, bits=dict([run]), read=read, is_stopped=run_options.stop.is_set)
+            bits = prepared.inventory.complete_floats(dict([run]))
+            own().run_plan(plan, known, bits=bits, read=read, is_stopped=run_options.stop.is_set)
 
         part = share * len(next(iter(batch.values()))) / data.samples
         for _ in spread(perturb, runs):

@@ -92,8 +92,10 @@ def quantize_weight(weight: Tensor, qparams: QParams) -> IntegerWeight:
     return IntegerWeight(numerics.quantize(weight, qparams), qparams.scale.detach())
 
 
-def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
-    """Compute a convolution node for integer operands: float32, channels last."""
+def convolve(node: fx.Node, x: QuantizedTensor | Tensor, weight: IntegerWeight | Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a convolution node: float32, channels last. It runs over integers if both operands are."""
+    if isinstance(x, Tensor) or isinstance(weight, Tensor):
+        return _convolve_floats(node, x, weight, bias)
     shape = _options(node), x.q.shape, weight.q.shape
     if _IS_RIGHT.get(shape, True):
         found = _convolve_integers(node, x, weight, bias)
@@ -105,11 +107,15 @@ def convolve(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Ten
     return _convolve_floats(node, x, weight, bias)
 
 
-def _convolve_floats(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+def _convolve_floats(
+    node: fx.Node, x: QuantizedTensor | Tensor, weight: IntegerWeight | Tensor, bias: Tensor | None
+) -> Tensor:
     stride, padding, dilation, groups = _options(node)
-    real_x = x.dequantize().contiguous(memory_format=torch.channels_last)
-    real_weight = weight.q.float() * weight.scale.reshape(-1, 1, 1, 1)
-    return functional.conv2d(real_x, real_weight, bias, stride, padding, dilation, groups)
+    real_x = x if isinstance(x, Tensor) else x.dequantize()
+    real_x = real_x.contiguous(memory_format=torch.channels_last)
+    if isinstance(weight, IntegerWeight):
+        weight = weight.q.float() * weight.scale.reshape(-1, 1, 1, 1)
+    return functional.conv2d(real_x, weight, bias, stride, padding, dilation, groups)
 
 
 def _convolve_integers(node: fx.Node, x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.runtime.integer_convolution import IntegerWeight, convolve, quantize_activation, quantize_weight
 from infoq_fx.runtime.run_plan import RunPlan
-from infoq_fx.types import BASELINE_BITS, QuantSite
+from infoq_fx.types import QuantSite
 
 __all__ = ["SiteInterpreter"]
 
@@ -23,7 +23,7 @@ ReadValue = Callable[[fx.Node, Any], None]
 
 
 class SiteInterpreter(GraphInterpreter):
-    """Runs plans over a prepared graph; every site is at 8 bits unless a run sets another bit-width.
+    """Runs plans over a prepared graph; every site is at its baseline's bit-width unless a run sets another.
 
     Quantized weights are kept as long as the interpreter and its forks exist: each (site, bit-width) is quantized
     once. An interpreter is for one thread; other threads use a :meth:`fork` of it.
@@ -54,7 +54,7 @@ class SiteInterpreter(GraphInterpreter):
             for node, module in self._quantizers.items():
                 name = module.site.name
                 if module.site.kind == "weight":
-                    for width in {*wanted.get(name, ()), given.get(name, BASELINE_BITS)}:
+                    for width in {*wanted.get(name, ()), given.get(name, module.site.baseline_bits)}:
                         self._quantize_weight(node, module, width)
 
     def run_plan(
@@ -102,7 +102,8 @@ class SiteInterpreter(GraphInterpreter):
             module, merged = self._quantizers[node], plan.merged[node]
             first, *others = (self.env[source] for source in merged.sources)
             qparams, addend = module.qparams_at(self._bits_of(module)), others[0] if others else None
-            quantize = quantize_activation if node in self._integers else fake_quantize
+            is_integer = node in self._integers and not qparams.spec.is_float
+            quantize = quantize_activation if is_integer else fake_quantize
             return quantize(first, qparams, addend=addend, clip=merged.clip)
         if node in self._quantizers:
             return self._quantize_weight(node, self._quantizers[node], self._bits_of(self._quantizers[node]))
@@ -121,7 +122,7 @@ class SiteInterpreter(GraphInterpreter):
                 found = IntegerWeight(rounded.q, rounded.qparams.scale)
             elif rounded is not None:
                 found = dequantize(rounded.q, rounded.qparams)
-            elif node in self._integers:
+            elif node in self._integers and not module.qparams_at(bits).spec.is_float:
                 found = quantize_weight(weight, module.qparams_at(bits))
             else:
                 found = fake_quantize(weight, module.qparams_at(bits))
@@ -129,7 +130,7 @@ class SiteInterpreter(GraphInterpreter):
         return self._weights[key]
 
     def _bits_of(self, module: Quantizer) -> int:
-        return self._bits.get(module.site.name, BASELINE_BITS)
+        return self._bits.get(module.site.name, module.site.baseline_bits)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the batch's tensor of that name, images with channels last, which CPUs convolve 3 times faster."""

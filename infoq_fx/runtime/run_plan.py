@@ -13,7 +13,6 @@ from torch import fx
 from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
-from infoq_fx.types import BASELINE_BITS
 
 __all__ = ["MergedQuantizer", "RunPlan", "plan_perturbed_run", "plan_whole_run"]
 
@@ -61,7 +60,7 @@ def plan_whole_run(
     ``bits`` are the bit-widths of the run, by site; sites that are not named are at 8 bits.
     """
     kept = set(keep)
-    return _plan(prepared, kept, kept, None, integers, bits)
+    return _plan(prepared, kept, kept, set(), integers, bits)
 
 
 def plan_perturbed_run(
@@ -72,7 +71,8 @@ def plan_perturbed_run(
     Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
     if no observed node is downstream. The run ends with the last observed node.
     """
-    start = next(node for node, module in prepared.quantizer_nodes() if module.site.name == site)
+    quantizers = {module.site.name: (node, module.site) for node, module in prepared.quantizer_nodes()}
+    start = {node for name, (node, found) in quantizers.items() if name == site or site in found.follows}
     return _plan(prepared, set(observed), set(), start, integers, _BASELINE)
 
 
@@ -80,7 +80,7 @@ def _plan(
     prepared: PreparedModel,
     wanted: set[fx.Node],
     kept: set[fx.Node],
-    start: fx.Node | None,
+    start: set[fx.Node],
     integers: frozenset[fx.Node],
     bits: Mapping[str, int],
 ) -> RunPlan:
@@ -93,7 +93,7 @@ def _plan(
         total = _summed(quantizer, node)
         if total in needed:
             merged[node] = replace(quantizer, sources=(total,))
-    downstream = set(nodes) if start is None else _downstream(nodes, start)
+    downstream = _downstream(nodes, start) if start else set(nodes)
     run = [node for node in nodes if node in downstream and node in needed]
     running, last_use = set(run), dict[fx.Node, fx.Node]()
     boundary = {source for node in run for source in _inputs_of(node, merged, repeats) if source not in running}
@@ -125,8 +125,8 @@ def _find_needed(
     return needed
 
 
-def _downstream(nodes: Iterable[fx.Node], start: fx.Node) -> set[fx.Node]:
-    found = {start}
+def _downstream(nodes: Iterable[fx.Node], start: set[fx.Node]) -> set[fx.Node]:
+    found = set(start)
     for node in nodes:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
@@ -179,14 +179,14 @@ def _summed(quantizer: MergedQuantizer, node: fx.Node) -> fx.Node | None:
 def _find_repeats(
     prepared: PreparedModel,
     merged: Mapping[fx.Node, MergedQuantizer],
-    perturbed: fx.Node | None,
+    perturbed: set[fx.Node],
     integers: frozenset[fx.Node],
     bits: Mapping[str, int],
 ) -> dict[fx.Node, fx.Node]:
     first: dict[Any, tuple[fx.Node, Quantizer]] = {}
     repeats = {}
     for node, quantizer in prepared.quantizer_nodes():
-        if node not in merged or node is perturbed or not quantizer.calibrated_bits:
+        if node not in merged or node in perturbed or not quantizer.calibrated_bits:
             continue
         key = merged[node].sources, merged[node].clip, node in integers
         found = first.setdefault(key, (node, quantizer))
@@ -196,5 +196,5 @@ def _find_repeats(
 
 
 def _have_equal_qparams(left: Quantizer, right: Quantizer, bits: Mapping[str, int]) -> bool:
-    a, b = (quantizer.qparams_at(bits.get(quantizer.site.name, BASELINE_BITS)) for quantizer in (left, right))
+    a, b = (q.qparams_at(bits.get(q.site.name, q.site.baseline_bits)) for q in (left, right))
     return a.spec == b.spec and torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)

@@ -28,7 +28,7 @@ from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
 from infoq_fx.scoring.criterion import Criterion, Measure
 from infoq_fx.scoring.workers import count_workers, map_blocks, pack_job
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Plain, QuantSite
 
 __all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 
@@ -102,6 +102,11 @@ def measure_sensitivity(
             raise OptionError(
                 f"criterion {found.name!r} scores no {site.kind}s, and {site.name!r} is searched over {site.bits}: fix "
                 f"{site.kind}s at one bit-width, or take a criterion such as 'infoq' that scores both"
+            )
+        if max(site.bits) == FLOAT16_BITS and not getattr(found, "scores_float", False):
+            raise OptionError(
+                f"criterion {found.name!r} scores no tensors in float, and {site.name!r} is searched over {site.bits}: "
+                "take 'infoq', or leave 16 out of the bit-widths"
             )
     choose = getattr(found, "choose_bits", None)
     if choose is not None:

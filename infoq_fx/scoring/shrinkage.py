@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from infoq_fx.types import BASELINE_BITS, Score
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Score
 
 __all__ = ["Evidence", "follow_law", "shrink_losses"]
 
@@ -15,6 +15,7 @@ _LAW_SPREAD = 0.7  # of the loss with one more bit around the law, relative; its
 _PAIRS_SPREAD = 0.5  # of a loss around that over pairs, relative
 _SMALLEST_SHARE = 0.05
 _NOTHING_NATS = 1e-12
+_CERTAIN = 3.0  # standard errors
 _FARTHEST = 8.0  # standard errors below zero
 
 _Losses = dict[int, Score]
@@ -45,15 +46,22 @@ def shrink_losses(
     Without pairs, every loss is shrunk towards the prediction from the bit-width below. Bit-widths that were not
     measured follow the law; losses do not rise with the bits; at 8 bits nothing is lost.
 
+    With 16 bits among the candidates the loss at 8 bits is what leaving the site in float recovers, and is part of the
+    losses at fewer bits. It is 0 unless the measured value is above three standard errors: integer kernels are not
+    given up on a guess.
+
     Args:
         measured: by site and bit-width.
         candidates: bit-widths by site; those below the least that was measured get no loss.
     """
-    scales = _fit_scales(measured)
-    return {
-        site: _fill(_shrink_site(dict(sorted(found.items())), scales), candidates.get(site, ()))
-        for site, found in measured.items()
-    }
+    scales, losses = _fit_scales(measured), {}
+    for site, found in measured.items():
+        below = {bits: evidence for bits, evidence in sorted(found.items()) if bits <= BASELINE_BITS}
+        integers = [bits for bits in candidates.get(site, ()) if bits <= BASELINE_BITS]
+        losses[site] = _fill(_shrink_site(below, scales), integers)
+        if FLOAT16_BITS in found:
+            losses[site] = _count_from_float(losses[site], found[FLOAT16_BITS].loss)
+    return losses
 
 
 def follow_law(loss: float, measured_bits: int, bits: int) -> float:
@@ -140,6 +148,15 @@ def _fill(losses: _Losses, candidates: Sequence[int]) -> _Losses:
             value = follow_law(losses[below].value, below, bits)
             filled[bits] = Score(value, _LAW_SPREAD * value)
     return _without_rises(dict(sorted(filled.items())))
+
+
+def _count_from_float(losses: _Losses, change: Score) -> _Losses:
+    """Losses beyond those in float, from losses beyond those at 8 bits and the change from 8 bits to float."""
+    lost, error = -change.value, change.standard_error
+    if lost <= _CERTAIN * error:
+        lost = error = 0.0
+    beyond = {bits: Score(x.value + lost, math.hypot(x.standard_error, error)) for bits, x in losses.items()}
+    return {**beyond, FLOAT16_BITS: Score(0.0)}
 
 
 def _positive_mean(value: float, standard_error: float) -> float:

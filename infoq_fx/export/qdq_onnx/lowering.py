@@ -22,9 +22,9 @@ _VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "
 def lower(model: ir.Model, container: Container, target: Target) -> None:
     """Replace all placeholders, in place.
 
-    Weights are stored as int8, transposed if the graph would transpose them at run time. An activation of fewer than 8
-    bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a float Clip before QuantizeLinear would prevent
-    the fusion of integer kernels.
+    Weights are stored as int8 or float16, transposed if the graph would transpose them at run time. An activation of
+    fewer than 8 bits is QuantizeLinear, Clip on the uint8 value, DequantizeLinear: a float Clip before QuantizeLinear
+    would prevent the fusion of integer kernels.
     """
     if not target.quantizes_before_parameters:
         _drop_outputs_before_parameters(model)
@@ -125,11 +125,31 @@ def _lower_dequantize(model: ir.Model, target: Target) -> None:
         assert source is not None
         assert source.const_value is not None
         assert scale is not None
+        if source.const_value.dtype == ir.DataType.FLOAT16:
+            take_over(node, _cast_weight(model, node), node.attributes["site"].as_string())
+            continue
         inputs: list[ir.Value | None] = [source, scale]
         if source.const_value.dtype == ir.DataType.INT8:
             inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), target)
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
         take_over(node, [lowered], node.attributes["site"].as_string())
+
+
+def _cast_weight(model: ir.Model, node: ir.Node) -> list[ir.Node]:
+    """Operators that compute a weight from float16, and multiply its channels by their units if these are not all 1."""
+    source, scale = node.inputs
+    cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", ir.DataType.FLOAT.value)], num_outputs=1)
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), node.outputs[0].shape
+    units = scale.const_value.numpy()  # type: ignore[union-attr]
+    if bool((units == 1).all()):
+        return [cast]
+    shape = [1] * len(source.shape)  # type: ignore[union-attr, arg-type]
+    if units.ndim:
+        shape[node.attributes["axis"].as_int()] = -1
+    unit = add_initializer(model, f"{source.name}_unit", units.reshape(shape))  # type: ignore[union-attr]
+    product = ir.Node("", "Mul", [cast.outputs[0], unit], num_outputs=1)
+    product.outputs[0].type, product.outputs[0].shape = cast.outputs[0].type, cast.outputs[0].shape
+    return [cast, product]
 
 
 def _store_weight(

@@ -22,7 +22,9 @@ def convert_quantizers(graph_module: fx.GraphModule, bits: Mapping[str, int]) ->
 
     1. an activation: ``infoq_fx.quantize_dequantize`` with scale and zero point as constants; two quantizers with
        equal qparams on the same tensor become one.
-    2. a weight: int8 buffer under the weight's own path, float32 ``<path>_scale``, ``infoq_fx.dequantize``.
+    2. a weight: int8 buffer under the weight's own path, float32 ``<path>_scale``, ``infoq_fx.dequantize``. With 16
+       bits the buffer is float16.
+    3. an activation at 16 bits: nothing, it stays in float.
 
     Left alone: a float weight that other nodes also read is kept as ``<path>_float``, in addition to its integers.
     """
@@ -31,7 +33,9 @@ def convert_quantizers(graph_module: fx.GraphModule, bits: Mapping[str, int]) ->
     # Activations first: a weight's scale may depend on the scale of its layer's input, see _fit_biases.
     for node, module in sorted(found, key=lambda pair: pair[1].site.kind):
         qparams = module.qparams_at(bits[module.site.name])
-        if module.site.kind == "activation":
+        if module.site.kind == "activation" and qparams.spec.is_float:
+            converted = node.all_input_nodes[0]
+        elif module.site.kind == "activation":
             converted = _convert_activation(graph_module, node, module.site.name, qparams, done)
         else:
             converted = _convert_weight(graph_module, node, module.site.name, qparams)
@@ -61,7 +65,8 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     source = node.all_input_nodes[0]
     weight = read_tensor(graph_module, source)
     target, axis = str(source.target), qparams.spec.channel_axis or 0
-    qparams = _fit_biases(graph_module, node, qparams, find_zero_channels(weight, qparams.spec.channel_axis))
+    if not qparams.spec.is_float:
+        qparams = _fit_biases(graph_module, node, qparams, find_zero_channels(weight, qparams.spec.channel_axis))
     others = [user for user in source.users if user is not node]
     if others:
         twin = free_path(graph_module, f"{target}_float")

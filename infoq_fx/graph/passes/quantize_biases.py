@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from infoq_fx.graph.layers import LAYER_OPS, free_path, is_call, module_path, read_tensor, write_tensor
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
-from infoq_fx.types import FLOAT_BITS
+from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS
 
 __all__ = ["find_zero_channels", "fit_input_scale", "fit_weight_scale", "quantize_biases"]
 
@@ -24,8 +24,8 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
     1. a layer whose input and weight are quantized and whose bias is a parameter: int32 under the bias's own path
        and float32 ``<path>_scale``, so that a runtime adds it directly to the accumulator.
 
-    Left alone: layers with a float operand, and grouped transposed convolutions (several output channels share a
-    weight scale).
+    Left alone: layers with an operand in float or float16, and grouped transposed convolutions (several output channels
+    share a weight scale).
     """
     changed = False
     for node in list(graph_module.graph.nodes):
@@ -34,6 +34,7 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
             continue
         source, weight, bias = node.args[op.source], node.args[op.weight], op.bias_of(node)
         is_quantized = is_call(source, quantize_dequantize_op) and is_call(weight, dequantize_op)
+        is_quantized = is_quantized and weight.args[3] != FLOAT16_BITS
         if is_quantized and isinstance(bias, fx.Node) and bias.op == "get_attr":
             scale = read_tensor(graph_module, weight.args[1]) * source.args[1]
             if scale.shape == read_tensor(graph_module, bias).shape:

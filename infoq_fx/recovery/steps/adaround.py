@@ -19,7 +19,7 @@ from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.layerwise_runner import SegmentRunner
 from infoq_fx.recovery.parameters import read_qparams
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.types import BASELINE_BITS, QParams
+from infoq_fx.types import QParams
 
 __all__ = ["SoftBlock", "SoftWeight", "begin_soft_block"]
 
@@ -91,6 +91,8 @@ class SoftBlock(SegmentRunner):
         if quantizer.site.kind == "weight":
             return super().quantize(quantizer, x)
         qparams = quantizer.qparams_at(self._bits_of(quantizer))
+        if qparams.spec.is_float:
+            return x
         seed = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drop else 0
         y: Tensor = _DropQuantize.apply(x, qparams, self._drop, seed)
         return y
@@ -128,12 +130,15 @@ def begin_soft_block(
 ) -> tuple[dict[str, SoftWeight], dict[str, nn.Parameter]]:
     """Create soft weights by site and learnable biases by path, from their current values.
 
-    A weight starts near the integer that it is rounded to, with a share of 0.2 for the other one.
+    A weight starts near the integer that it is rounded to, with a share of 0.2 for the other one. Weights in float
+    and their biases are not learned.
     """
     weights, biases = {}, {}
     origin = prepared.origin or prepared
     for layer in segment.layers:
-        qparams = read_qparams(prepared, layer, bits.get(layer.site.name, BASELINE_BITS))
+        qparams = read_qparams(prepared, layer, bits)
+        if qparams.spec.is_float:
+            continue
         axis = qparams.spec.channel_axis
         shape = [-1 if i == axis else 1 for i in range(len(layer.site.shape))]
         scale = qparams.scale.reshape(shape)

@@ -25,7 +25,6 @@ from infoq_fx.recovery.segments import Segment
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps.adaround import SoftBlock, SoftWeight, begin_soft_block
 from infoq_fx.runtime.digest import digest_run
-from infoq_fx.types import BASELINE_BITS
 
 __all__ = ["BlockReconstruction"]
 
@@ -322,7 +321,7 @@ def _open_folder(
     """The folder of this step's finished blocks, named by a hash of everything that determines them."""
     if cache_dir is None:
         return None
-    sites = {site.name: bits.get(site.name, BASELINE_BITS) for site in prepared.inventory.sites}
+    sites = {site.name: bits.get(site.name, site.baseline_bits) for site in prepared.inventory.sites}
     settings = {"step": options.name, **asdict(options), "bits": sites, "draws": _DRAWS}
     parts = [
         digest_run(model, data.take(0) if index else data, settings, batch_size=batch_size, bits=sites)

@@ -38,7 +38,7 @@ from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_param
 from infoq_fx.recovery.segments import Layer, find_segments
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
-from infoq_fx.types import BASELINE_BITS, QParams
+from infoq_fx.types import QParams
 
 __all__ = ["OutputTuning"]
 
@@ -147,10 +147,12 @@ def _make_student(changed: PreparedModel, layers: list[Layer], bits: Mapping[str
     """A copy with fixed integers in its layers; the scales of activations and of other weights are not learned."""
     nodes, inner = dict(changed.quantizer_nodes()), {layer.site.name: layer for layer in layers}
 
-    def make(quantizer: Quantizer) -> nn.Module:
+    def make(quantizer: Quantizer) -> nn.Module | None:
         site = quantizer.site
-        width = bits.get(site.name, BASELINE_BITS)
+        width = bits.get(site.name, site.baseline_bits)
         qparams = quantizer.qparams_at(width)
+        if qparams.spec.is_float:
+            return None
         if site.name not in inner:
             found = LearnedStepQuantizer(site, qparams)
             found.scale.requires_grad_(False)
@@ -228,8 +230,10 @@ def _descend(training: Training, context: StepContext, spread: ThreadMap) -> Non
 
 def _put_back(changed: PreparedModel, layers: list[Layer], student: fx.GraphModule, bits: Mapping[str, int]) -> None:
     for layer in layers:
+        qparams = read_qparams(changed, layer, bits)
+        if qparams.spec.is_float:
+            continue
         weight: Any = student.get_submodule(str(layer.quantizer.target))
-        qparams = read_qparams(changed, layer, bits.get(layer.site.name, BASELINE_BITS))
         with torch.no_grad():
             set_qparams(changed, layer, QParams(qparams.spec, weight.usable_scale(), qparams.zero_point))
             set_parameter(changed, layer.weight, weight(weight.q).contiguous())

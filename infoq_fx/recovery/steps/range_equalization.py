@@ -31,7 +31,7 @@ from infoq_fx.recovery.parameters import fork, set_parameter, weight_quantizer
 from infoq_fx.recovery.segments import Layer, Segment
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.unfolding import can_unfold, input_rows, rows_to_weight, weight_to_rows
-from infoq_fx.types import BASELINE_BITS, QParams, QuantSpec
+from infoq_fx.types import QParams, QuantSpec
 
 __all__ = ["RangeEqualization"]
 
@@ -243,7 +243,7 @@ def _choose_factors(ranges: Tensor, weights: Tensor) -> Tensor:
 def _output_error(runner: LayerwiseRunner, pair: _LayerPair, x: Tensor, weight: Tensor) -> float:
     """Squared error of the second layer's outputs per row, with qparams chosen for these rows of input and weight."""
     sites = pair.second.site, *(quantizer.site for quantizer in pair.between[-1:])
-    spec, *inner = (spec_of(site, runner.bits.get(site.name, BASELINE_BITS)) for site in sites)
+    spec, *inner = (spec_of(site, runner.bits.get(site.name, site.baseline_bits)) for site in sites)
     found, rounded_x = rows_to_weight(pair.second, weight), x
     rounded = weight_to_rows(pair.second, fake_quantize(found, choose_weight_qparams(found, spec)))
     if inner:
@@ -262,7 +262,12 @@ def _scale_outputs(changed: PreparedModel, layer: Layer, factors: Tensor) -> Non
         set_parameter(changed, layer.bias, read_tensor(changed.graph_module, layer.bias) * factors)
     quantizer = weight_quantizer(changed, layer)
     known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
-    _renew_qparams(quantizer, lambda spec: replace(known[spec.bits], scale=known[spec.bits].scale * factors))
+
+    def scaled(spec: QuantSpec) -> QParams:
+        found = known[spec.bits]
+        return found if spec.is_float else replace(found, scale=found.scale * factors)
+
+    _renew_qparams(quantizer, scaled)
 
 
 def _renew_qparams(quantizer: Quantizer, choose: Callable[[QuantSpec], QParams]) -> None:

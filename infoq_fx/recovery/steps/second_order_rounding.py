@@ -22,7 +22,7 @@ from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
-from infoq_fx.types import BASELINE_BITS, QParams
+from infoq_fx.types import QParams
 
 __all__ = ["SecondOrderRounding", "scale_choices"]
 
@@ -56,7 +56,7 @@ class SecondOrderRounding:
 
     A ridge in units of the mean second moment draws V towards W for dead inputs and rare directions. A depthwise layer
     has one small problem per channel. Layers without a bias use second moments that are not centred. Transposed
-    convolutions are not changed, nor are layers of more than 8,192 columns and many input rows.
+    convolutions and weights in float are not changed, nor are layers of more than 8,192 columns and many input rows.
 
     Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
     covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between blocks are
@@ -101,6 +101,8 @@ class SecondOrderRounding:
             changed, bits, choose_samples(prepared, data, self.samples), context, reference=self.reference
         )
         for segment, layer in runner.visit():
+            if read_qparams(changed, layer, bits).spec.is_float:
+                continue
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
                 halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
@@ -129,10 +131,9 @@ def _round_layer(
 ) -> None:
     origin = changed.origin or changed
     rows = weight_to_rows(layer, read_tensor(origin.graph_module, layer.weight)).double()
-    width = bits.get(layer.site.name, BASELINE_BITS)
-    qparams = read_qparams(changed, layer, width)
+    qparams = read_qparams(changed, layer, bits)
     spec, scale = qparams.spec, qparams.scale
-    shaped = scale_choices(changed, layer, width, rows)
+    shaped = scale_choices(changed, layer, spec.bits, rows)
     moments = average_moments(halves)
     used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))
     problem = _Problem(rows, spec.quant_min, spec.quant_max)

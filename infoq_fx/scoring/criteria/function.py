@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.errors import OptionError
@@ -42,6 +43,7 @@ class FunctionCriterion:
     version: str | None = None
     needs_data: bool = True
     kinds: tuple[Kind, ...] = ("weight", "activation")
+    scores_float: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.version is None:

@@ -46,6 +46,9 @@ class InfoQ:
     ResNet-20 and MobileNetV2, scores from 192 samples at 2 bit-widths are as close to the losses on unseen images as
     means over all calibration samples at 6 bit-widths are.
 
+    With 16 bits among the candidates, at which a tensor stays in float, the site's own part of what 8 bits lose is
+    measured too, and a score says what is lost beyond float: it is 0 at 16 bits.
+
     A single output column is treated as a quantity with Gaussian errors, not as logits.
 
     Sliced mutual information at observers can be added: ``observers`` names them, and every nat by which SMI(X_E; L)
@@ -79,6 +82,7 @@ class InfoQ:
     needs_data: bool = True
     kinds: tuple[Kind, ...] = ("weight", "activation")
     runs_weights: ClassVar[bool] = True
+    scores_float: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples == "auto":
@@ -117,7 +121,8 @@ class InfoQ:
     def choose_bits(self, site: QuantSite) -> tuple[int, ...]:
         """Return the bit-widths that are measured; the scores of the others follow from them."""
         below = tuple(sorted(bits for bits in site.bits if bits < BASELINE_BITS))
-        return site.bits if self.observers is not None else below[:_MEASURED_WIDTHS]
+        above = tuple(bits for bits in site.bits if bits > BASELINE_BITS)
+        return site.bits if self.observers is not None else (*below[:_MEASURED_WIDTHS], *above)
 
     def _sliced(self) -> InfoQPaper:
         return InfoQPaper(observers=self.observers, encoder=self.encoder, slices=self.slices, seed=self.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.graph.float_interpreter import read_weights
@@ -34,6 +35,7 @@ class WeightMSE:
     name: str = "weight_mse"
     needs_data: bool = False
     kinds: tuple[Kind, ...] = ("weight",)
+    scores_float: ClassVar[bool] = True
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the kind of measurement; only the weights determine it."""
