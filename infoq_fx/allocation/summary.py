@@ -62,7 +62,7 @@ def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple
 
 
 def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, file: FileSize | None) -> list[str]:
-    whole = measure_cost(inventory, dict.fromkeys(allocation.bits, MAX_BITS)).size_bytes
+    whole = measure_cost(inventory, {name: max(MAX_BITS, bits) for name, bits in allocation.bits.items()}).size_bytes
     lines = [
         f"{cost.weight_bits:.3g} bits a weight ({cost.compression:.2f}x compression), "
         f"{cost.size_bytes:,} bytes without the graph ({whole:,} in 'int8'), {cost.bitops / 1e9:.4g} G BitOps, "

@@ -38,7 +38,7 @@ class Container:
 
     def stored_bits(self, bits: int) -> int:
         """Return the bits that each weight of a bit-width takes in the file."""
-        return bits if self.is_packed else 8
+        return bits if self.is_packed else max(8, bits)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from infoq_fx.graph.sites import find_sites
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.quantizers import spec_of
-from infoq_fx.types import MAX_BITS, Allocation, check_bits
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, check_bits
 
 try:
     from torchao.quantization.pt2e.observer import HistogramObserver, PerChannelMinMaxObserver
@@ -110,14 +110,17 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Annotate every edge into a layer, and every tensor that integer kernels need, with the bits of its site."""
+        """Annotate every edge into a layer, and every tensor that integer kernels need, with the bits of its site.
+
+        Tensors in float (16 bits) are left alone.
+        """
         bits = self.allocation.bits
         plan = find_sites(model, _example_inputs(model), bits=(MAX_BITS,), activation_bits=(MAX_BITS,))
         self._check({placement.site.name for placement in plan.placements})
         known = _match_ranges(plan.placements, self._known.activations)
         for placement in plan.placements:
             site = placement.site
-            if site.is_searched and site.name not in bits:
+            if bits.get(site.name) == FLOAT16_BITS or (site.is_searched and site.name not in bits):
                 continue
             if site.kind == "weight":
                 spec = self._weight_spec(model, placement)

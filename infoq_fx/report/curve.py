@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from infoq_fx.allocation.cost import measure_cost
+from infoq_fx.allocation.float_candidates import widest_integer
 from infoq_fx.allocation.solver import allocate
 from infoq_fx.core.targets import CONTAINERS
 from infoq_fx.errors import OptionError
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, Budget, Cost, Inventory
+from infoq_fx.types import FLOAT16_BITS, Allocation, Budget, Cost, Inventory
 
 __all__ = [
     "Curve",
@@ -95,13 +96,13 @@ def find_uniforms(
 ) -> dict[int, Allocation]:
     """Return the uniform allocation of every bit-width that all searched weights share.
 
-    Activations are at their largest candidates, and pinned sites keep their bits. The scores are the table's, as in
-    :func:`infoq_fx.allocate`.
+    Activations are at their largest integer candidates, and pinned sites keep their bits. The scores are the table's,
+    as in :func:`infoq_fx.allocate`.
     """
     fixed = pin or {}
     free = [s for s in table.inventory.sites if s.kind == "weight" and len(s.bits) > 1 and s.name not in fixed]
-    shared = set.intersection(*(set(site.bits) for site in free)) if free else set()
-    largest = {site.name: fixed.get(site.name, site.bits[-1]) for site in table.inventory.sites}
+    shared = set.intersection(*(set(site.bits) - {FLOAT16_BITS} for site in free)) if free else set()
+    largest = {site.name: fixed.get(site.name, widest_integer(site)) for site in table.inventory.sites}
     found = {}
     for bits in sorted(shared):
         chosen = largest | {site.name: bits for site in free}

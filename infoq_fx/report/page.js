@@ -100,6 +100,7 @@
 
   const names = () => data.sites.map((site) => site.name);
   const layerAxis = () => ({ field: "site", type: "ordinal", sort: null, title: null, axis: { labelAngle: -60, labelLimit: 130, labelFontSize: 10, labelOverlap: false, grid: false } });
+  const widest = Math.max(8, ...data.sites.flatMap((site) => Object.keys({ ...site.scores, ...site.bytes }).map(Number)));
   const layerWidth = () => (names().length * 13 > byId("bits").clientWidth - 70 ? { width: names().length * 13, autosize: { type: "pad" } } : {});
 
   function bitRows(found) {
@@ -108,7 +109,7 @@
 
   function drawBits() {
     const kinds = ["weight", "activation"].filter((kind) => data.sites.some((site) => site.kind === kind));
-    const x = layerAxis(), y = { field: "bits", type: "quantitative", title: "bits", scale: { domain: [0, 8.6] }, axis: { values: [0, 2, 4, 6, 8] } };
+    const x = layerAxis(), y = { field: "bits", type: "quantitative", title: "bits", scale: { domain: [0, 1.08 * widest] }, axis: { values: [0, 2, 4, 6, 8, 16].filter((bits) => bits <= widest) } };
     const legend = kinds.length > 1 ? {} : { legend: null };
     return draw("bits", {
       ...layerWidth(), height: 190, data: { name: "bits", values: bitRows(point()) },
@@ -137,7 +138,7 @@
     };
   }
 
-  const bitNames = () => [...new Set(data.sites.flatMap((site) => Object.keys(site.scores)))].sort().map((bits) => `${bits} bits`);
+  const bitNames = () => [...new Set(data.sites.flatMap((site) => Object.keys(site.scores)))].sort((a, b) => a - b).map((bits) => `${bits} bits`);
 
   function drawSensitivity() {
     const { color, shape, strokeDash } = bySeries("bits", bitNames());
@@ -204,7 +205,7 @@
   function meter(bits) {
     const blocks = element("i", { ariaHidden: "true" });
     for (let i = 1; i <= 8; i += 1) blocks.append(element("b", { className: i <= bits ? "on" : "" }));
-    return element("span", { className: "meter" }, blocks, element("span", { className: "number", textContent: bits }));
+    return element("span", { className: "meter" }, blocks, element("span", { className: "number", textContent: bits > 8 ? "float" : bits }));
   }
 
   function fillLayers(found) {

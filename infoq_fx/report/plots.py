@@ -125,7 +125,8 @@ def plot_allocation(allocation: Allocation, inventory: Inventory) -> Figure:
             axes.bar_label(bars, fontsize=8)
     axes.set_xticks(range(len(sites)), [site.name for site in sites], rotation=60, ha="right", fontsize=7)
     cost = cost_of(allocation, inventory)
-    axes.set(ylim=(0, 9), ylabel="bits", title=f"{cost.weight_bits:.3g} bits a weight, {cost.size_bytes:,} bytes")
+    most = max(9, *allocation.bits.values())
+    axes.set(ylim=(0, most), ylabel="bits", title=f"{cost.weight_bits:.3g} bits a weight, {cost.size_bytes:,} bytes")
     if len({site.kind for site in sites}) > 1:
         axes.legend()
     return figure
