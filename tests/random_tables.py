@@ -16,7 +16,10 @@ def random_table(rng: random.Random, *, weights: int, activations: int, sign: bo
     """All that an inventory may hold: shared sites, float operands, attention, fixed and unsearched sites."""
     triples = [(2, 4, 8), (2, 3, 4), (4, 6, 8), (3, 8), (5,)]
     sites = [
-        *(weight(f"w{i}", rng.choice([1, 7, 64, 1000, 4096]), rng.choice(triples)) for i in range(weights)),
+        *(
+            weight(f"w{i}", rng.choice([1, 7, 64, 1000, 4096]), rng.choice([*triples, (4, 8, 16)]))
+            for i in range(weights)
+        ),
         *(activation(f"a{i}", rng.choice([3, 50, 999]), rng.choice(triples)) for i in range(activations)),
         replace(activation("residual", 100, (8,)), is_searched=False),
     ]

@@ -160,8 +160,6 @@ def _propose(
     of_uniform = None if uniform is None else _total_score(candidates, uniform)
 
     def describe(bits: _Bits) -> Allocation:
-        searched = {site.name: bits[site.name] for site in inventory.sites if not site.follows}
-        bits = {**bits, **inventory.complete_floats(searched)}
         return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
 
     for power in powers:
@@ -199,8 +197,9 @@ def _describe(
 ) -> Allocation:
     chosen = {name: table.scores[name][b] for name, b in bits.items() if b in table.scores.get(name, {})}
     weights = {site.name: 1.0 if site.kind == "weight" else alpha for site in inventory.sites}
+    leading = {site.name: bits[site.name] for site in inventory.sites if not site.follows}
     return Allocation(
-        bits=bits,
+        bits={**bits, **inventory.complete_floats(leading)},
         criterion=table.criterion,
         budget=limits,
         score=_total_score(candidates, bits),

@@ -82,7 +82,7 @@ def find_sites(
         )
     placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
     placements = _apply_pins(placements, layers, pin or {}, known)
-    if activation_bits is not None:
+    if activation_bits is not None and activation_bits != (FLOAT16_BITS,):
         placements += _place_fused(graph_module, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))

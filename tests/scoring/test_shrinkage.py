@@ -76,3 +76,15 @@ def test_with_pairs_noise_is_replaced_by_what_all_samples_show():
 
 def test_bit_widths_below_the_least_measured_have_no_loss():
     assert sorted(shrink({4: Score(1.0, 0.1)}, (2, 4, 6, 8))) == [4, 6, 8]
+
+
+@given(st.dictionaries(st.integers(2, 7), EVIDENCE), SCORES)
+def test_float_counts_only_where_its_gain_is_certain(below, gain):
+    evidence = {**below, 16: Evidence(Score(-gain.value, gain.standard_error))}
+    found = shrink_losses({"a": evidence}, {"a": (*range(2, 9), 16)})["a"]
+    plain = shrink_losses({"a": below}, {"a": tuple(range(2, 9))}).get("a", {})
+    level = gain.value if gain.value > 3 * gain.standard_error else 0.0
+    assert found[16] == Score(0.0)
+    assert found[8].value == pytest.approx(level)
+    for bits, loss in plain.items():
+        assert found[bits].value == pytest.approx(loss.value + level)

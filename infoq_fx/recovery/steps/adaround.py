@@ -131,12 +131,14 @@ def begin_soft_block(
     """Create soft weights by site and learnable biases by path, from their current values.
 
     A weight starts near the integer that it is rounded to, with a share of 0.2 for the other one. Weights in float
-    and their biases are not learned.
+    are not learned.
     """
     weights, biases = {}, {}
     origin = prepared.origin or prepared
     for layer in segment.layers:
         qparams = read_qparams(prepared, layer, bits)
+        if layer.bias is not None:
+            biases[layer.bias] = nn.Parameter(read_tensor(prepared.graph_module, layer.bias).clone())
         if qparams.spec.is_float:
             continue
         axis = qparams.spec.channel_axis
@@ -154,6 +156,4 @@ def begin_soft_block(
         logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
         logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)
         weights[layer.site.name] = SoftWeight(layer, floor, nn.Parameter(logit), scale, qparams)
-        if layer.bias is not None:
-            biases[layer.bias] = nn.Parameter(read_tensor(prepared.graph_module, layer.bias).clone())
     return weights, biases
