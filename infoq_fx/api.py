@@ -81,9 +81,9 @@ def quantize(
         calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels, the model's own
             predictions are used. None quantizes only weights, scored by their relative error, with a warning.
         example_inputs: a batch for capture; needed only without data and without an exported program.
-        bits: candidate bit-widths of weights, 2 to 8. None for all.
-        activation_bits: candidate bit-widths of activations: a single one is used for all, several are searched
-            together with the weights'; None leaves activations in float.
+        bits: candidate bit-widths of weights, 2 to 8, and 16 for float16. None for 2 to 8.
+        activation_bits: candidate bit-widths of activations, 2 to 8, and 16 for float: a single one is used for all,
+            several are searched together with the weights'; None leaves activations in float.
         criterion: sensitivity criterion: a registered name, an object with its own options and seed, or a function, see
             :class:`infoq_fx.FunctionCriterion`.
         observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQ` and

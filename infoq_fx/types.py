@@ -349,11 +349,11 @@ def check_bits(bits: Any, option: str) -> tuple[int, ...]:
         OptionError: there are none, or one is neither an integer from 2 to 8 nor 16 (float).
     """
     given = tuple(bits) if isinstance(bits, Iterable) else (bits,)
-    known = f"give integers from {MIN_BITS} to {MAX_BITS}, or {FLOAT16_BITS} for float"
+    known = f"integers from {MIN_BITS} to {MAX_BITS}, or {FLOAT16_BITS} for float"
     if not given:
-        raise OptionError(f"{option} is empty; {known}")
+        raise OptionError(f"{option} is empty; give {known}")
     for value in given:
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if not (is_integer and (MIN_BITS <= value <= MAX_BITS or value == FLOAT16_BITS)):
-            raise OptionError(f"{option} holds {value!r}; {known}")
+            raise OptionError(f"{option} holds {value!r}; give {known}")
     return tuple(sorted({int(value) for value in given}))
