@@ -82,7 +82,8 @@ def require_bits(text: str) -> tuple[int, ...]:
     bits = read_bits(text, "--bits")
     if bits is None:
         raise OptionError(
-            "--bits is 'none'; give bit-widths of weights from 2 to 8, or 16 for float, or leave layers in float by --ignore"
+            "--bits is 'none'; give bit-widths of weights from 2 to 8, or 16 for float, or leave layers in float by "
+            "--ignore"
         )
     return bits
 
