@@ -1,9 +1,10 @@
-"""Bit-widths that become logic: a digits classifier as QONNX, checked by qonnx, and compiled by hls4ml if it is there.
+"""Bit-widths that become logic: a digits classifier as QONNX, checked by qonnx, and compiled by hls4ml.
 
-pip install "infoq-fx[qonnx]" hls4ml
+pip install "infoq-fx[qonnx]"; hls4ml needs a C++ compiler.
 """
 
 import importlib.util
+import shutil
 import tempfile
 
 import numpy as np
@@ -81,8 +82,8 @@ def main():
             print("qonnx is not installed: the file is not run")
             return
         print(infoq_fx.verify_onnx(path, quantized, test, target="qonnx"))
-        if importlib.util.find_spec("hls4ml") is None:
-            print("hls4ml is not installed: the file is not compiled")
+        if importlib.util.find_spec("hls4ml") is None or shutil.which("g++") is None:
+            print("hls4ml or a C++ compiler is not installed: the file is not compiled")
             return
         found, ours = emulate(path, f"{folder}/hls").predict(test[0].numpy()), quantized(test[0]).detach().numpy()
         print(f"hls4ml's emulation equals the module on {100 * (found == ours).all(1).mean():.1f} % of the digits")

@@ -1,6 +1,7 @@
 """QONNX files say every bit-width, and the qonnx package computes from them what the module computes."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from infoq_fx.types import Allocation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 needs_qonnx = pytest.mark.skipif(importlib.util.find_spec("qonnx") is None, reason="qonnx is an extra")
-needs_hls4ml = pytest.mark.skipif(importlib.util.find_spec("hls4ml") is None, reason="hls4ml is not installed")
+needs_hls4ml = pytest.mark.skipif(
+    importlib.util.find_spec("hls4ml") is None or shutil.which("g++") is None, reason="hls4ml needs a C++ compiler"
+)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of qonnx and hls4ml
 
 
