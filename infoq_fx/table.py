@@ -188,4 +188,5 @@ def _decode_inventory(document: dict[str, Any]) -> Inventory:
         QuantSite(**{**site, "shape": tuple(site["shape"]), "bits": tuple(site["bits"])}) for site in document["sites"]
     )
     operations = tuple(Operation(**operation) for operation in document["operations"])
-    return Inventory(**{**document, "sites": sites, "operations": operations})
+    ties = tuple(tuple(tie) for tie in document.get("ties", ()))  # earlier versions had none
+    return Inventory(**{**document, "sites": sites, "operations": operations, "ties": ties})
