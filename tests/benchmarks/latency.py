@@ -4,8 +4,8 @@
 
 Needs the models and images of a folder with ``real_models.py`` (--data). The layers are timed once, by
 ``measure_latency`` on one thread. Each of the predicted files is an export of its own, with layers left in float by
-``ignore``: none, the second half, all but the last quarter, and every second row of four. All files run in turns; the latency is
-the median CPU time of a batch of one sample.
+``ignore``: none, the second half, all but the last quarter, and every second row of four. All files run in turns; the
+latency is the median CPU time of a batch of one sample.
 """
 
 import argparse
