@@ -128,13 +128,21 @@ def split_layers(inventory: Inventory) -> set[str | None]:
 
 
 def _sum_by_operation(timing: Timing, idle_ms: float, inventory: Inventory) -> dict[str, float]:
-    added = (sum(timing.nodes_ms.values()) + idle_ms - timing.whole_ms) / max(len(timing.nodes_ms), 1)
+    added = _find_added(list(timing.nodes_ms.values()), timing.whole_ms - idle_ms)
     found = {operation.name: 0.0 for operation in inventory.operations}
     for name, value in timing.nodes_ms.items():
         owner = timing.owners.get(name)
         if owner is not None:
             found[owner] += max(value - added, 0.0)
     return found
+
+
+def _find_added(values: list[float], total: float) -> float:
+    """What the profiler adds to each node: without it, and with none below 0, the nodes take ``total``."""
+    held = sorted(values)
+    while held and held[0] < (added := (sum(held) - max(total, 0.0)) / len(held)):
+        held = [value for value in held if value >= added]
+    return (sum(held) - max(total, 0.0)) / len(held) if held else 0.0
 
 
 def _compare(cost: LatencyCost, inventory: Inventory, timings: Mapping[str, Timing]) -> tuple[FileLatency, ...]:
