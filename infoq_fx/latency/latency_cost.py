@@ -12,7 +12,7 @@ from typing import Any
 
 from infoq_fx.core.atomic_files import read_json, write_atomically
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.errors import OptionError, unknown_name_error
+from infoq_fx.errors import OptionError, nearest_names
 from infoq_fx.types import Operation
 
 __all__ = ["FileLatency", "LatencyCost", "load_latency"]
@@ -91,8 +91,11 @@ class LatencyCost:
             OptionError: the operation is not in the table.
         """
         if operation.name not in self.integer_ms:
-            found = unknown_name_error("operation of the latencies", operation.name, self.integer_ms)
-            raise OptionError(f"{found}; measure the latencies of this model again")
+            near = nearest_names(operation.name, self.integer_ms)
+            raise OptionError(
+                f"the latencies are of another model: they have no operation {operation.name!r}, the nearest are {near}; "
+                "measure this model by infoq_fx.measure_latency"
+            )
         table = self.float_ms
         if left_bits is not None:
             table = self.weight_only_ms if right_bits is None else self.integer_ms

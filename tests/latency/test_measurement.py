@@ -157,6 +157,9 @@ def test_every_layer_is_found_in_the_file(exported):
     assert [owners[name] for name in kinds if kinds[name] in ("Conv", "Gemm", "MatMul")] == exported.layers
     assert None not in owners.values()
     assert {owners[name] for name in kinds if kinds[name] == "Softmax"} <= {"matmul"}
+    if "blocks.0.conv2" in exported.layers:  # an addition belongs to the later of two layers
+        added = [owners[name] for name in kinds if kinds[name] == "Add"]
+        assert added == ["blocks.0.conv2", "blocks.1.conv2"]
 
 
 @pytest.mark.parametrize("in_float", [False, True], ids=["integers", "float"])
