@@ -93,8 +93,8 @@ class LatencyCost:
         if operation.name not in self.integer_ms:
             near = nearest_names(operation.name, self.integer_ms)
             raise OptionError(
-                f"the latencies are of another model: they have no operation {operation.name!r}, the nearest are {near}; "
-                "measure this model by infoq_fx.measure_latency"
+                f"the latencies have no operation {operation.name!r}, the nearest are {near}; "
+                "give those that infoq_fx.measure_latency made of this one"
             )
         table = self.float_ms
         if left_bits is not None:

@@ -81,7 +81,7 @@ def test_latencies_are_checked(change, message):
 
 
 def test_an_operation_of_another_model_is_named():
-    with pytest.raises(OptionError, match=r"another model: .* no operation 'aa', the nearest are 'a'.*; measure"):
+    with pytest.raises(OptionError, match=r"the latencies have no operation 'aa', the nearest are 'a'.*; give those"):
         COST(replace(A, name="aa"), 8, 8)
 
 
