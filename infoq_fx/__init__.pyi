@@ -142,6 +142,15 @@ from .finetuning import (
 from .finetuning import (
     to_trainable as to_trainable,
 )
+from .latency import (
+    LatencyCost as LatencyCost,
+)
+from .latency import (
+    load_latency as load_latency,
+)
+from .latency import (
+    measure_latency as measure_latency,
+)
 from .quantization import (
     PreparedModel as PreparedModel,
 )

@@ -64,6 +64,7 @@ def quantize(
     recovery: AnyRecovery = "fast",
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    tie: Sequence[Sequence[str]] = (),
     outputs: OutputsOption = "auto",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -94,6 +95,8 @@ def quantize(
         recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
         pin: fixed bit-widths by glob pattern on module paths or site names.
+        tie: groups of glob patterns on module paths of layers whose weights get one bit-width, because a runtime fuses
+            them: ``[("*.q_proj", "*.k_proj", "*.v_proj")]`` makes one tie of three layers in each parent module.
         outputs: what the model's outputs mean, which decides how a loss is measured there: ``"auto"``, a reading
             (:class:`infoq_fx.Categorical`, :class:`infoq_fx.Bernoulli`, :class:`infoq_fx.Quantity`,
             :class:`infoq_fx.Ignored`) for all, a mapping from output name or position to a reading, its name or
@@ -143,6 +146,7 @@ def quantize(
         activation_bits=activation_bits if data is not None else None,
         ignore=ignore,
         pin=pin,
+        tie=tie,
         outputs=outputs,
         device=device,
         dynamic=dynamic,
@@ -228,6 +232,7 @@ def prepare(
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    tie: Sequence[Sequence[str]] = (),
     outputs: OutputsOption = "auto",
     device: torch.device | str = "cpu",
     dynamic: Dynamic = "auto",
@@ -247,7 +252,7 @@ def prepare(
         )
     weight_candidates = check_bits(DEFAULT_BITS if bits is None else bits, "bits")
     candidates = None if activation_bits is None else check_bits(activation_bits, "activation_bits")
-    check_patterns(ignore, pin)
+    check_patterns(ignore, pin, tie)
     for pattern, fixed in (pin or {}).items():
         check_bits(fixed, f"pin[{pattern!r}]")
     data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
@@ -260,7 +265,7 @@ def prepare(
     examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
     plan = find_sites(
-        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin
+        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin, tie=tie
     )
     if budget is not None:
         check_budget(plan.inventory, budget)

@@ -189,4 +189,5 @@ def _decode_inventory(document: dict[str, Any]) -> Inventory:
         for site in document["sites"]
     )
     operations = tuple(Operation(**operation) for operation in document["operations"])
-    return Inventory(**{**document, "sites": sites, "operations": operations})
+    ties = tuple(tuple(tie) for tie in document.get("ties", ()))  # earlier versions had none
+    return Inventory(**{**document, "sites": sites, "operations": operations, "ties": ties})

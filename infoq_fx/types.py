@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.errors import OptionError
+from infoq_fx.errors import OptionError, unknown_name_error
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
     import torch
@@ -35,6 +35,7 @@ __all__ = [
     "RoundedWeight",
     "Score",
     "check_bits",
+    "describe_ties",
 ]
 
 Plain = str | int | float | bool | None
@@ -150,13 +151,32 @@ class Inventory:
 
     ``sites`` are in graph order. ``float_bytes`` is the size of every parameter and buffer that stays float32
     (biases, norms, ignored layers). ``ignored_weights`` is the number of weights of conv and linear layers left
-    in float.
+    in float. ``ties`` are groups of weight sites that get one bit-width; the sites of a group have the same candidates.
+
+    Raises:
+        OptionError: a tie holds fewer than two sites, one that is in another tie or is no weight of the inventory, or
+            sites with different candidates.
     """
 
     sites: tuple[QuantSite, ...]
     operations: tuple[Operation, ...]
     float_bytes: int
     ignored_weights: int = 0
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        candidates = {site.name: site.bits for site in self.sites if site.kind == "weight"} if self.ties else {}
+        tied = [name for tie in self.ties for name in tie]
+        for tie in self.ties:
+            for name in tie:
+                if name not in candidates:
+                    raise unknown_name_error("weight in ties", name, candidates)
+            if len(tie) < 2 or len({candidates[name] for name in tie}) > 1 or any(tied.count(name) > 1 for name in tie):
+                found = ", ".join(f"{name!r} with {candidates[name]}" for name in tie)
+                raise OptionError(
+                    f"the tie of {found or 'no site'} is not one of several weights with equal candidates, each in one "
+                    "tie; correct it, or let prepare(tie=...) make it"
+                )
 
     def __getitem__(self, name: str) -> QuantSite:
         for site in self.sites:
@@ -168,6 +188,16 @@ class Inventory:
         """Return bit-widths with 16 for all sites that are not named and follow one in float."""
         following = (site.name for site in self.sites if any(bits.get(name) == FLOAT16_BITS for name in site.follows))
         return {**dict.fromkeys(following, FLOAT16_BITS), **bits}
+
+    @property
+    def leaders(self) -> dict[str, str]:
+        """The first site of the tie that each site is in, or the site itself."""
+        first = {name: tie[0] for tie in self.ties for name in tie}
+        return {site.name: first.get(site.name, site.name) for site in self.sites}
+
+    def spread(self, bits: Mapping[str, int]) -> dict[str, int]:
+        """Return the bits of every site, from those of the first site of each tie."""
+        return {name: bits[leader] for name, leader in self.leaders.items()}
 
 
 @dataclass(frozen=True)
@@ -294,8 +324,9 @@ class Allocation:
     by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, if it was
     measured (with weights as they were scored). ``recovered_by`` names the recovery steps behind the parameters of
     the model that it was read from. ``scored_for`` is the recovery that its scores were measured for, ``"none"`` for
-    weights rounded to nearest, None if that does not matter or is not known. Fields other than ``bits`` are None or
-    empty when the allocation was read back from a graph alone.
+    weights rounded to nearest, None if that does not matter or is not known. ``ties`` are the groups of sites that were
+    given one bit-width. Fields other than ``bits`` are None or empty when the allocation was read back from a graph
+    alone.
     """
 
     bits: Mapping[str, int]
@@ -310,6 +341,7 @@ class Allocation:
     recovered_by: tuple[str, ...] = ()
     scored_for: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
@@ -335,11 +367,17 @@ class Allocation:
         notes = []
         if fixed := len(self.bits) - len(self.scores) if self.scores else 0:
             notes.append(f"and {fixed} sites at fixed bits")
+        notes += describe_ties(self.ties)
         if self.cost is not None:
             notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
         if self.score is not None:
             notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
         return notes
+
+
+def describe_ties(ties: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a line for each group of sites with one bit-width."""
+    return [f"tied to one bit-width: {', '.join(tie)}" for tie in ties]
 
 
 def check_bits(bits: Any, option: str) -> tuple[int, ...]:

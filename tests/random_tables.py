@@ -9,7 +9,7 @@ from tables import activation, make_table, weight
 
 from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Budget, Inventory, Operation
+from infoq_fx.types import Budget, Inventory, Operation, Score
 
 
 def random_table(rng: random.Random, *, weights: int, activations: int, sign: bool = False) -> SensitivityTable:
@@ -34,7 +34,24 @@ def random_table(rng: random.Random, *, weights: int, activations: int, sign: bo
 def every_allocation(inventory: Inventory) -> Iterator[dict[str, int]]:
     names = [site.name for site in inventory.sites]
     for bits in itertools.product(*(site.bits for site in inventory.sites)):
-        yield dict(zip(names, bits, strict=True))
+        found = dict(zip(names, bits, strict=True))
+        if all(len({found[name] for name in tie}) == 1 for tie in inventory.ties):
+            yield found
+
+
+def tie_weights(rng: random.Random, table: SensitivityTable) -> SensitivityTable:
+    """The table with one to three of its weights tied to another one, with the candidates and scores that it needs."""
+    inventory = table.inventory
+    weights = [site for site in inventory.sites if site.kind == "weight"]
+    rng.shuffle(weights)
+    cut = rng.randrange(2, len(weights) + 1)
+    groups = [weights[:cut], weights[cut:]] if len(weights) - cut > 1 else [weights[:cut]]
+    bits = {site.name: group[0].bits for group in groups for site in group}
+    sites = tuple(replace(site, bits=bits.get(site.name, site.bits)) for site in inventory.sites)
+    ties = tuple(tuple(site.name for site in group) for group in groups)
+    scores = {name: {b: Score(rng.random() * 4.0**-b) for b in found} for name, found in bits.items() if len(found) > 1}
+    kept = {name: by_bits for name, by_bits in table.scores.items() if name not in bits}
+    return replace(table, inventory=replace(inventory, sites=sites, ties=ties), scores={**kept, **scores})
 
 
 def random_budget(rng: random.Random, inventory: Inventory, names: tuple[str, ...]) -> Budget:

@@ -40,6 +40,7 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
     values["budget"] = Budget(**limits) if limits else None
     values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
     values["recovered_by"] = tuple(values["recovered_by"])
+    values["ties"] = tuple(tuple(tie) for tie in values.get("ties", ()))
     values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
     return Allocation(**values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Real
@@ -161,13 +161,14 @@ def build_cost_row(
 ) -> CostRow:
     """Build the row of one limit of the budget over the sites that have several choices.
 
-    The cost of all other sites is subtracted from the limit.
+    The cost of all other sites is subtracted from the limit. The costs of tied sites are added up under the first site
+    of their tie; a product of two of them depends on its bits alone.
 
     Args:
         inventory: of the prepared model.
         name: of the limit, a field of :class:`~infoq_fx.types.Budget` or one of its ``costs``.
         limit: its value.
-        choices: candidate bit-widths of each site, for all sites.
+        choices: candidate bit-widths of each site, for all sites but those tied to an earlier one.
     """
     if name not in Budget.__dataclass_fields__:
         return _build_own_row(inventory, name, limit, choices)
@@ -177,9 +178,11 @@ def build_cost_row(
         _count_bitops(inventory, choices, costs, pairs)
     else:
         kind, measure = _SITE_COSTS[name]
+        leaders = inventory.leaders
         for site in inventory.sites:
             if site.kind == kind and (site.is_searched or kind == "weight"):
-                costs.update({(site.name, b): measure(site, b) for b in choices[site.name]})
+                for b in choices[leaders[site.name]]:
+                    costs[leaders[site.name], b] += measure(site, b)
     linear: dict[tuple[str, int], int] = {}
     remaining = _integer_limit(inventory, name, limit)
     for (site_name, b), cost in costs.items():
@@ -229,14 +232,21 @@ def _look_up(bits: Mapping[str, int], name: str) -> int:
     return bits[name]
 
 
+def _lead_operands(inventory: Inventory) -> Iterator[tuple[Operation, str | None, str | None]]:
+    """Every operation with its operands, tied sites as the first of their tie."""
+    leaders = inventory.leaders
+    for operation in inventory.operations:
+        left, right = (None if side is None else leaders.get(side, side) for side in (operation.left, operation.right))
+        yield operation, left, right
+
+
 def _count_bitops(
     inventory: Inventory,
     choices: Mapping[str, tuple[int, ...]],
     costs: dict[tuple[str | None, int], int],
     pairs: dict[tuple[str, str], int],
 ) -> None:
-    for operation in inventory.operations:
-        left, right = operation.left, operation.right
+    for operation, left, right in _lead_operands(inventory):
         lefts = (FLOAT_BITS,) if left is None else choices[left]
         rights = (FLOAT_BITS,) if right is None else choices[right]
         if left is not None and left == right:
@@ -301,8 +311,7 @@ def _build_own_row(inventory: Inventory, name: str, limit: float, choices: Mappi
     constant = Fraction(0)
     linear: defaultdict[tuple[str, int], Fraction] = defaultdict(Fraction)
     products: dict[tuple[str, str], defaultdict[tuple[int, int], Fraction]] = {}
-    for operation in inventory.operations:
-        left, right = operation.left, operation.right
+    for operation, left, right in _lead_operands(inventory):
         lefts = (None,) if left is None else choices[left]
         rights = (None,) if right is None else choices[right]
         table: dict[tuple[Any, Any], Fraction]

@@ -39,7 +39,7 @@ def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScor
     Args:
         inventory: of the prepared model.
         budget: the limits.
-        scores: of every candidate, by site and bits.
+        scores: of every candidate, by site and bits; of a tie only its first site.
 
     Raises:
         InfoqError: the solver did not run, or did not finish.
@@ -47,7 +47,7 @@ def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScor
     problem, x, grows = _build_program(inventory, budget, scores)
     while (status := _run_highs(problem)) == pulp.LpSolutionOptimal:
         bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
-        if not broken_limits(measure_cost(inventory, bits, budget.costs), budget):
+        if not broken_limits(measure_cost(inventory, inventory.spread(bits), budget.costs), budget):
             return bits
         # Within the slack but over the budget: at least one site needs fewer bits, or just other bits, than here.
         others = [(v, 1) for (name, b), v in x.items() if (b < bits[name] if grows else b != bits[name])]

@@ -29,7 +29,7 @@ from infoq_fx.types import (
     check_bits,
 )
 
-__all__ = ["allocate", "check_budget", "find_uniform", "propose"]
+__all__ = ["allocate", "check_budget", "find_uniform", "pin_sites", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
@@ -60,13 +60,13 @@ def allocate(
         table: scores of every site with more than one candidate.
         budget: the limits; a number is the mean weight bit-width.
         alpha: factor on the scores of activations relative to those of weights.
-        pin: fixed bit-widths by site name, each one of the site's candidates.
+        pin: fixed bit-widths by site name, each one of the site's candidates; it holds for all sites of a tie.
 
     Returns:
-        The bit-width of every site, the total score with its standard error (errors of sites are taken as
-        independent), the cost, and for comparison the largest uniform weight bit-width within the same budget, scored
-        by the same table. In the uniform allocation, searched activations have their largest candidate or, if that
-        does not fit, the weights' bit-width.
+        The bit-width of every site, one for all sites of a tie, the total score with its standard error (errors of
+        sites are taken as independent), the cost, and for comparison the largest uniform weight bit-width within the
+        same budget, scored by the same table. In the uniform allocation, searched activations have their largest
+        candidate or, if that does not fit, the weights' bit-width.
 
     Raises:
         OptionError: an argument is invalid, or a candidate has no score.
@@ -144,14 +144,13 @@ def _propose(
 ) -> Iterator[Allocation]:
     check_alpha(alpha)
     check_table(table)
-    inventory = _pin_sites(table.inventory, pin)
+    inventory = pin_sites(table.inventory, pin)
     limits = check_budget(inventory, budget)
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
 
     def solve(inventory: Inventory, scores: CandidateScores) -> float:
-        scores = _scores_of(inventory, scores)
-        known = _find_known(inventory, limits)
-        return _total_score(scores, _minimize_score(inventory, limits, scores, known))
+        joined, known = _join_ties(inventory, _scores_of(inventory, scores)), _find_known(inventory, limits)
+        return _total_score(joined, _minimize_score(inventory, limits, joined, known))
 
     inventory = drop_idle_floats(inventory, limits, candidates, solve)
     candidates = _scores_of(inventory, candidates)
@@ -162,14 +161,18 @@ def _propose(
     def describe(bits: _Bits) -> Allocation:
         return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
 
+    def minimize(scores: CandidateScores) -> _Bits:
+        joined = _join_ties(inventory, scores)
+        return inventory.spread(_spend(inventory, limits, joined, _minimize_score(inventory, limits, joined, known)))
+
     for power in powers:
         # A user-defined criterion may have scores below 0; their order is kept.
         raised = {n: {b: math.copysign(abs(v) ** power, v) for b, v in d.items()} for n, d in candidates.items()}
-        scores = raised if power != 1 else candidates
-        yield describe(_spend(inventory, limits, scores, _minimize_score(inventory, limits, scores, known)))
+        yield describe(minimize(raised if power != 1 else candidates))
     if second is not None:
-        others = {s.name: {b: second.get(s.name, {}).get(b, 0.0) for b in s.bits} for s in inventory.sites}
-        yield describe(_spend(inventory, limits, others, _minimize_score(inventory, limits, others, known)))
+        yield describe(
+            minimize({s.name: {b: second.get(s.name, {}).get(b, 0.0) for b in s.bits} for s in inventory.sites})
+        )
     if uniform is not None:
         yield describe(uniform)
 
@@ -209,6 +212,7 @@ def _describe(
         uniform_score=uniform[1],
         scored_for=table.scored_for,
         scores=chosen,
+        ties=inventory.ties,
     )
 
 
@@ -222,10 +226,14 @@ def _read_budget(budget: Any) -> Budget:
     return Budget(weight_bits=float(budget))
 
 
-def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
-    """The inventory with a single candidate for every pinned site."""
+def pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
+    """Return the inventory with a single candidate for every pinned site, and for all sites tied to one.
+
+    Raises:
+        OptionError: there is no site of a name, a bit-width is not a candidate, or tied sites are pinned differently.
+    """
     names = [site.name for site in inventory.sites]
-    fixed = {}
+    fixed: dict[str, int] = {}
     for name, bits in pin.items():
         if name not in names:
             raise unknown_name_error("site in pin", name, names)
@@ -234,6 +242,11 @@ def _pin_sites(inventory: Inventory, pin: Mapping[str, int]) -> Inventory:
             raise OptionError(
                 f"pin[{name!r}]={bits} is not among the site's candidates; take one of {inventory[name].bits}"
             )
+    for tie in inventory.ties:
+        pinned = {name: fixed[name] for name in tie if name in fixed}
+        if len(set(pinned.values())) > 1:
+            raise OptionError(f"pin={pinned} gives tied sites different bits; pin one of them, or all alike")
+        fixed |= dict.fromkeys(tie, next(iter(pinned.values()))) if pinned else {}
     sites = tuple(replace(site, bits=(fixed[site.name],)) if site.name in fixed else site for site in inventory.sites)
     return replace(inventory, sites=sites)
 
@@ -252,6 +265,14 @@ def _read_scores(table: SensitivityTable, site: QuantSite, alpha: float) -> dict
             )
     weight = 1.0 if site.kind == "weight" else alpha
     return {bits: weight * scores[bits].value for bits in site.bits}
+
+
+def _join_ties(inventory: Inventory, scores: CandidateScores) -> dict[str, dict[int, float]]:
+    """The scores by the first site of every tie, summed over its sites; other sites have their own."""
+    joined = {name: dict(scores[name]) for name, leader in inventory.leaders.items() if name == leader}
+    for tie in inventory.ties:
+        joined[tie[0]] = {b: math.fsum(scores[name][b] for name in tie) for b in joined[tie[0]]}
+    return joined
 
 
 def _total_score(candidates: CandidateScores, bits: Mapping[str, int]) -> float:
@@ -308,7 +329,7 @@ def _minimize_score(inventory: Inventory, budget: Budget, candidates: CandidateS
     unlimited = {name: min(scores, key=lambda b: (scores[b], b)) for name, scores in efficient.items()}
     if _fits(inventory, budget, unlimited):
         return unlimited
-    lowered = [{name: max(c for c in efficient[name] if c <= b) for name, b in bits.items()} for bits in known]
+    lowered = [{name: max(c for c in efficient[name] if c <= bits[name]) for name in efficient} for bits in known]
     best = min(lowered, key=lambda bits: _total_score(excess, bits))
     # Nothing is better than no excess: under a cost that falls with the bits, the fewest of equal scores may not fit.
     while span := _total_score(excess, best):
@@ -333,7 +354,8 @@ def _spend(inventory: Inventory, budget: Budget, scores: CandidateScores, bits: 
     up integer kernels, is not taken so.
     """
     raised = dict(bits)
-    for site in sorted(inventory.sites, key=lambda site: (bits[site.name], site.numel)):
+    free = [site for site in inventory.sites if site.name in bits]
+    for site in sorted(free, key=lambda site: (bits[site.name], site.numel)):
         known = scores[site.name]
         for wider in sorted((b for b in known if raised[site.name] < b <= MAX_BITS), reverse=True):
             tried = {**raised, site.name: wider}
@@ -370,9 +392,11 @@ def _solve(inventory: Inventory, budget: Budget, scores: CandidateScores, known:
 
 
 def _fits(inventory: Inventory, budget: Budget, bits: _Bits) -> bool:
-    return not broken_limits(measure_cost(inventory, bits, budget.costs), budget)
+    return not broken_limits(measure_cost(inventory, inventory.spread(bits), budget.costs), budget)
 
 
 def _find_fitting(inventory: Inventory, budget: Budget) -> _Bits | None:
     """Any allocation within the budget, for costs that do not grow with the bits."""
-    return solve_with_highs(inventory, budget, {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites})
+    scores = {site.name: dict.fromkeys(site.bits, 0.0) for site in inventory.sites}
+    found = solve_with_highs(inventory, budget, _join_ties(inventory, scores))
+    return None if found is None else inventory.spread(found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite, describe_ties
 
 __all__ = ["Summary", "summarize_allocation"]
 
@@ -78,6 +78,7 @@ def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, f
         lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
     if allocation.lost_nats is not None:
         lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
+    lines += describe_ties(inventory.ties)
     if allocation.recovered_by:
         lines.append(f"recovered by {', '.join(allocation.recovered_by)}")
     return lines

@@ -74,6 +74,7 @@ def audit(
     activation_bits: int | Sequence[int] | None = 8,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    tie: Sequence[Sequence[str]] = (),
     outputs: OutputsOption = "auto",
     metric: Metric | None = None,
     recovery: AnyRecovery = "none",
@@ -109,6 +110,7 @@ def audit(
         activation_bits: candidates of activations; criteria that score only weights need a single one.
         ignore: layers to leave in float.
         pin: fixed bit-widths.
+        tie: layers with one bit-width.
         outputs: what the outputs mean.
         metric: ``(outputs, labels) -> float`` over all evaluation samples, larger is better; it is measured for every
             allocation too. The outputs are the model's own, in its own structure.
@@ -128,7 +130,7 @@ def audit(
         InfeasibleBudgetError: a budget is out of reach.
     """
     check_model(model)
-    check_patterns(ignore, pin)
+    check_patterns(ignore, pin, tie)
     check_metric(metric)
     if not isinstance(budgets, list | tuple):
         raise OptionError(f"budgets={budgets!r}; give a list, such as [4.0, 3.0]")
@@ -143,6 +145,7 @@ def audit(
         activation_bits=activation_bits,
         ignore=ignore,
         pin=pin,
+        tie=tie,
         outputs=outputs,
         device=device,
     )

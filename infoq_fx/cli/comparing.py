@@ -33,12 +33,14 @@ from infoq_fx.cli.options import (
     Resize,
     Samples,
     Std,
+    Tie,
     Weights,
     Workers,
     read_bits,
     read_numbers,
     read_outputs,
     read_pins,
+    read_ties,
 )
 from infoq_fx.core.atomic_files import write_atomically
 
@@ -82,6 +84,7 @@ def audit(
     ignore: Ignore = None,
     outputs: Outputs = None,
     pin: Pin = None,
+    tie: Tie = None,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
     memory_limit: MemoryLimit = None,
@@ -111,6 +114,7 @@ def audit(
             activation_bits=read_bits(activation_bits or DEFAULT_ACTIVATION_BITS, "--activation-bits"),
             ignore=ignore or (),
             pin=read_pins(pin),
+            tie=read_ties(tie),
             outputs=read_outputs(outputs),
             recovery=recovery.split(",") if "," in recovery else recovery,
             device=device,

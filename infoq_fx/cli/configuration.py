@@ -98,11 +98,13 @@ def _plain(key: str) -> str:
 
 
 def _as_typed(path: Path, key: str, value: Any) -> Any:
-    """A value as typed on the command line: numbers separated by commas, and pairs with an equals sign."""
+    """A value as typed on the command line: numbers and groups separated by commas, and pairs with an equals sign."""
     if isinstance(value, dict):
         return [f"{name}={held}" for name, held in value.items()]
     if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
         return ",".join(map(str, value))
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        return [",".join(map(str, item)) for item in value]
     if isinstance(value, list | str | int | float):
         return value
     raise OptionError(f"{key!r} in {str(path)!r} is a {type(value).__name__}; give a number, a text, or a list of them")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoq_fx.cli.application import say
-from infoq_fx.cli.options import read_bits, read_dynamic, read_numbers, read_outputs, read_pins
+from infoq_fx.cli.options import read_bits, read_dynamic, read_numbers, read_outputs, read_pins, read_ties
 from infoq_fx.errors import OptionError
 from infoq_fx.types import Budget, Inventory
 
@@ -66,6 +66,7 @@ def prepare_model(
         activation_bits=read_bits(options["activation_bits"], "--activation-bits"),
         ignore=options["ignore"] or (),
         pin=read_pins(options["pin"]),
+        tie=read_ties(options.get("tie")),
         outputs=read_outputs(options["outputs"]),
         device=options["device"],
         dynamic=read_dynamic(options.get("dynamic")),
@@ -104,6 +105,8 @@ def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path
     """
     mine, theirs = ({site.name: site for site in held.sites} for held in (prepared.inventory, inventory))
     advice = f"give the MODEL and the options that {str(source)!r} was made with; they are in {source.name}.toml"
+    if inventory.ties and not prepared.inventory.ties:
+        raise OptionError(f"the scores are of tied layers, {', '.join(map(repr, inventory.ties[0]))}; {advice}")
     for name in [*mine, *theirs]:
         if name not in theirs or name not in mine:
             where = "not in the scores" if name in mine else "not in the model"

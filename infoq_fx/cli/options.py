@@ -41,6 +41,7 @@ __all__ = [
     "Seed",
     "SizeBytesLimit",
     "Std",
+    "Tie",
     "WeightBitsLimit",
     "Weights",
     "Workers",
@@ -50,6 +51,7 @@ __all__ = [
     "read_numbers",
     "read_outputs",
     "read_pins",
+    "read_ties",
 ]
 
 _BUDGET, _DATA, _SEARCH, _RUN = "Budget (any number of limits at once)", "Data", "Search", "Run"
@@ -126,6 +128,14 @@ Ignore = Annotated[
 Pin = Annotated[
     list[str] | None,
     typer.Option(help="A fixed bit-width, such as 'layer1.*=8'; may be repeated.", rich_help_panel=_SEARCH),
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Globs on module paths of layers with one bit-width in each parent module, such as "
+        "'*.q_proj,*.k_proj,*.v_proj'; may be repeated.",
+        rich_help_panel=_SEARCH,
+    ),
 ]
 Outputs = Annotated[
     list[str] | None,
@@ -277,3 +287,16 @@ def read_pins(texts: list[str] | None) -> dict[str, int]:
             raise OptionError(f"--pin is {text!r}; give a glob on module paths and a bit-width, such as 'layer1.*=8'")
         pins[pattern] = int(bits)
     return pins
+
+
+def read_ties(texts: list[str] | None) -> list[tuple[str, ...]]:
+    """Parse groups of glob patterns separated by commas.
+
+    Raises:
+        OptionError: a group has an empty pattern.
+    """
+    ties = [tuple(part.strip() for part in text.split(",")) for text in texts or ()]
+    for text, patterns in zip(texts or (), ties, strict=True):
+        if not all(patterns):
+            raise OptionError(f"--tie is {text!r}; give globs on module paths, such as '*.q_proj,*.k_proj,*.v_proj'")
+    return ties

@@ -42,6 +42,7 @@ from infoq_fx.cli.options import (
     Seed,
     SizeBytesLimit,
     Std,
+    Tie,
     WeightBitsLimit,
     Weights,
     Workers,
@@ -104,6 +105,7 @@ def quantize(
     recovery: Recovery = "fast",
     ignore: Ignore = None,
     pin: Pin = None,
+    tie: Tie = None,
     outputs: Outputs = None,
     dynamic: DynamicAxes = None,
     container: Container = None,
@@ -154,6 +156,7 @@ def quantize(
     prepared = prepare_model(options, read, limits)
     if table is not None and scores is not None:
         check_same_sites(prepared, table.inventory, scores)
+        table = dataclasses.replace(table, inventory=prepared.inventory)
     kept = output.with_name(output.name + ".scores.json") if fixed is None and table is None else None
     if fixed is not None:
         better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)

@@ -52,7 +52,8 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
     """Check that an allocation gives every site a bit-width that it was calibrated for.
 
     Raises:
-        OptionError: it is not an allocation; or a site has no bit-width, or one that it was not calibrated for.
+        OptionError: it is not an allocation; or a site has no bit-width, or one that it was not calibrated for, or tied
+            sites have different ones.
     """
     if not isinstance(allocation, Allocation):
         raise OptionError(
@@ -66,6 +67,10 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
             raise OptionError(
                 f"the allocation gives site {name!r} {found}; take one that it was calibrated for, of {known}"
             )
+    for tie in prepared.inventory.ties:
+        given = {name: allocation.bits[name] for name in tie}
+        if len(set(given.values())) > 1:
+            raise OptionError(f"the allocation gives tied sites {given} bits; give them one, or prepare without tie")
 
 
 def warn_of_other_recovery(allocation: Allocation, tried: Iterable[str], *, stacklevel: int) -> None:

@@ -79,8 +79,10 @@ def check_device(device: Any) -> torch.device:
     return found
 
 
-def check_patterns(ignore: Any, pin: Any) -> None:
+def check_patterns(ignore: Any, pin: Any, tie: Any = ()) -> None:
     """Check that layers are named by glob patterns: a list of them to ignore, a dict of bit-widths by pattern to pin.
+
+    ``tie`` is a list of groups of them.
 
     Raises:
         OptionError: they are not.
@@ -89,6 +91,12 @@ def check_patterns(ignore: Any, pin: Any) -> None:
         raise OptionError(f"ignore={ignore!r}; give a list of glob patterns on module paths, such as ['head.*']")
     if pin is not None and not (isinstance(pin, Mapping) and all(isinstance(x, str) for x in pin)):
         raise OptionError(f"pin={pin!r}; give a dict of bit-widths by glob pattern, such as {{'head.*': 8}}")
+    if not isinstance(tie, list | tuple) or not all(
+        isinstance(group, list | tuple) and group and all(isinstance(x, str) for x in group) for group in tie
+    ):
+        raise OptionError(
+            f"tie={tie!r}; give a list of groups of glob patterns on module paths, such as [('*.q_proj', '*.k_proj')]"
+        )
 
 
 def check_memory_limit(limit: Any) -> None:

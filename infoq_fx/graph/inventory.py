@@ -19,6 +19,7 @@ def take_inventory(
     placements: Sequence[Placement],
     layers: Sequence[MultiplyingLayer],
     shapes: Callable[[fx.Node], tuple[int, ...]],
+    ties: tuple[tuple[str, ...], ...] = (),
 ) -> Inventory:
     """Collect the sites, multiply-accumulates and float bytes of a graph.
 
@@ -27,6 +28,7 @@ def take_inventory(
         placements: of the sites.
         layers: all multiplying layers, those left in float included.
         shapes: gives a node's shape for one sample.
+        ties: groups of weight sites with one bit-width.
     """
     sites = tuple(placement.site for placement in placements)
     present = {site.name for site in sites}
@@ -49,7 +51,7 @@ def take_inventory(
     quantized = sum(count for name, count in weights.items() if name in present)
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
     ignored = sum(weights.values()) - quantized
-    return Inventory(sites, tuple(operations), total_bytes - 4 * quantized, ignored)
+    return Inventory(sites, tuple(operations), total_bytes - 4 * quantized, ignored, ties)
 
 
 def _products(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.errors import UnsupportedModelError, unknown_name_error
+from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.graph.inventory import take_inventory
 from infoq_fx.graph.layers import LAYER_OPS, module_path, read_tensor
 from infoq_fx.graph.operands import (
@@ -47,6 +47,7 @@ def find_sites(
     activation_bits: tuple[int, ...] | None,
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
+    tie: Sequence[Sequence[str]] = (),
 ) -> SitePlan:
     """Find the sites of a graph in normal form.
 
@@ -62,10 +63,12 @@ def find_sites(
         activation_bits: candidate bit-widths of activations; None leaves all activations in float.
         ignore: glob patterns on the module paths of layers to leave in float.
         pin: fixed bit-widths by glob pattern on module paths (their weights) or site names.
+        tie: groups of glob patterns on module paths of layers whose weights get one bit-width; there is one tie for
+            each parent module that a group has matches in.
 
     Raises:
         UnsupportedModelError: there is nothing to quantize, or a weight is not finite.
-        OptionError: a pattern matches nothing.
+        OptionError: a pattern matches nothing, or a tie holds one layer only, or layers pinned to different bits.
     """
     shapes = record_sample_shapes(graph_module, example_inputs)
     all_layers = find_multiplying_layers(graph_module)
@@ -82,11 +85,14 @@ def find_sites(
         )
     placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
     placements = _apply_pins(placements, layers, pin or {}, known)
+    _check_patterns("tie", [pattern for group in tie for pattern in group], known)
+    ties = _find_ties(layers, tie)
+    placements = _share_candidates(placements, ties)
     if activation_bits is not None and activation_bits != (FLOAT16_BITS,):
         placements += _place_fused(graph_module, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
-    inventory = take_inventory(graph_module, placements, all_layers, shapes)
+    inventory = take_inventory(graph_module, placements, all_layers, shapes, ties)
     return SitePlan(tuple(placements), inventory, _find_classifier(graph_module, layers))
 
 
@@ -157,6 +163,55 @@ def _apply_pins(
             replace(p, site=replace(p.site, bits=(fixed,))) if p.site.name in pinned else p for p in placements
         ]
     return placements
+
+
+def _find_ties(layers: Sequence[MultiplyingLayer], tie: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """The weights of each group of patterns below each parent module, in graph order; ties that overlap are one."""
+    found: list[dict[str, None]] = []
+    for patterns in tie:
+        below: dict[str, dict[str, None]] = {}
+        for layer in layers:
+            weights = [name for _, name, kind, _ in layer.operands if kind == "weight"]
+            if weights and (parent := _find_parent(layer.name, patterns)) is not None:
+                below.setdefault(parent, {}).update(dict.fromkeys(weights))
+        if not below:
+            raise OptionError(
+                f"tie={tuple(patterns)} matches no layer with a quantized weight; leave its layers out of ignore, or "
+                "remove it"
+            )
+        for parent, names in below.items():
+            if len(names) == 1:
+                raise OptionError(
+                    f"tie={tuple(patterns)} matches only {next(iter(names))!r} below {parent or 'the model'!r}; give "
+                    "patterns that match several layers there, or remove it"
+                )
+            apart = [other for other in found if not other.keys() & names.keys()]
+            joined = [other for other in found if other.keys() & names.keys()]
+            found = [*apart, {name: None for group in (*joined, names) for name in group}]
+    order = {name: index for index, layer in enumerate(layers) for _, name, _, _ in reversed(layer.operands)}
+    return tuple(sorted((tuple(sorted(names, key=order.__getitem__)) for names in found), key=lambda t: order[t[0]]))
+
+
+def _find_parent(path: str, patterns: Sequence[str]) -> str | None:
+    """The parent of the innermost module on a path that matches a pattern."""
+    while path:
+        parent = path.rpartition(".")[0]
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+            return parent
+        path = parent
+    return None
+
+
+def _share_candidates(placements: list[Placement], ties: Sequence[Sequence[str]]) -> list[Placement]:
+    """Give all sites of a tie the candidates that they have in common."""
+    candidates = {placement.site.name: placement.site.bits for placement in placements}
+    for tie in ties:
+        shared = tuple(bits for bits in candidates[tie[0]] if all(bits in candidates[name] for name in tie))
+        if not shared:
+            found = ", ".join(f"{name!r} has {candidates[name]}" for name in tie)
+            raise OptionError(f"tied layers have no bit-width in common: {found}; pin one of them, or all alike")
+        candidates |= dict.fromkeys(tie, shared)
+    return [replace(p, site=replace(p.site, bits=candidates[p.site.name])) for p in placements]
 
 
 def _place_fused(

@@ -10,7 +10,7 @@ import numpy as np
 
 from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.float_candidates import widest_integer
-from infoq_fx.allocation.solver import allocate
+from infoq_fx.allocation.solver import allocate, pin_sites
 from infoq_fx.core.targets import CONTAINERS
 from infoq_fx.errors import OptionError
 from infoq_fx.table import SensitivityTable
@@ -82,8 +82,7 @@ def trace_curve(
         budget = Budget(size_bytes=limit) if name == "size_bytes" else Budget(bitops=limit)
         return allocate(table, budget, alpha=alpha, pin=pin)
 
-    fixed = pin or {}
-    fewest = {site.name: fixed.get(site.name, site.bits[0]) for site in table.inventory.sites}
+    fewest = {site.name: site.bits[0] for site in pin_sites(table.inventory, pin or {}).sites}
     least = getattr(measure_cost(table.inventory, fewest), name)
     most = getattr(cost_of(find(_UNLIMITED), table.inventory), name)
     # A model without multiply-accumulates has 0 BitOps, which is not a valid limit.
@@ -99,10 +98,10 @@ def find_uniforms(
     Activations are at their largest integer candidates, and pinned sites keep their bits. The scores are the table's,
     as in :func:`infoq_fx.allocate`.
     """
-    fixed = pin or {}
-    free = [s for s in table.inventory.sites if s.kind == "weight" and len(s.bits) > 1 and s.name not in fixed]
+    sites = pin_sites(table.inventory, pin or {}).sites
+    free = [site for site in sites if site.kind == "weight" and len(site.bits) > 1]
     shared = set.intersection(*(set(site.bits) - {FLOAT16_BITS} for site in free)) if free else set()
-    largest = {site.name: fixed.get(site.name, widest_integer(site)) for site in table.inventory.sites}
+    largest = {site.name: widest_integer(site) for site in sites}
     found = {}
     for bits in sorted(shared):
         chosen = largest | {site.name: bits for site in free}

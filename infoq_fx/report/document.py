@@ -79,6 +79,7 @@ def build_document(
 def _describe_site(site: QuantSite, table: SensitivityTable) -> dict[str, Any]:
     operations = table.inventory.operations
     is_weight = site.kind == "weight"
+    tie = next((index for index, names in enumerate(table.inventory.ties, 1) if site.name in names), None)
     return {
         "name": site.name,
         "kind": site.kind,
@@ -86,6 +87,7 @@ def _describe_site(site: QuantSite, table: SensitivityTable) -> dict[str, Any]:
         "macs": sum(operation.macs for operation in operations if site.name in (operation.left, operation.right)),
         "bytes": {bits: weight_bytes(site, bits) for bits in site.bits} if is_weight else {},
         "scores": {bits: _pair(score) for bits, score in table.scores.get(site.name, {}).items()},
+        "tie": tie,
     }
 
 

@@ -194,12 +194,14 @@
     { name: "layer", value: (site) => site.index, text: (site) => site.name },
     { name: "kind", value: (site) => site.kind, text: (site) => site.kind, isText: true },
     { name: "bits", value: (site) => site.now, text: (site) => site.now },
+    { name: "tied", value: (site) => site.tie ?? Infinity, text: (site) => (site.tie ? `tie ${site.tie}` : "–") },
     { name: "score", value: (site) => site.score?.[0] ?? -Infinity, text: (site) => (site.score ? withError(...site.score) : "fixed") },
     { name: "weights", value: (site) => site.weights, text: (site) => (site.kind === "weight" ? whole(site.weights) : "–") },
     { name: "MACs", value: (site) => site.macs, text: (site) => whole(site.macs) },
     { name: "bytes", value: (site) => site.size, text: (site) => (site.kind === "weight" ? whole(site.size) : "–") },
     { name: "share of size", value: (site) => site.size, text: (site) => (site.kind === "weight" ? `${site.share.toFixed(1)} %` : "–") },
-  ].filter((column) => column.name !== "kind" || data.sites.some((site) => site.kind !== "weight"));
+  ].filter((column) => column.name !== "kind" || data.sites.some((site) => site.kind !== "weight"))
+    .filter((column) => column.name !== "tied" || data.sites.some((site) => site.tie));
   const sorting = { column: 0, up: true };
 
   function meter(bits) {

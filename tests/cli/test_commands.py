@@ -186,6 +186,19 @@ def test_scores_of_other_options_are_refused(folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("always:the scores behind this allocation")
+def test_ties_come_from_the_settings_and_hold_for_scores_without_them(folder, tmp_path):
+    (tmp_path / "c.toml").write_text('[quantize]\ntie = [["*.conv1", "*.conv2"]]\n')
+    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "b.pt2", "--budget", 4]
+    quick = ["--scores", folder / "scores.json", "--recovery", "none", "--no-refine", "--no-progress"]
+    found = done(*files, *quick, "--config", tmp_path / "c.toml", "--json")
+    bits = json.loads(found.stdout)["allocation"]["bits"]
+    for block in (0, 1):
+        assert bits[f"blocks.{block}.conv1.weight"] == bits[f"blocks.{block}.conv2.weight"]
+    assert tomllib.loads((tmp_path / "b.pt2.toml").read_text())["quantize"]["tie"] == ["*.conv1,*.conv2"]
+    assert "--tie is '*.conv1,'; give globs" in run(*files, *quick, "--tie", "*.conv1,").stderr.replace("\n", " ")
+
+
+@pytest.mark.filterwarnings("always:the scores behind this allocation")
 def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     found = json.loads(
         done("allocate", folder / "scores.json", "--budget", 4, "-o", tmp_path / "a.json", "--json").stdout

@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -135,6 +136,12 @@ def test_the_page_holds_every_allocation_as_json(tmp_path):
     assert infoq_fx.SensitivityTable.load(tmp_path / "scores.json") == SMALL
     again = REPORT(SMALL, tmp_path / "again.html", budgets=7, title="<mine>")
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_the_page_says_which_layers_are_tied(tmp_path):
+    tied = replace(SMALL, inventory=replace(SMALL.inventory, ties=(("conv", "fc"),)))
+    sites = read_json(REPORT(tied, tmp_path / "report.html", budgets=3))["sites"]
+    assert {site["name"]: site["tie"] for site in sites} == {"conv": 1, "fc": 1, "relu": None}
 
 
 def test_names_of_layers_cannot_end_a_script(tmp_path):
