@@ -109,8 +109,9 @@ class QuantSite:
     ``shape`` is the weight's shape, or the activation's shape without its batch dimension. ``bits`` are the
     candidate bit-widths, ascending, 16 for float; a single candidate is a fixed bit-width. ``is_searched`` is False for
     tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
-    convolutions): they stay at 8 bits and have no score, but are in float where one of the sites in ``follows`` is: an
-    operand of the convolution that makes the tensor, or the tensor itself as another layer reads it.
+    convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
+    in ``follows`` is: for such a tensor an operand of the convolution that makes it, or the same tensor as another
+    layer reads it; for the input of a single layer its weight.
     """
 
     name: str
@@ -185,9 +186,19 @@ class Inventory:
         raise KeyError(name)
 
     def complete_floats(self, bits: Mapping[str, int]) -> dict[str, int]:
-        """Return bit-widths with 16 for all sites that are not named and follow one in float."""
-        following = (site.name for site in self.sites if any(bits.get(name) == FLOAT16_BITS for name in site.follows))
-        return {**dict.fromkeys(following, FLOAT16_BITS), **bits}
+        """Return the bit-widths with 16 for all sites that follow one in float, whatever their own bit-width is.
+
+        Sites that are not named and are fixed at 16 bits count as in float too.
+        """
+        completed = {**{site.name: FLOAT16_BITS for site in self.sites if min(site.bits) > MAX_BITS}, **bits}
+        grown = True
+        while grown:
+            in_float = {name for name, width in completed.items() if width == FLOAT16_BITS}
+            grown = False
+            for site in self.sites:
+                if site.name not in in_float and not in_float.isdisjoint(site.follows):
+                    completed[site.name], grown = FLOAT16_BITS, True
+        return completed
 
     @property
     def leaders(self) -> dict[str, str]:

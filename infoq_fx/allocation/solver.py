@@ -200,14 +200,15 @@ def _describe(
 ) -> Allocation:
     chosen = {name: table.scores[name][b] for name, b in bits.items() if b in table.scores.get(name, {})}
     weights = {site.name: 1.0 if site.kind == "weight" else alpha for site in inventory.sites}
-    leading = {site.name: bits[site.name] for site in inventory.sites if not site.follows}
+    completed = inventory.complete_floats(bits)
+    shown = completed if _fits(inventory, limits, completed) else bits
     return Allocation(
-        bits={**bits, **inventory.complete_floats(leading)},
+        bits=shown,
         criterion=table.criterion,
         budget=limits,
         score=_total_score(candidates, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
-        cost=measure_cost(inventory, bits, limits.costs),
+        cost=measure_cost(inventory, shown, limits.costs),
         uniform_bits=uniform[0],
         uniform_score=uniform[1],
         scored_for=table.scored_for,

@@ -30,7 +30,8 @@ def convert_prepared(
     check_allocation(prepared, allocation)
     allocation = dataclasses.replace(allocation, recovered_by=prepared.recovered_by)
     graph_module = copy.deepcopy(prepared.graph_module)
-    passes = [remove_observers, bind_options(convert_quantizers, bits=allocation.bits), quantize_biases]
+    bits = prepared.inventory.complete_floats(allocation.bits)
+    passes = [remove_observers, bind_options(convert_quantizers, bits=bits), quantize_biases]
     provenance = Provenance(
         allocation,
         prepared.example_inputs,

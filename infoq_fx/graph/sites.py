@@ -89,7 +89,8 @@ def find_sites(
     ties = _find_ties(layers, tie)
     placements = _share_candidates(placements, ties)
     if activation_bits is not None and activation_bits != (FLOAT16_BITS,):
-        placements += _place_fused(graph_module, layers, placements, shapes)
+        placements = _follow_weights(placements)
+        placements += _place_fused(graph_module, all_layers, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
     inventory = take_inventory(graph_module, placements, all_layers, shapes, ties)
@@ -214,8 +215,24 @@ def _share_candidates(placements: list[Placement], ties: Sequence[Sequence[str]]
     return [replace(p, site=replace(p.site, bits=candidates[p.site.name])) for p in placements]
 
 
+def _follow_weights(placements: Sequence[Placement]) -> list[Placement]:
+    """Let the input of a single layer follow its weight: with a weight in float there is no integer kernel."""
+    floats = {
+        user: p.site.name
+        for p in placements
+        if p.site.kind == "weight" and FLOAT16_BITS in p.site.bits
+        for user in p.users
+    }
+    found = []
+    for p in placements:
+        weight = floats.get(p.users[0]) if p.site.kind == "activation" and len(p.users) == 1 else None
+        found.append(p if weight is None else replace(p, site=replace(p.site, follows=(weight,))))
+    return found
+
+
 def _place_fused(
     graph_module: fx.GraphModule,
+    all_layers: Sequence[MultiplyingLayer],
     layers: Sequence[MultiplyingLayer],
     placements: Sequence[Placement],
     shapes: Callable[[fx.Node], tuple[int, ...]],
@@ -223,8 +240,9 @@ def _place_fused(
     """Fixed 8-bit sites on convolution outputs and on residual additions that join them.
 
     They help integer kernels only, and are in float where the convolution is, or where another layer reads the same
-    tensor in float.
+    tensor in float. Layers that are left in float do not read them: onnxruntime would quantize their weights itself.
     """
+    in_float = {layer.node for layer in all_layers} - {layer.node for layer in layers}
     outputs: dict[fx.Node, str] = {}
     names = {layer.node: layer.name for layer in layers}
     for node in graph_module.graph.nodes:
@@ -242,7 +260,7 @@ def _place_fused(
     found, taken = [], {placement.site.name for placement in placements}
     for node, name in outputs.items():
         users = [user for user in node.users if user.op != "output"]
-        users = [user for user in users if user not in quantized_users.get(node, ())]
+        users = [user for user in users if user not in quantized_users.get(node, ()) and user not in in_float]
         if users and node.op != "placeholder":
             leaders = [
                 p.site
@@ -253,7 +271,7 @@ def _place_fused(
                 make_unique(name, taken),
                 "activation",
                 shapes(node),
-                (FLOAT16_BITS,) if any(leader.bits == (FLOAT16_BITS,) for leader in leaders) else (BASELINE_BITS,),
+                (BASELINE_BITS,),
                 is_searched=False,
                 follows=tuple(leader.name for leader in leaders),
             )

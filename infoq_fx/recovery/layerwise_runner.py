@@ -73,6 +73,7 @@ class LayerwiseRunner:
         *,
         reference: Reference = "float_model",
     ) -> None:
+        bits = prepared.inventory.complete_floats(bits)
         self.prepared, self.bits, self.run_options, self.samples = prepared, bits, context.run_options, data.samples
         self.segments = find_segments(prepared)
         bits_sought = bits if reference == "float_weights" else None

@@ -205,12 +205,13 @@ def run_perturbed(
     if not runs:
         return
     boundary = set().union(*(plan.boundary for plan in plans.values()))
-    baseline_plan = plan_whole_run(prepared, boundary, integers)
+    base = prepared.inventory.complete_floats({})
+    baseline_plan = plan_whole_run(prepared, boundary, integers, base)
     interpreter = SiteInterpreter(prepared, integers)
     interpreter.quantize_weights(sites)
     own = _ForkPerThread(interpreter)
     for start, batch in _number_batches(data, batch_size):
-        known = interpreter.run_plan(baseline_plan, {}, inputs=batch, is_stopped=run_options.stop.is_set)
+        known = interpreter.run_plan(baseline_plan, {}, inputs=batch, bits=base, is_stopped=run_options.stop.is_set)
 
         def perturb(run: tuple[str, int], start: int = start, known: Mapping[fx.Node, Any] = known) -> None:
             plan, read = plans[run[0]], make_reader(run, start)

@@ -13,6 +13,7 @@ from torch import fx
 from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
+from infoq_fx.types import FLOAT16_BITS
 
 __all__ = ["MergedQuantizer", "RunPlan", "plan_perturbed_run", "plan_whole_run"]
 
@@ -71,8 +72,8 @@ def plan_perturbed_run(
     Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
     if no observed node is downstream. The run ends with the last observed node.
     """
-    quantizers = {module.site.name: (node, module.site) for node, module in prepared.quantizer_nodes()}
-    start = {node for name, (node, found) in quantizers.items() if name == site or site in found.follows}
+    moved = {site, *prepared.inventory.complete_floats({site: FLOAT16_BITS})}
+    start = {node for node, module in prepared.quantizer_nodes() if module.site.name in moved}
     return _plan(prepared, set(observed), set(), start, integers, _BASELINE)
 
 

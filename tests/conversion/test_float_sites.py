@@ -56,12 +56,12 @@ def test_all_in_float_is_the_float_model_with_float16_weights():
 def test_a_site_in_float_frees_the_tensors_that_were_quantized_for_its_kernels(prepared):
     inventory = prepared.inventory
     following = {site.name: site.follows for site in inventory.sites if site.follows}
-    assert following
+    assert following["head.input"] == ("head.weight",)
     for name, leaders in following.items():
-        assert not inventory[name].is_searched
         for leader in leaders:
             assert inventory.complete_floats({leader: 16})[name] == 16
             assert name not in inventory.complete_floats({leader: 8})
+    assert inventory.complete_floats({"head.weight": 16, "head.input": 8}) == {"head.weight": 16, "head.input": 16}
     assert "blocks.0.conv2.weight" in following["blocks.0.conv2.output"]
 
 

@@ -24,7 +24,7 @@ def convert_quantizers(graph_module: fx.GraphModule, bits: Mapping[str, int]) ->
        equal qparams on the same tensor become one.
     2. a weight: int8 buffer under the weight's own path, float32 ``<path>_scale``, ``infoq_fx.dequantize``. With 16
        bits the buffer is float16.
-    3. an activation at 16 bits: nothing, it stays in float.
+    3. an activation at 16 bits: nothing, it stays in float, as does the input of a layer whose weight has 16 bits.
 
     Left alone: a float weight that other nodes also read is kept as ``<path>_float``, in addition to its integers.
     """
@@ -65,7 +65,9 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
     source = node.all_input_nodes[0]
     weight = read_tensor(graph_module, source)
     target, axis = str(source.target), qparams.spec.channel_axis or 0
-    if not qparams.spec.is_float:
+    if qparams.spec.is_float:
+        _read_floats(node)
+    else:
         qparams = _fit_biases(graph_module, node, qparams, find_zero_channels(weight, qparams.spec.channel_axis))
     others = [user for user in source.users if user is not node]
     if others:
@@ -87,6 +89,18 @@ def _convert_weight(graph_module: fx.GraphModule, node: fx.Node, site: str, qpar
         weight_node = graph_module.graph.call_function(dequantize_op, (integers, scale, axis, qparams.spec.bits, site))
     weight_node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     return weight_node
+
+
+def _read_floats(weight: fx.Node) -> None:
+    """Let the layers of a float weight read their input in float: they have no integer kernel.
+
+    Between a quantized input and a quantized output, onnxruntime would quantize the weight itself, to 8 bits.
+    """
+    for layer in list(weight.users):
+        position = LAYER_OPS[layer.target].source
+        source: Any = layer.args[position]
+        if is_call(source, quantize_dequantize_op):
+            layer.update_arg(position, source.args[0])
 
 
 def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams, is_zero: Tensor) -> QParams:
