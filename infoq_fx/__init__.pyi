@@ -193,6 +193,18 @@ from .scoring import (
 from .table import (
     SensitivityTable as SensitivityTable,
 )
+from .tolerance import (
+    Tolerance as Tolerance,
+)
+from .tolerance import (
+    ToleranceResult as ToleranceResult,
+)
+from .tolerance import (
+    ToleranceStep as ToleranceStep,
+)
+from .tolerance import (
+    search_tolerance as search_tolerance,
+)
 from .types import (
     Allocation as Allocation,
 )
@@ -201,6 +213,9 @@ from .types import (
 )
 from .types import (
     FileSize as FileSize,
+)
+from .types import (
+    MeasuredLoss as MeasuredLoss,
 )
 from .types import (
     Observer as Observer,

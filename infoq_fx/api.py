@@ -19,6 +19,7 @@ from infoq_fx.conversion.conversion import check_allocation, convert_prepared, w
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.core.option_checks import check_alpha, check_device, check_memory_limit, check_model, check_patterns
+from infoq_fx.core.readings import Metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
@@ -41,6 +42,8 @@ from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
+from infoq_fx.tolerance.search import divide_samples, quantize_within
+from infoq_fx.tolerance.tolerance import Tolerance
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
 __all__ = ["convert", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
@@ -50,9 +53,11 @@ DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 def quantize(
     model: nn.Module | ExportedProgram,
-    budget: float | Budget,
+    budget: float | Budget | Tolerance,
     *,
     calibration_data: Any = None,
+    validation_data: Any = None,
+    metric: Metric | None = None,
     example_inputs: Inputs | None = None,
     bits: int | Sequence[int] | None = None,
     activation_bits: int | Sequence[int] | None = 8,
@@ -77,9 +82,13 @@ def quantize(
 
     Args:
         model: trained ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
-        budget: mean weight bit-width, or a :class:`Budget` with any number of limits.
+        budget: mean weight bit-width, or a :class:`Budget` with any number of limits, or a :class:`Tolerance`: the
+            accuracy that may be lost, for which the smallest allocation is sought, see :func:`search_tolerance`.
         calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels, the model's own
             predictions are used. None quantizes only weights, scored by their relative error, with a warning.
+        validation_data: for a tolerance, samples to measure the loss on. None holds back every second calibration
+            sample, which then calibrates, scores and recovers nothing.
+        metric: for ``Tolerance(drop=)``, see :func:`search_tolerance`; None for top-1.
         example_inputs: a batch for capture; needed only without data and without an exported program.
         bits: candidate bit-widths of weights, 2 to 8. None for all.
         activation_bits: candidate bit-widths of activations: a single one is used for all, several are searched
@@ -120,14 +129,14 @@ def quantize(
         UnsupportedModelError: the model cannot be captured, or has nothing to quantize.
         CalibrationDataError: the data cannot be used.
         OptionError: an argument is invalid.
-        InfeasibleBudgetError: no allocation fits the budget; raised before scoring.
+        InfeasibleBudgetError: no allocation fits the budget; raised before scoring. Or none is within the tolerance.
     """
     check_model(model)
     check_device(device)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
-    data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
+    data, judged = divide_samples(calibration_data, validation_data, budget, metric, find_arguments(model))
     if data is None and chosen.needs_data:
         warnings.warn(
             "no calibration data: weights are scored by their own relative error and activations stay in float; "
@@ -146,10 +155,13 @@ def quantize(
         outputs=outputs,
         device=device,
         dynamic=dynamic,
-        budget=budget,
+        budget=budget.within if isinstance(budget, Tolerance) else budget,
     )
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     fitting = None if data is None else fit_data(prepared, data)
+    if isinstance(budget, Tolerance):
+        judging = metric, judged, fitting
+        return quantize_within(prepared, budget, judging, chosen, steps, resources, alpha=alpha, refine=refine)
     return quantize_prepared(prepared, budget, fitting, chosen, steps, resources, alpha=alpha, refine=refine)
 
 

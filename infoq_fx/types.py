@@ -24,6 +24,7 @@ __all__ = [
     "Cost",
     "FileSize",
     "Inventory",
+    "MeasuredLoss",
     "Measurement",
     "Observer",
     "Operation",
@@ -43,6 +44,7 @@ MIN_BITS = 2
 MAX_BITS = 8
 BASELINE_BITS = 8
 FLOAT_BITS = 32
+_SMALL = 1e-4  # errors below it are written with an exponent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +264,53 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredLoss:
+    """What an allocation loses on validation samples, measured with recovered weights, and what a smaller one loses.
+
+    Args:
+        measure: what ``value``, its ``standard_error`` and ``limit`` count: ``"drop"`` points of the metric below the
+            float model's, ``"nats"`` lost at the outputs per sample, ``"sqnr_db"`` the signal-to-quantization-noise
+            ratio in dB, of which more is better.
+        limit: the tolerance.
+        value: measured.
+        standard_error: of the value, from the differences between the two models over samples; None if not known.
+        samples: number of validation samples.
+        metric: name of the metric of a drop, such as ``"top-1"``.
+        smaller_value: of the next smaller allocation that was tried and failed; None if there is none.
+        smaller_error: its standard error.
+    """
+
+    measure: Literal["drop", "nats", "sqnr_db"]
+    limit: float
+    value: float
+    standard_error: float | None
+    samples: int
+    metric: str = ""
+    smaller_value: float | None = None
+    smaller_error: float | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the value is within the tolerance."""
+        return self.value >= self.limit if self.measure == "sqnr_db" else self.value <= self.limit
+
+    def describe(self) -> str:
+        """Return the value with its error and unit."""
+        shown = _with_error(self.value, self.standard_error)
+        if self.measure == "sqnr_db":
+            return f"has an SQNR of {shown} dB"
+        of_drop = "points of top-1" if self.metric == "top-1" else f"of {self.metric}"
+        return f"loses {shown} {'nats a sample' if self.measure == 'nats' else of_drop}"
+
+    def __str__(self) -> str:
+        text = f"{self.describe()} on {self.samples} samples"
+        if self.smaller_value is None:
+            return text
+        verb = "has" if self.measure == "sqnr_db" else "loses"
+        return f"{text}; the next smaller {verb} {_with_error(self.smaller_value, self.smaller_error)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Allocation:
     """A bit-width for every site, and how it was found.
 
@@ -270,8 +319,9 @@ class Allocation:
     by the same table. ``lost_nats`` is the information lost at the output with all sites at their bits, if it was
     measured (with weights as they were scored). ``recovered_by`` names the recovery steps behind the parameters of
     the model that it was read from. ``scored_for`` is the recovery that its scores were measured for, ``"none"`` for
-    weights rounded to nearest, None if that does not matter or is not known. Fields other than ``bits`` are None or
-    empty when the allocation was read back from a graph alone.
+    weights rounded to nearest, None if that does not matter or is not known. ``loss`` is what it lost on validation
+    samples, if it was found for a :class:`infoq_fx.Tolerance`. Fields other than ``bits`` are None or empty when the
+    allocation was read back from a graph alone.
     """
 
     bits: Mapping[str, int]
@@ -286,6 +336,7 @@ class Allocation:
     recovered_by: tuple[str, ...] = ()
     scored_for: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
+    loss: MeasuredLoss | None = None
 
     def __str__(self) -> str:
         return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
@@ -315,7 +366,19 @@ class Allocation:
             notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
         if self.score is not None:
             notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
+        if self.loss is not None:
+            notes.append(str(self.loss))
         return notes
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """A number with as many decimals as its error, which has one digit."""
+    if not error or not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.3g}"
+    if error < _SMALL:
+        return f"{value:.3g} ± {error:.1g}"
+    decimals = max(0, -math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def check_bits(bits: Any, option: str) -> tuple[int, ...]:

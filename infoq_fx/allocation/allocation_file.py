@@ -11,7 +11,7 @@ from typing import Any
 
 from infoq_fx.core.atomic_files import read_json, write_atomically
 from infoq_fx.errors import OptionError
-from infoq_fx.types import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
+from infoq_fx.types import MAX_BITS, MIN_BITS, Allocation, Budget, Cost, MeasuredLoss, Score
 
 __all__ = ["decode_allocation", "describe_allocation", "load_allocation", "save_allocation"]
 
@@ -41,6 +41,7 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
     values["cost"] = None if values["cost"] is None else Cost(**values["cost"])
     values["recovered_by"] = tuple(values["recovered_by"])
     values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
+    values["loss"] = None if values.get("loss") is None else MeasuredLoss(**values["loss"])
     return Allocation(**values)
 
 

@@ -77,6 +77,8 @@ def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, f
         lines.append(f"score {allocation.score:.4g}{spread}; {_describe_uniform(allocation)}")
     if allocation.lost_nats is not None:
         lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
+    if allocation.loss is not None:
+        lines.append(f"measured after recovery: {allocation.loss}")
     if allocation.recovered_by:
         lines.append(f"recovered by {', '.join(allocation.recovered_by)}")
     return lines
