@@ -105,14 +105,15 @@ class StepTaker:
 
     def __call__(self, limit: float) -> ToleranceStep | None:
         """Return the step at a limit; None if no allocation fits it."""
-        search = self._search
-        budget = limit_cost(search.validation.tolerance, limit)
+        search, within = self._search, self._search.validation.tolerance.within
+        is_most = limit >= self._most
+        budget = within if is_most and within is not None else limit_cost(search.validation.tolerance, limit)
         try:
             first = allocate(search.table, budget, alpha=search.alpha, pin=search.pin)
         except InfeasibleBudgetError:
             return None
         is_fixed = not search.refine
-        if limit >= self._most:
+        if is_most:
             with suppress(InfeasibleBudgetError):  # the limits besides may not let all sites have their most bits
                 first, is_fixed = _allocate_at_most(search, budget, None), True
         path = _find_path(search, first, is_fixed)
