@@ -156,9 +156,9 @@ def explain_failure(search: Search, steps: list[ToleranceStep]) -> InfeasibleBud
     if widest > BASELINE_BITS:
         reached = f"with all sites at {BASELINE_BITS} bits it {_measure_even(search).describe()}, {reached}"
     verb = "lower" if tolerance.sqnr_db is not None else "raise"
-    remedy = f"{verb} it to what is reached"
+    remedy = f"{verb} {tolerance.measure} to what is reached"
     if tolerance.within is not None and not is_whole:
-        remedy += ", raise the limits within which it is sought"
+        remedy += ", raise the limits of within="
     if widest < BASELINE_BITS:
         remedy += ", or allow more bits"
     elif widest == BASELINE_BITS:
