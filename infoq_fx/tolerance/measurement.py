@@ -138,18 +138,20 @@ def measure_loss(validation: Validation, quantized: QuantizedModule) -> Measured
     if tolerance.sqnr_db is not None:
         value, error = _measure_sqnr(validation, quantized)
     elif tolerance.nats is not None:
-        reference, size = validation.reference, validation.batch_size
-        value, error = _mean(_join(validation, quantized, lambda at, x: validation.loss(reference.rows(at, size), x)))
+        # What is computed once is computed here, before batches are spread over threads.
+        reference, size, loss = validation.reference, validation.batch_size, validation.loss
+        value, error = _mean(_join(validation, quantized, lambda at, x: loss(reference.rows(at, size), x)))
     elif validation.metric is None:
-        hits = _join(validation, quantized, lambda at, x: _count_hits(validation, at, x))
-        value, error = _mean(100 * (validation.float_hits - hits))
+        before = validation.float_hits
+        after = _join(validation, quantized, lambda at, x: _count_hits(validation, at, x))
+        value, error = _mean(100 * (before - after))
     else:
         whole, without = validation.float_metrics
         found, parts = _measure_own(validation, quantized)
         # Not a number is no accuracy at all.
         value = whole - found if math.isfinite(found) else math.inf
         error = jackknife_error([a - b for a, b in zip(without, parts, strict=False)])
-    return validation.make_loss(value, error)
+    return validation.make_loss(value, error if error is not None and math.isfinite(error) else None)
 
 
 def jackknife_error(parts: Sequence[float]) -> float | None:

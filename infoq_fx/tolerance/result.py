@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from infoq_fx.core.tabular import align_rows
@@ -46,7 +47,8 @@ class ToleranceResult:
     def __str__(self) -> str:
         rows = [[self.tolerance.minimize, "measured", "passes"]]
         for step in sorted(self.steps, key=lambda step: step.cost):
-            rows.append([f"{step.cost:,.6g}", step.loss.describe(), "yes" if step.passes else "no"])
+            cost = f"{step.cost:,}" if step.cost == int(step.cost) else f"{step.cost:,.6g}"
+            rows.append([cost, step.loss.describe(), "yes" if step.passes else "no"])
         chosen = f"{self.allocation.loss}"
         return "\n".join([f"{self.tolerance}: {len(self.steps)} steps", *align_rows(rows), chosen])
 
@@ -62,7 +64,7 @@ def choose_step(steps: list[ToleranceStep]) -> tuple[ToleranceStep, Allocation] 
     best = min(passing, key=lambda step: step.cost)
     smaller = [step for step in steps if not step.passes and step.cost < best.cost]
     loss = best.loss
-    if smaller:
-        other = max(smaller, key=lambda step: step.cost).loss
+    other = max(smaller, key=lambda step: step.cost).loss if smaller else None
+    if other is not None and math.isfinite(other.value):
         loss = replace(loss, smaller_value=other.value, smaller_error=other.standard_error)
     return best, replace(best.allocation, loss=loss)

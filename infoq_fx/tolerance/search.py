@@ -91,7 +91,6 @@ def search_tolerance(
     check_table(table)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
-    check_metric(metric)
     if not isinstance(tolerance, Tolerance):
         raise OptionError(f"tolerance={tolerance!r}; give a Tolerance, such as Tolerance(drop=1.0)")
     steps, arguments = find_steps(recovery, seed), ForwardArguments.exactly(prepared.input_names)
@@ -144,7 +143,6 @@ def quantize_within(
     metric, *both = judging
     data, samples = (fit_data(prepared, x) for x in reversed(both) if x is not None)
     check_alpha(alpha)
-    check_metric(metric)
     judged = check_validation(Validation(prepared, samples, tolerance, metric, resources.memory_limit))
     candidates = find_candidates(prepared, data, steps, memory_limit=resources.memory_limit)
     table = _find_table(prepared, data, scores, resources, candidates)
@@ -191,6 +189,7 @@ def divide_samples(
                     "give a Tolerance as the budget"
                 )
         return calibration, None
+    check_losses(budget, metric)
     if calibration is None:
         raise CalibrationDataError("a Tolerance is measured on samples and there are none; give calibration_data=")
     if validation_data is not None:
@@ -207,17 +206,27 @@ def divide_samples(
     return fitting, judged
 
 
+def check_losses(tolerance: Tolerance, metric: Metric | None) -> None:
+    """Check that a metric is a function, and that the tolerance is one of a metric.
+
+    Raises:
+        OptionError: it is not.
+    """
+    check_metric(metric)
+    if metric is not None and tolerance.drop is None:
+        raise OptionError(f"metric= is given and the tolerance is {tolerance.measure}=; give drop=, or leave it out")
+
+
 def check_validation(validation: Validation) -> Validation:
     """Check a tolerance and its samples before anything is scored.
 
     Raises:
-        OptionError: the minimized cost is unknown or fixed, or a metric is given where none is measured.
+        OptionError: the minimized cost is unknown or fixed, or the metric cannot be used.
         CalibrationDataError: top-1 is to be measured, and there are no labels that fit.
         InfeasibleBudgetError: the limits besides cannot be met.
     """
     tolerance, inventory = validation.tolerance, validation.prepared.inventory
-    if validation.metric is not None and tolerance.drop is None:
-        raise OptionError(f"metric= is given and the tolerance is {tolerance.measure}=; give drop=, or leave it out")
+    check_losses(tolerance, validation.metric)
     read_range(tolerance, inventory, {})
     if tolerance.within is not None:
         check_budget(inventory, tolerance.within)
