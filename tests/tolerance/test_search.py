@@ -1,6 +1,7 @@
 """The whole search on a small network: what is returned, what is kept, what is refused."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx import Budget, InfeasibleBudgetError, OptionError, Tolerance
+from infoq_fx.core.data import read_data
+from infoq_fx.scoring.sensitivity import Resources
 from infoq_fx.tolerance import steps as steps_module
+from infoq_fx.tolerance.measurement import Validation
+from infoq_fx.types import Score
 
 OPTIONS = dict(progress=False)
 
@@ -169,6 +174,41 @@ def test_limits_besides_hold_and_what_is_in_vain_says_what_is_reached(case, prep
     known = infoq_fx.score(narrow, criterion="weight_mse", progress=False)
     with pytest.raises(InfeasibleBudgetError, match=r"with all sites at 4 bits .* or allow more bits"):
         infoq_fx.search_tolerance(narrow, known, Tolerance(sqnr_db=90.0), fitted, **options)
+
+
+def test_in_vain_with_float_among_the_candidates_says_what_8_bits_and_what_floats_reach(prepared, table, monkeypatch):
+    sites = tuple(replace(s, bits=(*s.bits, 16)) if len(s.bits) > 1 else s for s in prepared.inventory.sites)
+    scores = {name: {**by_bits, 16: Score(0.0)} for name, by_bits in table.scores.items()}
+    wide = replace(table, inventory=replace(prepared.inventory, sites=sites), scores=scores)
+    tolerance = Tolerance(nats=1e-9, within=Budget(size_bytes=1700))
+    held = read_data(torch.zeros(16, 1, 8, 8)).named(prepared.input_names)
+    search = steps_module.Search(
+        validation=Validation(prepared, held, tolerance),
+        table=wide,
+        data=held,
+        steps=(),
+        candidates=None,
+        alpha=1.0,
+        pin={},
+        refine=False,
+        resources=Resources(progress=False),
+    )
+    measured = {}
+
+    def measure(search, allocation, path):
+        measured.update(allocation.bits)
+        return search.validation.make_loss(0.4, 0.1), prepared
+
+    monkeypatch.setattr(steps_module, "_measure", measure)
+    best = infoq_fx.allocate(wide, tolerance.within)
+    step = steps_module.ToleranceStep(limit=1.0, cost=1.0, allocation=best, loss=search.validation.make_loss(0.2, 0.1))
+    text = str(steps_module.explain_failure(search, [step]))
+    assert set(measured.values()) == {8}
+    assert (
+        "with all sites at 8 bits it loses 0.4 ± 0.1 nats a sample, with 8 bits and the worst layers in float" in text
+    )
+    assert "within size_bytes=1700 it loses 0.2 ± 0.1 nats a sample; raise nats to what is reached" in text
+    assert "add 16" not in text
 
 
 def test_a_cost_of_ones_own_that_does_not_grow_with_the_bits(case, prepared, table, monkeypatch):
