@@ -372,12 +372,12 @@ class Allocation:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    """A number with as many decimals as its error, which has one digit."""
+    """A number with as many decimals as its error, which has one digit, or one decimal if it is 1 to 10."""
     if not error or not (math.isfinite(value) and math.isfinite(error)):
         return f"{value:.3g}"
     if error < _SMALL:
         return f"{value:.3g} ± {error:.1g}"
-    decimals = max(0, -math.floor(math.log10(error)))
+    decimals = 0 if error >= 10 else max(1, -math.floor(math.log10(error)))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

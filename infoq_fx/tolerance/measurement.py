@@ -31,7 +31,7 @@ from infoq_fx.types import MeasuredLoss
 
 __all__ = ["GROUPS", "Validation", "jackknife_error", "measure_loss", "name_metric"]
 
-GROUPS = 20
+GROUPS = 10
 """Groups of samples that are left out in turn for the error of a metric of the user's own."""
 
 _OUTPUT_BYTES = 2 << 30  # of all samples, held for a metric of the user's own
@@ -126,7 +126,7 @@ def measure_loss(validation: Validation, quantized: QuantizedModule) -> Measured
     """Run a quantized module over the validation samples and measure what it loses.
 
     The standard error is that of the mean of the samples' differences; for the SQNR, a ratio of two sums, it is
-    linearized; for a metric of the user's own it is the jackknife over 20 groups of samples, where every output has an
+    linearized; for a metric of the user's own it is the jackknife over 10 groups of samples, where every output has an
     entry for each sample.
 
     Raises:

@@ -71,7 +71,7 @@ def search_tolerance(
             for a drop of top-1.
         metric: for ``Tolerance(drop=)``: ``(outputs, labels) -> float`` over all validation samples, larger is better;
             None for top-1. The outputs are the model's own, in its own structure. It is also called without a
-            twentieth of the samples at a time, for the standard error, so labels must come from its arguments.
+            tenth of the samples at a time, for the standard error, so labels must come from its arguments.
         alpha: factor on activation scores relative to weight scores (Eq. 5).
         pin: fixed bit-widths by site name.
         refine: run a few allocations at every step and take the best, see :func:`infoq_fx.refine`.
