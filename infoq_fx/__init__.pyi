@@ -2,6 +2,9 @@ from .allocation import (
     COSTS as COSTS,
 )
 from .allocation import (
+    FileSize as FileSize,
+)
+from .allocation import (
     OperationCost as OperationCost,
 )
 from .allocation import (
@@ -202,6 +205,18 @@ from .scoring import (
 from .table import (
     SensitivityTable as SensitivityTable,
 )
+from .tolerance import (
+    Tolerance as Tolerance,
+)
+from .tolerance import (
+    ToleranceResult as ToleranceResult,
+)
+from .tolerance import (
+    ToleranceStep as ToleranceStep,
+)
+from .tolerance import (
+    search_tolerance as search_tolerance,
+)
 from .types import (
     Allocation as Allocation,
 )
@@ -209,7 +224,7 @@ from .types import (
     Budget as Budget,
 )
 from .types import (
-    FileSize as FileSize,
+    MeasuredLoss as MeasuredLoss,
 )
 from .types import (
     Observer as Observer,

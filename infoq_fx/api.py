@@ -19,6 +19,7 @@ from infoq_fx.conversion.conversion import check_allocation, convert_prepared, w
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.core.option_checks import check_alpha, check_device, check_memory_limit, check_model, check_patterns
+from infoq_fx.core.readings import Metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
@@ -41,6 +42,8 @@ from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
+from infoq_fx.tolerance.search import divide_samples, quantize_within
+from infoq_fx.tolerance.tolerance import Tolerance
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
 __all__ = ["convert", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
@@ -50,9 +53,11 @@ DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 def quantize(
     model: nn.Module | ExportedProgram,
-    budget: float | Budget,
+    budget: float | Budget | Tolerance,
     *,
     calibration_data: Any = None,
+    validation_data: Any = None,
+    metric: Metric | None = None,
     example_inputs: Inputs | None = None,
     bits: int | Sequence[int] | None = None,
     activation_bits: int | Sequence[int] | None = 8,
@@ -78,31 +83,32 @@ def quantize(
 
     Args:
         model: trained ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It is not changed.
-        budget: mean weight bit-width, or a :class:`Budget` with any number of limits.
+        budget: mean weight bit-width, or a :class:`Budget` with any number of limits, or a :class:`Tolerance`: the
+            accuracy that may be lost, for which the smallest allocation is sought, see :func:`search_tolerance`.
         calibration_data: about 1,000 samples, see :func:`infoq_fx.core.data.read_data`. Without labels, the model's own
             predictions are used. None quantizes only weights, scored by their relative error, with a warning.
+        validation_data: for a tolerance, samples to measure the loss on. None holds back every second calibration
+            sample, which then calibrates, scores and recovers nothing.
+        metric: for ``Tolerance(drop=)``, see :func:`search_tolerance`; None for top-1.
         example_inputs: a batch for capture; needed only without data and without an exported program.
         bits: candidate bit-widths of weights, 2 to 8, and 16 for float16. None for 2 to 8.
         activation_bits: candidate bit-widths of activations, 2 to 8, and 16 for float: a single one is used for all,
             several are searched together with the weights'; None leaves activations in float.
         criterion: sensitivity criterion: a registered name, an object with its own options and seed, or a function, see
             :class:`infoq_fx.FunctionCriterion`.
-        observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQ` and
-            :class:`infoq_fx.InfoQPaper`.
+        observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQPaper`.
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
         alpha: factor on activation scores relative to weight scores (Eq. 5).
         refine: run a few allocations and choose the best, see :func:`refine`; needs data.
         recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
         pin: fixed bit-widths by glob pattern on module paths or site names.
-        tie: groups of glob patterns on module paths of layers whose weights get one bit-width, because a runtime fuses
-            them: ``[("*.q_proj", "*.k_proj", "*.v_proj")]`` makes one tie of three layers in each parent module.
+        tie: groups of patterns on layers that get one bit-width in each parent module: ``[("*.q", "*.k", "*.v")]``.
         outputs: what the model's outputs mean, which decides how a loss is measured there: ``"auto"``, a reading
             (:class:`infoq_fx.Categorical`, :class:`infoq_fx.Bernoulli`, :class:`infoq_fx.Quantity`,
             :class:`infoq_fx.Ignored`) for all, a mapping from output name or position to a reading, its name or
             ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
-        seed: of all random numbers; the same seed gives the same result. Criteria and recovery steps given as objects
-            have their own.
+        seed: of all random numbers but those of criteria and recovery steps given as objects, which have their own.
         device: of the computations and of the result.
         dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
             as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
@@ -110,9 +116,9 @@ def quantize(
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
             more bit-width computes only new scores.
-        memory_limit: bytes per process for what scores, rounding and recovery hold besides model and data: batches,
-            moments of layers, values between layers. A single sample or layer may need more. None for half of the free
-            memory in scoring; in recovery, values between layers beyond 1 GiB are then written to a temporary file.
+        memory_limit: bytes per process for batches, moments of layers and values between layers in scoring, rounding
+            and recovery. A single sample or layer may need more. None for half of the free memory in scoring; in
+            recovery, values between layers beyond 1 GiB are then written to a temporary file.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -123,14 +129,14 @@ def quantize(
         UnsupportedModelError: the model cannot be captured, or has nothing to quantize.
         CalibrationDataError: the data cannot be used.
         OptionError: an argument is invalid.
-        InfeasibleBudgetError: no allocation fits the budget; raised before scoring.
+        InfeasibleBudgetError: no allocation fits the budget; raised before scoring. Or none is within the tolerance.
     """
     check_model(model)
     check_device(device)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
-    data = None if calibration_data is None else read_data(calibration_data, find_arguments(model))
+    data, judged = divide_samples(calibration_data, validation_data, budget, metric, find_arguments(model))
     if data is None and chosen.needs_data:
         warnings.warn(
             "no calibration data: weights are scored by their own relative error and activations stay in float; "
@@ -150,10 +156,13 @@ def quantize(
         outputs=outputs,
         device=device,
         dynamic=dynamic,
-        budget=budget,
+        budget=budget.within if isinstance(budget, Tolerance) else budget,
     )
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     fitting = None if data is None else fit_data(prepared, data)
+    if isinstance(budget, Tolerance):
+        judging = metric, judged, fitting
+        return quantize_within(prepared, budget, judging, chosen, steps, resources, alpha=alpha, refine=refine)
     return quantize_prepared(prepared, budget, fitting, chosen, steps, resources, alpha=alpha, refine=refine)
 
 
@@ -345,9 +354,7 @@ def refine(
     errors, and the uniform allocation. The best is the one whose outputs diverge least from the float model's, in nats
     per sample: ``lost_nats`` of the result.
 
-    Weights are rounded as by :func:`score` for the same ``recovery``.
-
-    Cost: at most seven forward passes over at most 512 samples, without labels, and the rounding of weights.
+    Weights are rounded as by :func:`score` for the same ``recovery``. Cost: at most seven forward passes over at most 512 samples, without labels, and the rounding of weights.
 
     Args:
         prepared: the prepared model of the table.

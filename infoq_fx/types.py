@@ -23,8 +23,8 @@ __all__ = [
     "Allocation",
     "Budget",
     "Cost",
-    "FileSize",
     "Inventory",
+    "MeasuredLoss",
     "Measurement",
     "Observer",
     "Operation",
@@ -47,6 +47,7 @@ BASELINE_BITS = 8
 FLOAT16_BITS = 16
 """The candidate that is no integer: a weight in float16, an activation in float."""
 FLOAT_BITS = 32
+_SMALL = 1e-4  # errors below it are written with an exponent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,7 @@ class Inventory:
                 )
 
     def __getitem__(self, name: str) -> QuantSite:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
+        return {site.name: site for site in self.sites}[name]
 
     def complete_floats(self, bits: Mapping[str, int]) -> dict[str, int]:
         """Return the bit-widths with 16 for all sites that follow one in float, whatever their own bit-width is.
@@ -292,24 +290,6 @@ class Budget:
         return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
 
 
-@dataclass(frozen=True)
-class FileSize:
-    """The bytes of an exported file, external data included.
-
-    Args:
-        total_bytes: of the file.
-        tensor_bytes: of the values of its initializers: weights, scales, biases and tables.
-    """
-
-    total_bytes: int
-    tensor_bytes: int
-
-    @property
-    def graph_bytes(self) -> int:
-        """Everything else: operators, names, metadata."""
-        return self.total_bytes - self.tensor_bytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """The cost of an allocation, in the units of :class:`Budget`; ``costs`` holds the user-defined costs it limits."""
@@ -327,6 +307,52 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredLoss:
+    """What an allocation loses on validation samples, with recovered weights, and what the next smaller one loses.
+
+    Args:
+        measure: what ``value``, its error and ``limit`` count: ``"drop"`` points of the metric below the float model's,
+            ``"nats"`` lost at the outputs per sample, ``"sqnr_db"`` the SQNR in dB, of which more is better.
+        limit: the tolerance.
+        value: measured.
+        standard_error: of the value, from paired differences over samples; None if not known.
+        samples: number of validation samples.
+        metric: name of the metric of a drop, such as ``"top-1"``.
+        smaller_value: of the next smaller allocation that was tried and failed; None if there is none. Its error is
+            ``smaller_error``.
+    """
+
+    measure: Literal["drop", "nats", "sqnr_db"]
+    limit: float
+    value: float
+    standard_error: float | None
+    samples: int
+    metric: str = ""
+    smaller_value: float | None = None
+    smaller_error: float | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the value is within the tolerance."""
+        return self.value >= self.limit if self.measure == "sqnr_db" else self.value <= self.limit
+
+    def describe(self) -> str:
+        """Return the value with its error and unit."""
+        shown = _with_error(self.value, self.standard_error)
+        if self.measure == "sqnr_db":
+            return f"has an SQNR of {shown} dB"
+        of_drop = "points of top-1" if self.metric == "top-1" else f"of {self.metric}"
+        return f"loses {shown} {'nats a sample' if self.measure == 'nats' else of_drop}"
+
+    def __str__(self) -> str:
+        text = f"{self.describe()} on {self.samples} samples"
+        if self.smaller_value is None:
+            return text
+        verb = "has" if self.measure == "sqnr_db" else "loses"
+        return f"{text}; the next smaller {verb} {_with_error(self.smaller_value, self.smaller_error)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Allocation:
     """A bit-width for every site, and how it was found.
 
@@ -336,8 +362,9 @@ class Allocation:
     measured (with weights as they were scored). ``recovered_by`` names the recovery steps behind the parameters of
     the model that it was read from. ``scored_for`` is the recovery that its scores were measured for, ``"none"`` for
     weights rounded to nearest, None if that does not matter or is not known. ``ties`` are the groups of sites that were
-    given one bit-width. Fields other than ``bits`` are None or empty when the allocation was read back from a graph
-    alone.
+    given one bit-width. ``loss`` is what it lost on validation samples, if it was found for a
+    :class:`infoq_fx.Tolerance`. Fields other than ``bits`` are None or empty when the allocation was read back from a
+    graph alone.
     """
 
     bits: Mapping[str, int]
@@ -353,6 +380,7 @@ class Allocation:
     scored_for: str | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
+    loss: MeasuredLoss | None = None
 
     def __str__(self) -> str:
         return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
@@ -383,12 +411,24 @@ class Allocation:
             notes.append(f"{self.cost.weight_bits:.3g} bits a weight, {self.cost.size_bytes:,} bytes")
         if self.score is not None:
             notes.append(f"score {self.score:.4g} ± {self.standard_error or 0.0:.2g}")
+        if self.loss is not None:
+            notes.append(str(self.loss))
         return notes
 
 
 def describe_ties(ties: Iterable[tuple[str, ...]]) -> list[str]:
     """Return a line for each group of sites with one bit-width."""
     return [f"tied to one bit-width: {', '.join(tie)}" for tie in ties]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    """A number with as many decimals as its error, which has one digit, or one decimal if it is 1 to 10."""
+    if not error or not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.3g}"
+    if error < _SMALL:
+        return f"{value:.3g} ± {error:.1g}"
+    decimals = 0 if error >= 10 else max(1, -math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def check_bits(bits: Any, option: str) -> tuple[int, ...]:

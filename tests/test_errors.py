@@ -106,6 +106,26 @@ PROVOKED = {
         lambda c: infoq_fx.allocate(c.table, infoq_fx.Budget(compression=99.0)),
         ["compression=99", "16"],
     ),
+    "loss_out_of_reach": (
+        "InfeasibleBudgetError",
+        lambda c: infoq_fx.search_tolerance(
+            c.prepared,
+            c.table,
+            infoq_fx.Tolerance(sqnr_db=200.0),
+            torch.randn(16, 4),
+            validation_data=torch.randn(16, 4),
+            recovery="none",
+        ),
+        ["sqnr_db=200", "8 bits", "lower sqnr_db", "add 16"],
+    ),
+    "tolerance": ("OptionError", lambda c: infoq_fx.Tolerance(drop=1.0, nats=0.1), ["drop and nats", "sqnr_db"]),
+    "drop_without_labels": (
+        "CalibrationDataError",
+        lambda c: infoq_fx.search_tolerance(
+            c.prepared, c.table, infoq_fx.Tolerance(drop=1.0), torch.randn(16, 4), validation_data=torch.randn(16, 4)
+        ),
+        ["labels", "nats="],
+    ),
     "no_budget": ("OptionError", lambda c: infoq_fx.allocate(c.table, "small"), ["'small'", "3.0"]),
     "empty_budget": ("OptionError", lambda c: infoq_fx.Budget(), ["weight_bits", "size_bytes"]),
     "negative_limit": ("OptionError", lambda c: infoq_fx.Budget(size_bytes=-1), ["size_bytes=-1", "positive"]),

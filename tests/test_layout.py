@@ -23,6 +23,7 @@ ROOMS = [
     "finetuning",
     "recovery",
     "scoring",
+    "tolerance",
     "api",
     "auditing",
     "export",

@@ -26,6 +26,9 @@ from .solver import (
     propose as propose,
 )
 from .summary import (
+    FileSize as FileSize,
+)
+from .summary import (
     Summary as Summary,
 )
 from .summary import (

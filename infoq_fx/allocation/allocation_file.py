@@ -11,7 +11,7 @@ from typing import Any
 
 from infoq_fx.core.atomic_files import read_json, write_atomically
 from infoq_fx.errors import OptionError
-from infoq_fx.types import FLOAT16_BITS, MAX_BITS, MIN_BITS, Allocation, Budget, Cost, Score
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, MIN_BITS, Allocation, Budget, Cost, MeasuredLoss, Score
 
 __all__ = ["decode_allocation", "describe_allocation", "load_allocation", "save_allocation"]
 
@@ -42,6 +42,7 @@ def decode_allocation(held: Mapping[str, Any]) -> Allocation:
     values["recovered_by"] = tuple(values["recovered_by"])
     values["ties"] = tuple(tuple(tie) for tie in values.get("ties", ()))
     values["scores"] = {name: Score(**score) for name, score in values["scores"].items()}
+    values["loss"] = None if values.get("loss") is None else MeasuredLoss(**values["loss"])
     return Allocation(**values)
 
 

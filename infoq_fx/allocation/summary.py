@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, FileSize, Inventory, QuantSite, describe_ties
+from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite, describe_ties
 
-__all__ = ["Summary", "summarize_allocation"]
+__all__ = ["FileSize", "Summary", "summarize_allocation"]
 
 _HEAD = ("layer", "kind", "elements", "bits", "score", "± error", "share of size")
 _TEXT_COLUMNS = 2
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """The bytes of an exported file, external data included.
+
+    Args:
+        total_bytes: of the file.
+        tensor_bytes: of the values of its initializers: weights, scales, biases and tables.
+    """
+
+    total_bytes: int
+    tensor_bytes: int
+
+    @property
+    def graph_bytes(self) -> int:
+        """Everything else: operators, names, metadata."""
+        return self.total_bytes - self.tensor_bytes
 
 
 class Summary(str):
@@ -79,6 +98,8 @@ def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, f
     if allocation.lost_nats is not None:
         lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
     lines += describe_ties(inventory.ties)
+    if allocation.loss is not None:
+        lines.append(f"measured after recovery: {allocation.loss}")
     if allocation.recovered_by:
         lines.append(f"recovered by {', '.join(allocation.recovered_by)}")
     return lines

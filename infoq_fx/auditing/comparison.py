@@ -24,7 +24,6 @@ from infoq_fx.allocation.allocation_file import decode_allocation, describe_allo
 from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, prepare
 from infoq_fx.auditing.judge import Judge
-from infoq_fx.auditing.kept_results import kept_folder, load_result, result_path, store_result
 from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.core.data import CalibrationData, read_data
 from infoq_fx.core.option_checks import check_model, check_patterns
@@ -37,6 +36,7 @@ from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size
+from infoq_fx.runtime.kept_results import kept_folder, load_result, result_path, store_result
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
 from infoq_fx.scoring.criterion import Criterion, Measure
 from infoq_fx.scoring.output_measure import ACCURACY_DROP

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from infoq_fx.auditing.kept_results import load_result, result_path, store_result
 from infoq_fx.auditing.result import AuditRow, Hits, Nats
 from infoq_fx.conversion.conversion import convert_prepared
 from infoq_fx.core.data import CalibrationData
@@ -26,6 +25,7 @@ from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, hold_outputs
 from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
+from infoq_fx.runtime.kept_results import load_result, result_path, store_result
 from infoq_fx.runtime.outputs import is_read, predict_classes, read_readings
 from infoq_fx.scoring.output_measure import read_class_labels
 from infoq_fx.types import Allocation, Plain

@@ -46,9 +46,7 @@ def read_samples(options: Mapping[str, Any], path: Path | None = None) -> tuple[
     )
 
 
-def prepare_model(
-    options: dict[str, Any], samples: tuple[Tensor, Tensor | None], budget: Budget | None = None
-) -> PreparedModel:
+def prepare_model(options: dict[str, Any], samples: Any, budget: Budget | None = None) -> PreparedModel:
     """Load and prepare a command's MODEL; candidate bit-widths that were not given get their defaults.
 
     The budget, if given, is only checked to be feasible.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from infoq_fx.cli.configuration import read_configuration
 from infoq_fx.errors import OptionError
+from infoq_fx.tolerance import Tolerance
 from infoq_fx.types import Budget
 
 __all__ = [
@@ -29,8 +31,12 @@ __all__ = [
     "ImageSize",
     "Json",
     "Labels",
+    "MaxDrop",
+    "MaxNats",
     "Mean",
     "MemoryLimit",
+    "MinSqnr",
+    "Minimize",
     "Model",
     "Outputs",
     "Pin",
@@ -42,6 +48,7 @@ __all__ = [
     "SizeBytesLimit",
     "Std",
     "Tie",
+    "ValidationData",
     "WeightBitsLimit",
     "Weights",
     "Workers",
@@ -52,8 +59,10 @@ __all__ = [
     "read_outputs",
     "read_pins",
     "read_ties",
+    "read_tolerance",
 ]
 
+_TOLERANCE = "Tolerance (instead of a budget, or within it)"
 _BUDGET, _DATA, _SEARCH, _RUN = "Budget (any number of limits at once)", "Data", "Search", "Run"
 
 Model = Annotated[
@@ -87,6 +96,35 @@ BitopsLimit = Annotated[
 ActivationBytesLimit = Annotated[
     float | None,
     typer.Option(help="Largest size of all activations of one sample in bytes.", rich_help_panel=_BUDGET),
+]
+
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Points of top-1 that may be lost on validation samples; the smallest model within it is sought.",
+        rich_help_panel=_TOLERANCE,
+    ),
+]
+MaxNats = Annotated[
+    float | None,
+    typer.Option(help="Nats a sample that may be lost there; needs no labels.", rich_help_panel=_TOLERANCE),
+]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(help="Least signal-to-quantization-noise ratio there in dB.", rich_help_panel=_TOLERANCE),
+]
+Minimize = Annotated[
+    str,
+    typer.Option(
+        help="What to make small: size_bytes, bitops, activation_bytes or weight_bits.", rich_help_panel=_TOLERANCE
+    ),
+]
+ValidationData = Annotated[
+    Path | None,
+    typer.Option(
+        help="Samples to measure the loss on; by default every second sample of DATA, which calibrates nothing then.",
+        rich_help_panel=_DATA,
+    ),
 ]
 
 Samples = Annotated[
@@ -208,9 +246,23 @@ def read_limits(
     if all(limit is None for limit in limits.values()):
         raise OptionError(
             "there is no budget; give --budget (mean weight bits, such as 4), --compression, --size-bytes, --bitops "
-            "or --activation-bytes, one or several"
+            "or --activation-bytes, one or several; quantize also takes --max-drop, --max-nats or --min-sqnr"
         )
     return Budget(**limits)
+
+
+def read_tolerance(options: Mapping[str, Any], limits: Budget | None) -> Tolerance | None:
+    """Build the tolerance from the command line's options, within the limits; None without any.
+
+    Raises:
+        OptionError: there are two, one is not a number of at least 0, or an option for one is given without it.
+    """
+    given = {"drop": options["max_drop"], "nats": options["max_nats"], "sqnr_db": options["min_sqnr"]}
+    if all(limit is None for limit in given.values()):
+        if options["validation_data"] is not None:
+            raise OptionError("--validation-data is for a tolerance; give --max-drop, --max-nats or --min-sqnr too")
+        return None
+    return Tolerance(**given, minimize=options["minimize"], within=limits)
 
 
 def read_bits(text: str, option: str) -> tuple[int, ...] | None:

@@ -30,8 +30,12 @@ from infoq_fx.cli.options import (
     ImageSize,
     Json,
     Labels,
+    MaxDrop,
+    MaxNats,
     Mean,
     MemoryLimit,
+    Minimize,
+    MinSqnr,
     Model,
     Outputs,
     Pin,
@@ -43,19 +47,23 @@ from infoq_fx.cli.options import (
     SizeBytesLimit,
     Std,
     Tie,
+    ValidationData,
     WeightBitsLimit,
     Weights,
     Workers,
     read_limits,
+    read_tolerance,
 )
 from infoq_fx.errors import OptionError
 from infoq_fx.table import SensitivityTable
+from infoq_fx.tolerance import Tolerance
 from infoq_fx.types import Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from infoq_fx.conversion.quantized import QuantizedModule
+    from infoq_fx.core.data import CalibrationData
     from infoq_fx.quantization.prepared import PreparedModel
     from infoq_fx.recovery.step import RecoveryStep
 
@@ -82,6 +90,11 @@ def quantize(
     size_bytes: SizeBytesLimit = None,
     bitops: BitopsLimit = None,
     activation_bytes: ActivationBytesLimit = None,
+    max_drop: MaxDrop = None,
+    max_nats: MaxNats = None,
+    min_sqnr: MinSqnr = None,
+    minimize: Minimize = "size_bytes",
+    validation_data: ValidationData = None,
     scores: Annotated[
         Path | None, typer.Option(help="Scores from infoq-fx score or an earlier run, to use instead of scoring.")
     ] = None,
@@ -124,7 +137,10 @@ def quantize(
     json_output: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Quantize a trained model under a budget, write it as ONNX, and verify the file.
+    """Quantize a trained model under a budget or a tolerance, write it as ONNX, and verify the file.
+
+    With --max-drop, --max-nats or --min-sqnr it is the smallest model that loses no more on validation samples; budget
+    options are then limits that hold besides.
 
     The scores are written next to the file. For another budget, repeat the command with --scores
     model.onnx.scores.json.
@@ -142,18 +158,20 @@ def quantize(
     if allocation is not None and scores is not None:
         raise OptionError("--allocation and --scores are both given; give one, as an allocation needs no scores")
     fixed = None if allocation is None else load_allocation(allocation)
-    limits = None
-    if fixed is None:
-        limits = read_limits(budget, compression, size_bytes, bitops, activation_bytes)
-    elif any(limit is not None for limit in (budget, compression, size_bytes, bitops, activation_bytes)):
+    given = (budget, compression, size_bytes, bitops, activation_bytes)
+    has_limits, has_tolerance = (any(x is not None for x in y) for y in (given, (max_drop, max_nats, min_sqnr)))
+    if fixed is not None and (has_limits or has_tolerance):
         raise OptionError("--allocation already fixes the bit-widths; leave the budget out, or allocate again with it")
+    limits = read_limits(*given) if fixed is None and (has_limits or not has_tolerance) else None
+    tolerance = read_tolerance(options, limits)
     if report is not None and allocation is not None:
         raise OptionError("--report shows scores, which --allocation does not have; leave one of them out")
     table = None if scores is None else SensitivityTable.load(scores)
     if table is not None:
         take_bits(options, table.inventory)
     read = read_samples(options)
-    prepared = prepare_model(options, read, limits)
+    data, judged = _divide(options, read, tolerance)
+    prepared = prepare_model(options, data, limits)
     if table is not None and scores is not None:
         check_same_sites(prepared, table.inventory, scores)
         table = dataclasses.replace(table, inventory=prepared.inventory)
@@ -162,8 +180,9 @@ def quantize(
         better = api.recover(prepared, fixed, read, steps, cache_dir=cache_dir, progress=progress)
         quantized = api.convert(better, fixed)
     else:
-        assert limits is not None
-        quantized = _search(options, prepared, read, limits, steps, table, kept)
+        sought = tolerance or limits
+        assert sought is not None
+        quantized = _search(options, prepared, (data, judged), sought, steps, table, kept)
     text, document, code = _write(options, quantized, read)
     size = measure_file(output) if output.suffix != ".pt2" else None
     text = f"{summarize(quantized, file=size)}\n{text}"
@@ -237,11 +256,24 @@ def verify(
     return Result(text=str(found), document=dataclasses.asdict(found), exit_code=code)
 
 
+def _divide(
+    options: dict[str, Any], read: tuple[Tensor, Tensor | None], tolerance: Tolerance | None
+) -> tuple[Any, CalibrationData | None]:
+    """Samples to calibrate with and, for a tolerance, samples to validate with."""
+    if tolerance is None:
+        return read, None
+    from infoq_fx.tolerance.search import divide_samples
+
+    path = options["validation_data"]
+    validation = None if path is None else read_samples(options, path)
+    return divide_samples(read, validation, tolerance, None, None)
+
+
 def _search(
     options: dict[str, Any],
     prepared: PreparedModel,
-    read: tuple[Tensor, Tensor | None],
-    limits: Budget,
+    samples: tuple[Any, CalibrationData | None],
+    sought: Budget | Tolerance,
     steps: Sequence[RecoveryStep],
     table: SensitivityTable | None,
     kept: Path | None,
@@ -252,30 +284,29 @@ def _search(
     from infoq_fx.graph.model_inputs import fit_data
     from infoq_fx.scoring.criteria import make_criterion
     from infoq_fx.scoring.sensitivity import Resources
+    from infoq_fx.tolerance.search import quantize_within
 
     def keep(found: SensitivityTable) -> None:
         if kept is not None:
             found.save(kept)
-        if options["refine"]:
+        if isinstance(sought, Tolerance):
+            say(f"seeking {sought}", progress=options["progress"])
+        elif options["refine"]:
             say("running a few allocations to choose the best", progress=options["progress"])
 
+    data = fit_data(prepared, read_data(samples[0], ForwardArguments.exactly(prepared.input_names)))
+    scores = table or make_criterion(options["criterion"], seed=options["seed"])
     with make_workers(options["workers"]) as executor:
-        return api.quantize_prepared(
-            prepared,
-            limits,
-            fit_data(prepared, read_data(read, ForwardArguments.exactly(prepared.input_names))),
-            table or make_criterion(options["criterion"], seed=options["seed"]),
-            steps,
-            Resources(
-                executor=executor,
-                cache_dir=options["cache_dir"],
-                memory_limit=options["memory_limit"],
-                progress=options["progress"],
-            ),
-            alpha=options["alpha"],
-            refine=options["refine"],
-            keep_scores=keep,
+        resources = Resources(
+            executor=executor,
+            cache_dir=options["cache_dir"],
+            memory_limit=options["memory_limit"],
+            progress=options["progress"],
         )
+        chosen: Any = {"alpha": options["alpha"], "refine": options["refine"], "keep_scores": keep}
+        if isinstance(sought, Tolerance):
+            return quantize_within(prepared, sought, (None, samples[1], data), scores, steps, resources, **chosen)
+        return api.quantize_prepared(prepared, sought, data, scores, steps, resources, **chosen)
 
 
 def _write(

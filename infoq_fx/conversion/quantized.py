@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from infoq_fx.allocation.summary import Summary, summarize_allocation
+from infoq_fx.allocation.summary import FileSize, Summary, summarize_allocation
 from infoq_fx.core.readings import Ignored, LossFunction, Reading
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.passes.annotate_bits import annotate_bits, read_bits
 from infoq_fx.quantization.call_forms import CallForm
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, FileSize, Inventory
+from infoq_fx.types import Allocation, Inventory
 
 __all__ = [
     "Provenance",

@@ -159,6 +159,11 @@ class CalibrationData:
             return self.take(self.samples - whole), self.select(torch.arange(self.samples - whole, self.samples))
         return tuple(part.take(part.samples - part.samples % whole) for part in (measured, held))  # type: ignore[return-value]
 
+    def hold_back_half(self) -> tuple[CalibrationData, CalibrationData]:
+        """Split the samples in two: the first, third, ... and the second, fourth, ..."""
+        even, odd = (self.select(torch.arange(first, self.samples, 2)) for first in (0, 1))
+        return even, odd
+
 
 def read_classes(labels: Tensor, classes: int) -> Tensor:
     """Return labels as class numbers, int64 of the same shape on the CPU.

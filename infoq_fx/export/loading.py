@@ -13,9 +13,9 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from infoq_fx.allocation.summary import FileSize
 from infoq_fx.errors import OptionError
 from infoq_fx.export.verification_result import Loading
-from infoq_fx.types import FileSize
 
 __all__ = ["measure_file", "measure_loading"]
 

@@ -48,7 +48,8 @@ def build_document(
     ]
     for label, allocation in shown.items():
         found = describe_allocation(table, allocation, alpha)
-        others.append(_describe_other(label, "your allocation", label, found, inventory, sites))
+        note = label if found.loss is None else f"{label} {found.loss.describe()}"
+        others.append(_describe_other(label, "your allocation", note, found, inventory, sites))
     measured = _list_accuracies(table, audit, accuracies, alpha)
     return {
         "criterion": table.criterion,

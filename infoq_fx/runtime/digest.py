@@ -15,7 +15,7 @@ from infoq_fx.core.version import __version__
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import Plain
 
-__all__ = ["digest_run"]
+__all__ = ["digest_run", "name_function"]
 
 
 def digest_run(
@@ -35,7 +35,7 @@ def digest_run(
     device = prepared.device.type
     parts: list[str | Tensor] = [__version__, torch.__version__, device, str(batch_size)]
     parts.append(json.dumps(dict(settings), sort_keys=True))
-    parts += [repr(prepared.readings), _name_function(prepared.loss_function)]
+    parts += [repr(prepared.readings), name_function(prepared.loss_function)]
     for node in prepared.graph_module.graph.nodes:
         parts.append(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}")
     quantizers = [quantizer for _, quantizer in prepared.quantizer_nodes()]
@@ -55,8 +55,8 @@ def digest_run(
     return _digest(parts)
 
 
-def _name_function(function: Callable[..., Any] | None) -> str:
-    """The name of a user's function, with its code: another function of the same name is another one."""
+def name_function(function: Callable[..., Any] | None) -> str:
+    """Return the name of a user's function, with its code: another function of the same name is another one."""
     if function is None:
         return "no function"
     code = getattr(function, "__code__", None)

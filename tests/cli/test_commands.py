@@ -160,6 +160,29 @@ def test_quantize_writes_a_verified_file_and_keeps_what_made_it(folder, quantize
     assert kept["quantize"]["bits"] == "4,8"
 
 
+def test_quantize_takes_a_tolerance_within_a_budget(folder, tmp_path):
+    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "t.onnx"]
+    result = done(*files, "--max-nats", 1, "--bitops", 1e9, "--minimize", "weight_bits", *FAST, "--json")
+    allocation = json.loads(result.stdout)["allocation"]
+    assert allocation["budget"]["weight_bits"] <= 8
+    assert allocation["budget"]["bitops"] == 1e9
+    assert allocation["loss"]["measure"] == "nats"
+    assert allocation["loss"]["samples"] == 20
+    assert allocation["loss"]["value"] <= 1
+    kept = tomllib.loads((tmp_path / "t.onnx.toml").read_text())["quantize"]
+    assert (kept["max_nats"], kept["minimize"]) == (1.0, "weight_bits")
+
+
+@pytest.mark.slow
+def test_a_tolerance_is_validated_on_samples_of_its_own(folder, tmp_path):
+    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "t.onnx", *FAST]
+    result = done(*files, "--max-drop", 60, "--validation-data", folder / "data.npz")
+    assert "points of top-1 on 40 samples" in result.stdout
+    failed = run(*files, "--max-nats", 1e-12)
+    assert failed.exit_code == cli.ExitCode.INFEASIBLE
+    assert "nats=1e-12 is out of reach on 20 samples: with all sites at 8 bits it loses" in failed.stderr
+
+
 @pytest.mark.slow
 def test_the_effective_configuration_makes_the_same_file_again(folder, quantized, tmp_path):
     path, _ = quantized
@@ -304,6 +327,12 @@ def errors(folder):
         "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 13: 'infoq'"),
         "recovery": ([*files, "--budget", 4, "--recovery", "fsat"], 1, "'fast'"),
         "pin": (["allocate", scores, "--budget", 4, "--pin", "head"], 1, "--pin is 'head'; give a glob"),
+        "two tolerances": ([*files, "--max-drop", 1, "--max-nats", 1], 1, "drop and nats; give exactly one"),
+        "no tolerance": (
+            [*files, "--budget", 4, "--validation-data", scores],
+            1,
+            "--validation-data is for a tolerance",
+        ),
         "no folder": ([*files[:3], "-o", folder / "no" / "x.onnx", "--budget", 4], 1, "make"),
         "no scores": (["allocate", folder / "no.json", "--budget", 4], 1, "No such file"),
         "no model": (["quantize", "no.pt2", *files[2:], "--budget", 4], 1, "save one with torch.export.save"),

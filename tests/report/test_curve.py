@@ -1,5 +1,6 @@
 """The report's values: curves, costs of containers, contents of the page, and that it needs no network access."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -25,7 +26,7 @@ from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.auditing.result import AuditRow
 from infoq_fx.report import page
 from infoq_fx.report.curve import container_bytes, damage_scale, describe_allocation, find_uniforms, trace_curve
-from infoq_fx.types import Score
+from infoq_fx.types import MeasuredLoss, Score
 
 REPORT = pytest.importorskip("vl_convert", reason='the page needs "infoq-fx[report]"') and infoq_fx.write_report
 
@@ -190,6 +191,15 @@ def test_a_quantized_module_remembers_its_table_also_after_pickle(quantized, tmp
         assert shown["size_bytes"] == own.cost.size_bytes
         assert shown["score"] == pytest.approx(own.score)
         assert data["criterion"] == "weight_mse"
+
+
+def test_the_point_found_within_a_tolerance_is_marked_with_what_it_loses(tmp_path):
+    loss = MeasuredLoss(measure="drop", limit=1.0, value=0.6, standard_error=0.3, samples=500, metric="top-1")
+    found = dataclasses.replace(allocate(SMALL, 4.0), loss=loss)
+    data = read_json(REPORT(SMALL, tmp_path / "report.html", allocation=found, budgets=5))
+    (shown,) = [other for other in data["others"] if other["kind"] == "your allocation"]
+    assert shown["label"] == "the given allocation"
+    assert shown["note"] == "the given allocation loses 0.6 ± 0.3 points of top-1"
 
 
 def test_accuracies_and_correlations_of_an_audit_are_on_it(tmp_path):

@@ -1,4 +1,4 @@
-"""Results of an audit on disk, each in a file of its own."""
+"""Finished results of audits and searches on disk, each in a file of its own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from infoq_fx.errors import OptionError
 
 __all__ = ["kept_folder", "load_result", "result_path", "store_result"]
 
-
-_FORMAT = "infoq_fx.audit"
-
-
 _VERSION = 1
 
 
@@ -33,15 +29,15 @@ def kept_folder(cache_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def result_path(folder: Path, key: str) -> Path:
-    """Return where the result of a key is kept."""
-    return folder / "audit" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+def result_path(folder: Path, key: str, kind: str = "audit") -> Path:
+    """Return where the result of a key is kept; ``kind`` names the folder and the format of the file."""
+    return folder / kind / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
 
 
 def load_result(path: Path) -> dict[str, Any]:
     """Return a kept result; empty if there is none that can be used."""
     try:
-        return read_json(path, _FORMAT, _VERSION) if path.exists() else {}
+        return read_json(path, _format_of(path), _VERSION) if path.exists() else {}
     except OptionError:  # cut short or of another release: measure again
         return {}
 
@@ -54,6 +50,10 @@ def store_result(path: Path, document: Mapping[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"format": _FORMAT, "version": _VERSION, **document}) + "\n")
+        write_atomically(path, json.dumps({"format": _format_of(path), "version": _VERSION, **document}) + "\n")
     except OSError as error:
         raise OptionError(f"cannot write the cache {str(path.parent)!r}: {error}; give another cache_dir") from error
+
+
+def _format_of(path: Path) -> str:
+    return f"infoq_fx.{path.parent.name}"
