@@ -354,7 +354,8 @@ def refine(
     errors, and the uniform allocation. The best is the one whose outputs diverge least from the float model's, in nats
     per sample: ``lost_nats`` of the result.
 
-    Weights are rounded as by :func:`score` for the same ``recovery``. Cost: at most seven forward passes over at most 512 samples, without labels, and the rounding of weights.
+    Weights are rounded as by :func:`score` for the same ``recovery``. Cost: at most seven forward passes over at most
+    512 samples, without labels, and the rounding of weights.
 
     Args:
         prepared: the prepared model of the table.

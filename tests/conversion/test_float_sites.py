@@ -98,6 +98,36 @@ def test_the_file_holds_float16_and_computes_what_the_module_computes(prepared, 
     assert torch.equal(infoq_fx.load_quantized(tmp_path / "m.pt2")(IMAGES), quantized(IMAGES))
 
 
+class Shared(nn.Module):
+    """A tensor that two convolutions read, and one that a single layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.narrow = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.last, self.head = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.last(self.wide(x).relu()).relu() + self.narrow(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["wide", "last", "head"])
+@pytest.mark.parametrize("option", ["pin", "ignore"])
+def test_a_layer_in_float_reads_floats(option, name, tmp_path):
+    """Between QuantizeLinear and DequantizeLinear, onnxruntime would quantize its weight to 8 bits."""
+    given = {"pin": {name: 16}} if option == "pin" else {"ignore": [name]}
+    common = {"calibration_data": IMAGES, "recovery": "none", "progress": False}
+    quantized = infoq_fx.quantize(Shared().eval(), 16.0, bits=8, **given, **common)
+    path = infoq_fx.export_onnx(quantized, tmp_path / "m.onnx")
+    graph = onnx.load(path).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    in_float = [node for node in layers if made_by.get(node.input[1], node).op_type != "DequantizeLinear"]
+    assert len(in_float) == 1
+    assert made_by[in_float[0].input[0]].op_type != "DequantizeLinear"
+    assert sqnr_decibels(run_file(path, IMAGES), quantized(IMAGES)) > 60
+
+
 def test_weights_beyond_the_range_of_float16_keep_their_digits(tmp_path):
     torch.manual_seed(0)
     layer = nn.Linear(8, 4)
