@@ -12,11 +12,13 @@ __all__ = [
     "ATTENTION",
     "LAYER_OPS",
     "MATMUL_OPS",
+    "RECURRENT_OPS",
     "LayerOp",
     "called_modules",
     "free_path",
     "is_call",
     "module_path",
+    "read_parameter",
     "read_tensor",
     "write_tensor",
 ]
@@ -82,6 +84,17 @@ MATMUL_OPS = {_ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default}
 ATTENTION = _ATEN.scaled_dot_product_attention.default
 
 
+RECURRENT_OPS: dict[Any, int] = {
+    _ATEN.lstm.input: 4,
+    _ATEN.gru.input: 3,
+    _ATEN.rnn_tanh.input: 1,
+    _ATEN.rnn_relu.input: 1,
+}
+"""Recurrent layers by ATen op, with the number of their gates. Their operands are the input, the initial state and a
+list of parameters: for each direction ``w_ih, w_hh``, biases if there are any, and ``w_hr`` of a projection. The
+weights are quantized, per row; input and state stay in float."""
+
+
 def module_path(node: fx.Node) -> str:
     """Return the module path that a node comes from; empty for the model itself or if it is not known."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -91,11 +104,16 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']")
 
 
-def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
-    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, detached."""
+def read_parameter(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
+    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, as it is held."""
     owner, _, name = (source if isinstance(source, str) else str(source.target)).rpartition(".")
     value: Tensor = getattr(graph_module.get_submodule(owner), name)
-    return value.detach()
+    return value
+
+
+def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
+    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, detached."""
+    return read_parameter(graph_module, source).detach()
 
 
 def free_path(graph_module: fx.GraphModule, path: str) -> str:

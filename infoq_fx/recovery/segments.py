@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import LAYER_OPS, LayerOp
+from infoq_fx.graph.operands import is_lookup_node
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import QuantSite
 
@@ -115,7 +116,7 @@ def _find_layers(prepared: PreparedModel) -> list[Layer]:
     found = []
     for node, quantizer in prepared.quantizer_nodes():
         if quantizer.site.kind == "weight":
-            layers = [user for user in node.users if not LAYER_OPS[user.target].is_lookup]
+            layers = [user for user in node.users if user.target in LAYER_OPS and not is_lookup_node(user)]
             if layers:
                 layer = min(layers)
                 found.append(Layer(layer, LAYER_OPS[layer.target], node, quantizer.site))

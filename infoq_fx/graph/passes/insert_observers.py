@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import LAYER_OPS, free_path, module_path
-from infoq_fx.graph.operands import make_unique
+from infoq_fx.graph.layers import LAYER_OPS, RECURRENT_OPS, free_path, module_path
+from infoq_fx.graph.operands import is_lookup_node, make_unique
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 
 __all__ = ["OUTPUT", "insert_observers"]
@@ -38,7 +38,7 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
         elif node.op == "call_module":
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, Quantizer) and module.site.kind == "weight":
-                for layer in (user for user in node.users if not LAYER_OPS[user.target].is_lookup):
+                for layer in (user for user in node.users if not is_lookup_node(user)):
                     names.setdefault(_source(graph_module, layer), []).append(f"{module_path(layer)}.input")
             elif isinstance(module, Quantizer) and module.site.is_searched:
                 names.setdefault(node.all_input_nodes[0], []).append(module.site.name)
@@ -62,7 +62,8 @@ def insert_observers(graph_module: fx.GraphModule) -> bool:
 
 def _source(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
     """The value that a layer multiplies, before its quantizer."""
-    source: fx.Node = layer.args[LAYER_OPS[layer.target].source]  # type: ignore[assignment]
+    place = 0 if layer.target in RECURRENT_OPS else LAYER_OPS[layer.target].source
+    source: fx.Node = layer.args[place]  # type: ignore[assignment]
     is_quantized = source.op == "call_module" and isinstance(graph_module.get_submodule(str(source.target)), Quantizer)
     return source.all_input_nodes[0] if is_quantized else source
 
