@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from infoq_fx.core.targets import Container, Target
-from infoq_fx.export.qdq_onnx.tracing import DOMAIN, find_placeholders
+from infoq_fx.export.qdq_onnx.translation.placeholders import DOMAIN, find_placeholders
+from infoq_fx.export.qdq_onnx.translation.recurrent import WIDENED, order_gates
 from infoq_fx.types import MAX_BITS
 
 __all__ = ["add_initializer", "lower", "store_transposed", "take_over"]
@@ -78,11 +80,14 @@ def _is_parameter(value: ir.Value | None) -> bool:
 def store_transposed(model: ir.Model) -> None:
     """Transpose weights in the file instead of at run time.
 
+    Parameters of recurrent layers are stored as ONNX's operators read them.
+
     1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
     2. Dequantize -> Gemm(transB=1): the same, with transB=0.
 
     Left alone: a weight that an embedding also reads, so that it is stored only once.
     """
+    order_gates(model, functools.partial(add_initializer, model))
     for node in find_placeholders(model, "Dequantize"):
         weight = node.outputs[0]
         if any(reader.op_type == "Gather" for reader, _ in weight.uses()):
@@ -126,10 +131,16 @@ def _lower_dequantize(model: ir.Model, target: Target) -> None:
         assert source.const_value is not None
         assert scale is not None
         inputs: list[ir.Value | None] = [source, scale]
-        if source.const_value.dtype == ir.DataType.INT8:
+        chain: list[ir.Node] = []
+        if WIDENED in node.attributes:
+            # OpenVINO 2026.4 refuses recurrent layers whose weights it does not fold, and it does not fold int8 ones.
+            widened = ir.Node("", "Cast", [source], [ir.AttrInt64("to", int(ir.DataType.INT32))], num_outputs=1)
+            widened.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+            inputs, chain = [widened.outputs[0], scale], [widened]
+        elif source.const_value.dtype == ir.DataType.INT8:
             inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), target)
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
-        take_over(node, [lowered], node.attributes["site"].as_string())
+        take_over(node, [*chain, lowered], node.attributes["site"].as_string())
 
 
 def _store_weight(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.graph.layers import free_path, write_tensor
@@ -29,7 +30,7 @@ class Place:
         """Add a call with its fake value."""
         given: Any = fx.map_arg((args, kwargs), lambda operand: operand.meta["val"])
         first = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
-        with first.meta["val"].fake_mode, torch.no_grad():
+        with first.meta["val"].fake_mode, torch.no_grad(), enable_python_dispatcher():
             value = target(*given[0], **given[1])
         with self.graph_module.graph.inserting_before(self.node):
             added = self.graph_module.graph.call_function(target, args, kwargs)

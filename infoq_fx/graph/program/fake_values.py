@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
@@ -16,7 +17,8 @@ __all__ = ["infer_values"]
 
 def infer_values(graph_module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> None:
     """Run a graph on fake tensors of a mode, and keep every value in ``node.meta["val"]``."""
-    with mode, torch.no_grad():
+    # torch's own kernel of an LSTM takes no free sizes; its decomposition in Python does.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         _Inference(graph_module, mode).run(*inputs)
 
 
