@@ -12,6 +12,7 @@ __all__ = [
     "ATTENTION",
     "LAYER_OPS",
     "MATMUL_OPS",
+    "RECURRENT",
     "RECURRENT_OPS",
     "LayerOp",
     "called_modules",
@@ -31,7 +32,7 @@ class LayerOp:
     """Positions of the operands of a layer; ``channel_axis`` is the axis of output channels in its weight.
 
     A lookup (embedding) gathers rows of its weight by integer indices; it multiplies nothing, so its source is never
-    quantized.
+    quantized. A recurrent layer has a list of parameters in the weight's place.
     """
 
     source: int
@@ -41,6 +42,7 @@ class LayerOp:
     is_transposed: bool = False
     is_convolution: bool = False
     is_lookup: bool = False
+    is_recurrent: bool = False
 
     def bias_of(self, node: fx.Node) -> Any:
         """Return the bias operand, None if there is none."""
@@ -83,6 +85,8 @@ LAYER_OPS: dict[Any, LayerOp] = {
 MATMUL_OPS = {_ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default}
 ATTENTION = _ATEN.scaled_dot_product_attention.default
 
+
+RECURRENT = LayerOp(source=0, weight=2, bias=None, channel_axis=0, is_recurrent=True)
 
 RECURRENT_OPS: dict[Any, int] = {
     _ATEN.lstm.input: 4,

@@ -57,9 +57,9 @@ def find_sites(
     """Find the sites of a graph in normal form.
 
     Weight sites are the weights of convolutions (1-3d, transposed), linear layers, embeddings and recurrent layers.
-    Activation sites are the inputs of convolutions and linear layers and the operands of matrix products and attention. Convolution
-    outputs and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels
-    need them.
+    Activation sites are the inputs of convolutions and linear layers and the operands of matrix products and
+    attention. Convolution outputs and operands of residual additions between convolutions get a fixed 8-bit site,
+    since integer kernels need them.
 
     Args:
         graph_module: in normal form; not changed.

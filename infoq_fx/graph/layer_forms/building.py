@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.graph.layers import free_path, write_tensor
 
-__all__ = ["Place", "constant_nodes", "evaluate", "size_hint"]
+__all__ = ["Place", "arguments_of", "constant_nodes", "evaluate", "size_hint"]
 
 _ATEN = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace")
@@ -67,6 +67,11 @@ class Place:
         if not sizes:
             return self.call(_ATEN.squeeze.dim, node, axis)
         return node if len(sizes) == 1 else self.call(_ATEN.unflatten.int, node, axis, list(sizes))
+
+
+def arguments_of(node: fx.Node) -> Any:
+    """Return a node's arguments, which may be anything that its operation takes."""
+    return node.args
 
 
 def constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:

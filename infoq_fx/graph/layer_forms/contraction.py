@@ -46,7 +46,9 @@ class StoredWeights:
             return node
         key = _key(node), tuple(axes), tuple(shape)
         if key not in self.nodes:
-            value = read_tensor(place.graph_module, node) if node.op == "get_attr" else evaluate(place.graph_module, node)
+            value = (
+                read_tensor(place.graph_module, node) if node.op == "get_attr" else evaluate(place.graph_module, node)
+            )
             value = value.permute(*axes, *(i for i in range(value.ndim) if i not in axes)).reshape(tuple(shape))
             self.nodes[key] = self._store(place, node, value.contiguous().clone())
             self.constant.add(self.nodes[key])
@@ -116,7 +118,12 @@ def _size_of_product(operands: Sequence[Operand], pair: tuple[int, int], output:
 
 
 def _multiply(
-    place: Place, left: Operand, right: Operand, kept: set[Label | None], output: Sequence[Label], weights: StoredWeights
+    place: Place,
+    left: Operand,
+    right: Operand,
+    kept: set[Label | None],
+    output: Sequence[Label],
+    weights: StoredWeights,
 ) -> Operand:
     if weights.is_constant(left):
         left, right = right, left
@@ -125,9 +132,7 @@ def _multiply(
     if not summed:
         return _multiply_elements(place, left, right, output)
     groups = [label for label in shared if label in kept]
-    rows, columns = (
-        [label for label in x.labels if label is not None and label not in shared] for x in (left, right)
-    )
+    rows, columns = ([label for label in x.labels if label is not None and label not in shared] for x in (left, right))
     if not weights.is_constant(right):
         return _multiply_matrices(place, left, right, groups, rows, columns, summed)
     apply = _apply_groups if groups else _apply_linear
@@ -182,7 +187,7 @@ def _apply_linear(
 ) -> Operand:
     """A linear layer over the summed labels, for a weight that shares no other label with its input."""
     sizes = _static_sizes(weight)
-    summed = [label for label in weight.labels if label in summed]  # type: ignore[misc]
+    summed = [label for label in weight.labels if label in summed]
     shape = math.prod(sizes[label] for label in outs), math.prod(sizes[label] for label in summed)
     rows = weights.layout(place, weight, [*outs, *summed], shape)
     source = place.join(_in_order(place, x, [*lead, *summed]).node, len(lead), len(summed))
@@ -238,12 +243,9 @@ def _key(node: fx.Node) -> Any:
     """What a constant node computes, equal for equal subgraphs."""
     if node.op == "get_attr":
         return str(node.target)
-    return str(node.target), repr(fx.map_arg((node.args, dict(node.kwargs)), lambda operand: _Named(_key(operand))))
-
-
-@dataclass(frozen=True)
-class _Named:
-    key: Any
+    given: Any = (node.args, dict(node.kwargs))
+    name: Any = lambda operand: str(_key(operand))  # noqa: E731
+    return str(node.target), repr(fx.map_arg(given, name))
 
 
 def _roots(node: fx.Node) -> list[str]:

@@ -89,7 +89,9 @@ def _rectangle(bag: _Bag) -> fx.Node | None:
         return None
     start, _, step = (*bag.offsets.args, 1)[:3]
     width = source.meta["val"].shape[1]
-    is_width = step.meta["val"] is width or str(step.meta["val"]) == str(width) if isinstance(step, fx.Node) else step == width
+    is_width = (
+        step.meta["val"] is width or str(step.meta["val"]) == str(width) if isinstance(step, fx.Node) else step == width
+    )
     return source if start == 0 and is_width and not bag.include_last_offset else None
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from infoq_fx.graph.layer_forms.building import arguments_of
+
 __all__ = ["Label", "Operand", "Product", "peel", "read_product"]
 
 _ATEN = torch.ops.aten
@@ -64,8 +66,7 @@ def _step(operand: Operand, held: set[Label | None]) -> Operand | None:
     node, labels = operand.node, operand.labels
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    source, *rest = node.args
-    assert isinstance(source, fx.Node)
+    source, *rest = arguments_of(node)
     ndim = source.meta["val"].ndim if isinstance(source.meta.get("val"), torch.Tensor) else -1
     if node.target in (_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.alias.default):
         return Operand(source, labels)
@@ -73,7 +74,7 @@ def _step(operand: Operand, held: set[Label | None]) -> Operand | None:
         axes = _permutation(node, rest, ndim)
         return Operand(source, tuple(label for _, label in sorted(zip(axes, labels, strict=True))))
     if node.target is _ATEN.unsqueeze.default:
-        axis = int(rest[0]) % len(labels)  # type: ignore[call-overload]
+        axis = rest[0] % len(labels)
         is_dropped = labels[axis] is None or labels[axis] in held
         return Operand(source, (*labels[:axis], *labels[axis + 1 :])) if is_dropped else None
     if node.target in (_ATEN.expand.default, _ATEN.repeat.default):
@@ -97,7 +98,7 @@ def _peel_expansion(operand: Operand, source: fx.Node, held: set[Label | None]) 
     if any(label is not None and label not in held for label in labels[:added]):
         return None
     found: list[Label | None] = []
-    given: Any = operand.node.args[1]
+    given = arguments_of(operand.node)[1]
     for axis, (label, size) in enumerate(zip(labels[added:], sizes, strict=True)):
         factor = given[added + axis]
         is_one = is_concrete_int(size) and int(size) == 1
@@ -144,66 +145,63 @@ def _matmul_of(left: Any, right: Any) -> Product:
 
 
 def _read_matmul(node: fx.Node) -> Product:
-    return _matmul_of(*node.args[:2])
+    return _matmul_of(*arguments_of(node)[:2])
 
 
 def _read_sum(node: fx.Node) -> Product:
     """``addmm``, ``baddbmm`` and ``addbmm``, which sums over the batch."""
-    addend, left, right = node.args[:3]
+    addend, left, right = arguments_of(node)[:3]
     found = _matmul_of(left, right)
     if node.target is _ATEN.addbmm.default:
         found = replace(found, output=found.output[1:])
-    assert isinstance(addend, fx.Node)
-    return replace(
-        found, addend=addend, factor=node.kwargs.get("alpha", 1), addend_factor=node.kwargs.get("beta", 1)
-    )
+    return replace(found, addend=addend, factor=node.kwargs.get("alpha", 1), addend_factor=node.kwargs.get("beta", 1))
 
 
 def _read_linear(node: fx.Node) -> Product:
     """A linear layer, for one whose input is the parameter and whose weight is computed."""
-    x, weight = node.args[:2]
+    x, weight, *bias = arguments_of(node)
     lead = tuple(f"lead{i}" for i in range(_ndim(x) - 1))
-    operands = Operand(x, (*lead, "inner")), Operand(weight, ("out", "inner"))  # type: ignore[arg-type]
-    bias = node.args[2] if len(node.args) > 2 else None
-    return Product(operands, (*lead, "out"), addend=bias)  # type: ignore[arg-type]
+    operands = Operand(x, (*lead, "inner")), Operand(weight, ("out", "inner"))
+    return Product(operands, (*lead, "out"), addend=bias[0] if bias else None)
 
 
 def _read_inner(node: fx.Node) -> Product | None:
-    left, right = node.args
+    left, right = arguments_of(node)
     if not _ndim(left) or not _ndim(right):
         return None
     lead = [tuple(f"{side}{i}" for i in range(_ndim(x) - 1)) for side, x in (("left", left), ("right", right))]
-    operands = [Operand(x, (*own, "inner")) for x, own in zip((left, right), lead, strict=True)]  # type: ignore[arg-type]
+    operands = [Operand(x, (*own, "inner")) for x, own in zip((left, right), lead, strict=True)]
     return Product(tuple(operands), (*lead[0], *lead[1]))
 
 
 def _read_tensordot(node: fx.Node) -> Product:
-    left, right, *dims = node.args
-    axes: list[Any] = [[axis % _ndim(x) for axis in given] for x, given in zip((left, right), dims, strict=True)]  # type: ignore[attr-defined]
+    left, right, *dims = arguments_of(node)
+    axes = [[axis % _ndim(x) for axis in given] for x, given in zip((left, right), dims, strict=True)]
     operands = []
     for side, x, summed in zip(("left", "right"), (left, right), axes, strict=True):
         labels = [f"{side}{i}" for i in range(_ndim(x))]
         for number, axis in enumerate(summed):
             labels[axis] = f"inner{number}"
-        operands.append(Operand(x, tuple(labels)))  # type: ignore[arg-type]
-    output = [label for x in operands for label in x.labels if not str(label).startswith("inner")]
-    return Product(tuple(operands), tuple(output))  # type: ignore[arg-type]
+        operands.append(Operand(x, tuple(labels)))
+    output = tuple(label for x in operands for label in x.labels if label and not str(label).startswith("inner"))
+    return Product(tuple(operands), output)
 
 
 def _read_multi_dot(node: fx.Node) -> Product:
-    given: Any = node.args[0]
+    given = arguments_of(node)[0]
     last = len(given) - 1
     operands = []
     for index, x in enumerate(given):
         is_vector = _ndim(x) == 1
-        operands.append(Operand(x, (index + 1,) if is_vector and index == 0 else (index,) if is_vector else (index, index + 1)))
+        operands.append(
+            Operand(x, (index + 1,) if is_vector and index == 0 else (index,) if is_vector else (index, index + 1))
+        )
     ends = [0] if _ndim(given[0]) > 1 else []
     return Product(tuple(operands), (*ends, *([last + 1] if _ndim(given[-1]) > 1 else [])))
 
 
 def _read_einsum(node: fx.Node) -> Product | None:
-    equation, operands = node.args[:2]
-    given: Any = operands
+    equation, given = arguments_of(node)[:2]
     inputs, arrow, output = str(equation).replace(" ", "").partition("->")
     terms = inputs.split(",")
     lengths = [_ndim(x) - len(term.replace("...", "")) for term, x in zip(terms, given, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from infoq_fx.errors import UnsupportedModelError
-from infoq_fx.graph.layer_forms.building import Place, constant_nodes
+from infoq_fx.graph.layer_forms.building import Place, arguments_of, constant_nodes
 from infoq_fx.graph.layers import RECURRENT_OPS, module_path
 
 __all__ = ["write_recurrent_layers"]
@@ -46,11 +46,11 @@ def write_recurrent_layers(graph_module: fx.GraphModule) -> bool:
                 "sequences [samples, steps, features] instead, and mask what is behind their ends"
             )
         if node.target in _CELLS:
-            _refuse_computed(node, node.args[2:4], constant)
+            _refuse_computed(node, arguments_of(node)[2:4], constant)
             _write_cell(Place(graph_module, node))
         elif node.target in RECURRENT_OPS:
-            _refuse_computed(node, node.args[2], constant)
-            _refuse_projected_state(node, constant)
+            _refuse_computed(node, arguments_of(node)[2], constant)
+            _refuse_projected_state(node)
             if node.args[4] == 1:
                 continue
             _split_levels(Place(graph_module, node))
@@ -73,10 +73,10 @@ def _refuse_computed(node: fx.Node, weights: Any, constant: set[fx.Node]) -> Non
         )
 
 
-def _refuse_projected_state(node: fx.Node, constant: set[fx.Node]) -> None:
-    values = [parameter.meta["val"] for parameter in node.args[2]]  # type: ignore[union-attr]
-    per_level = len(values) // ((2 if node.args[7] else 1) * int(node.args[4]))  # type: ignore[call-overload]
-    if per_level % 2 and not _is_zero(node.args[1][0]):  # type: ignore[index]
+def _refuse_projected_state(node: fx.Node) -> None:
+    _, state, parameters, _, levels, _, _, is_bidirectional, _ = arguments_of(node)
+    per_level = len(parameters) // (levels * (2 if is_bidirectional else 1))
+    if per_level % 2 and not _is_zero(state[0]):
         raise UnsupportedModelError(
             f"{_name(node)} has a projection (proj_size) and is given an initial state, which no operator of ONNX "
             "takes; leave the state out, or use an LSTM without proj_size and a linear layer behind it"
@@ -93,25 +93,26 @@ def _is_zero(node: Any) -> bool:
 
 def _write_cell(place: Place) -> None:
     node = place.node
-    source, state, *weights = node.args
-    target = _CELLS[node.target]
-    states: Any = state if isinstance(state, list | tuple) else [state]
+    source, state, *weights = arguments_of(node)
+    target: Any = node.target
+    states = state if isinstance(state, list | tuple) else [state]
     lifted = [place.call(_ATEN.unsqueeze.default, x, 0) for x in (source, *states)]
     given = [weight for weight in weights if weight is not None]
-    results = _call_level(place, target, lifted[0], lifted[1:], given, is_bidirectional=False, is_batch_first=False)
+    results = _call_level(
+        place, _CELLS[target], lifted[0], lifted[1:], given, is_bidirectional=False, is_batch_first=False
+    )
     found = [place.call(_ATEN.squeeze.dim, x, 0) for x in results[1:]]
     _replace(place.graph_module, node, found if isinstance(state, list | tuple) else found[0])
 
 
 def _split_levels(place: Place) -> None:
     node = place.node
-    source, state, parameters, _, levels, _, _, is_bidirectional, is_batch_first = node.args
-    states: Any = state if isinstance(state, list | tuple) else [state]
+    source, state, given, _, levels, _, _, is_bidirectional, is_batch_first = arguments_of(node)
+    states = state if isinstance(state, list | tuple) else [state]
     directions = 2 if is_bidirectional else 1
-    given: Any = parameters
-    count = len(given) // int(levels)  # type: ignore[call-overload]
+    count = len(given) // levels
     finals: list[list[fx.Node]] = []
-    for level in range(int(levels)):  # type: ignore[call-overload]
+    for level in range(levels):
         first = level * directions
         own = [place.call(_ATEN.slice.Tensor, x, 0, first, first + directions) for x in states]
         weights = given[level * count : (level + 1) * count]
@@ -153,5 +154,5 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, results: list[Any] | f
         node.replace_all_uses_with(results)
         return
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(results[arguments_of(user)[1]])
         graph_module.graph.erase_node(user)

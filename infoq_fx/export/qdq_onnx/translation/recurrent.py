@@ -1,4 +1,4 @@
-"""Translates recurrent layers to ONNX's operators, whose gates are in another order and whose weights have an axis more.
+"""Translates recurrent layers to ONNX's operators, whose gates have another order and whose weights have one axis more.
 
 One direction's parameter is a placeholder op at first: its integers are put into ONNX's order once it is known how they
 are stored, so that the file has them as the operator reads them.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
 from infoq_fx.export.qdq_onnx.translation.placeholders import DOMAIN, LIST, find_placeholders, make_placeholder
 
@@ -22,6 +22,7 @@ WIDENED = "is_widened"
 """Attribute of a Dequantize whose integers are cast to int32 first."""
 
 _ATEN = torch.ops.aten
+op: Any = opset18
 _Array = np.ndarray[Any, Any]
 _Initialize = Callable[[str, _Array], ir.Value]
 
