@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from infoq_fx.graph.layers import free_path, write_tensor
+from infoq_fx.graph.layers import RECURRENT_OPS, free_path, write_tensor
+from infoq_fx.graph.program.recurrent_shapes import infer_recurrent
 
 __all__ = ["Place", "arguments_of", "constant_nodes", "evaluate", "size_hint"]
 
@@ -30,8 +30,9 @@ class Place:
         """Add a call with its fake value."""
         given: Any = fx.map_arg((args, kwargs), lambda operand: operand.meta["val"])
         first = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
-        with first.meta["val"].fake_mode, torch.no_grad(), enable_python_dispatcher():
-            value = target(*given[0], **given[1])
+        infer = infer_recurrent if target in RECURRENT_OPS else target
+        with first.meta["val"].fake_mode, torch.no_grad():
+            value = infer(*given[0], **given[1])
         with self.graph_module.graph.inserting_before(self.node):
             added = self.graph_module.graph.call_function(target, args, kwargs)
         added.meta = {key: self.node.meta[key] for key in _KEPT_META if key in self.node.meta} | {"val": value}

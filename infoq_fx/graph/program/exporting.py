@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
+from infoq_fx.graph.program.recurrent_shapes import inferring_recurrent_shapes
+
 __all__ = ["ExampleInputs", "FreeAxes", "export_quietly", "exporting", "load_quietly"]
 
 ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
@@ -52,7 +54,7 @@ def exporting() -> Iterator[None]:
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    with _LOCK, warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings(), inferring_recurrent_shapes():
         warnings.simplefilter("ignore")
         loggers = [logging.getLogger(name) for name in _LOGGERS]
         for logger in loggers:
