@@ -34,6 +34,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     store_transposed(model)
     _lower_dequantize(model, target)
     _gather_integers(model)
+    _keep_reduced_axes(model)
     _lower_quantize_dequantize(model, shares_scales=container.is_packed)
     if container.is_packed:
         _derive_bias_scales(model)
@@ -184,6 +185,33 @@ def _gather_integers(model: ir.Model) -> None:
             take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
         if gathers and not node.outputs[0].uses():
             node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _keep_reduced_axes(model: ir.Model) -> None:
+    """Write a reduction of dequantized embeddings as one that keeps the axes, and a Squeeze.
+
+    OpenVINO 2026.4 moves the scales of the features behind the reduction, and takes those of another axis if the
+    reduction removes one.
+    """
+    for node in [node for node in model.graph if node.op_type.startswith("Reduce")]:
+        source = node.inputs[0]
+        producer = None if source is None else source.producer()
+        is_by_channel = (
+            producer is not None and producer.op_type == "DequantizeLinear" and _has_axis(producer.inputs[1])
+        )
+        keeps_axes = bool(node.attributes.get_int("keepdims", 1))
+        if not is_by_channel or len(node.inputs) < 2 or keeps_axes:
+            continue
+        attributes = [*(x for x in node.attributes.values() if x.name != "keepdims"), ir.AttrInt64("keepdims", 1)]
+        kept = ir.Node("", node.op_type, node.inputs, attributes, num_outputs=1)
+        squeezed = ir.Node("", "Squeeze", [kept.outputs[0], node.inputs[1]], num_outputs=1)
+        kept.outputs[0].type = node.outputs[0].type
+        squeezed.outputs[0].type, squeezed.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        take_over(node, [kept, squeezed], str(node.name))
+
+
+def _has_axis(scale: ir.Value | None) -> bool:
+    return scale is not None and scale.const_value is not None and len(scale.const_value.shape) == 1
 
 
 def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) -> list[ir.Node]:
