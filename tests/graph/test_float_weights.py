@@ -48,7 +48,7 @@ def test_ignored_float_weights_are_counted_without_a_warning():
     assert prepared.inventory.ignored_weights >= 1280
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 def test_all_weights_of_recurrent_layers_are_sites(kind):
     class Net(nn.Module):
         def __init__(self):
