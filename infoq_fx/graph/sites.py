@@ -107,7 +107,7 @@ def warn_of_float_weights(plan: SitePlan, *, stacklevel: int) -> None:
     if plan.float_weights:
         named = ", ".join(f"{name!r} ({count:,} elements)" for name, count in plan.float_weights.items())
         warnings.warn(
-            f"weights that no layer multiplies stay in float: {named}; sizes, compression and BitOps count them so; "
+            f"weights that no layer multiplies stay in float: {named}; sizes and compression count them so; "
             "name them in ignore=[...] if that is meant",
             UserWarning,
             stacklevel=stacklevel + 1,
