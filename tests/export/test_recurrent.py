@@ -1,5 +1,8 @@
 """Recurrent layers in files: onnxruntime's own operators, with integer weights stored once, compute what torch does."""
 
+import copy
+import pickle
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -129,14 +132,26 @@ def test_openvino_computes_the_same(name, tmp_path):
             assert np.linalg.norm(found[index] - ours.numpy()) <= 0.02 * np.linalg.norm(ours.numpy())
 
 
-@pytest.mark.slow
 def test_saved_modules_are_the_same(tmp_path):
     x = torch.randn(12, 5, 6)
     quantized = quantize(Net(nn.LSTM, num_layers=2, bidirectional=True, batch_first=True).eval(), x)
     loaded = infoq_fx.load_quantized(infoq_fx.save_quantized(quantized, tmp_path / "model.pt2"))
     with torch.no_grad():
-        for found, wanted in zip(flat(loaded(x)), flat(quantized(x)), strict=True):
-            assert torch.equal(found, wanted)
+        for copied in (loaded, pickle.loads(pickle.dumps(quantized)), copy.deepcopy(quantized)):
+            for found, wanted in zip(flat(copied(x)), flat(quantized(x)), strict=True):
+                assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("criterion", ["infoq_paper", "ompq"])
+def test_criteria_read_cells_by_sample(criterion):
+    torch.manual_seed(1)
+    data = torch.randn(32, 5, 6)
+    prepared = infoq_fx.prepare(Cells(nn.GRUCell).eval(), data, bits=(2, 8), outputs=infoq_fx.Categorical())
+    names = prepared.observer_nodes()
+    assert {"cell", "cell.input"} <= names.keys()
+    assert all(names[name].meta["val"].shape[0] != 1 for name in names)
+    table = infoq_fx.score(prepared, data, criterion=criterion, progress=False)
+    assert all(np.isfinite(score.value) for found in table.scores.values() for score in found.values())
 
 
 @pytest.mark.slow
