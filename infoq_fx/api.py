@@ -23,16 +23,14 @@ from infoq_fx.core.readings import Metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
+from infoq_fx.graph.layer_forms.normal_form import NORMAL_FORM
 from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, find_arguments, fit_data, name_examples
-from infoq_fx.graph.passes.add_head_dimension import add_head_dimension
-from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
-from infoq_fx.graph.passes.fold_constants import fold_constants
 from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
 from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.program.sizes import Dynamic
 from infoq_fx.graph.reading_choice import OutputsOption, choose_readings, describe_choice, run_samples
-from infoq_fx.graph.sites import find_sites
+from infoq_fx.graph.sites import find_sites, warn_of_float_weights
 from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
@@ -272,10 +270,11 @@ def prepare(
     inputs = choose_example_inputs(model, data, example_inputs)
     captured = capture(model, inputs, device=home, dynamic=dynamic)
     examples = name_examples(captured, inputs, home)
-    graph_module = run_passes(captured.graph_module, [fold_constants, fold_batch_norm, add_head_dimension])
+    graph_module = run_passes(captured.graph_module, NORMAL_FORM)
     plan = find_sites(
         graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin, tie=tie
     )
+    warn_of_float_weights(plan, stacklevel=3)
     if budget is not None:
         check_budget(plan.inventory, budget)
     run_passes(graph_module, [bind_options(insert_quantizers, plan=plan), insert_observers])

@@ -152,8 +152,9 @@ class Inventory:
     """The sites and operations of a prepared model: all that costs are computed from.
 
     ``sites`` are in graph order. ``float_bytes`` is the size of every parameter and buffer that stays float32
-    (biases, norms, ignored layers). ``ignored_weights`` is the number of weights of conv and linear layers left
-    in float. ``ties`` are groups of weight sites that get one bit-width; the sites of a group have the same candidates.
+    (biases, norms, ignored layers). ``ignored_weights`` is the number of weights that stay in float: those of
+    ignored layers, and parameters of two or more dimensions that no layer multiplies (position embeddings). ``ties``
+    are groups of weight sites that get one bit-width; the sites of a group have the same candidates.
 
     Raises:
         OptionError: a tie holds fewer than two sites, one that is in another tie or is no weight of the inventory, or
@@ -244,8 +245,8 @@ class Budget:
 
     Args:
         weight_bits: mean bit-width over the weights of all quantized layers.
-        compression: float32 bits over bits of all conv and linear weights (the paper's W-C); weights of
-            ignored layers count 32 bits.
+        compression: float32 bits over bits of all weights (the paper's W-C); those that stay in float, as of
+            ignored layers, count 32 bits.
         size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container
             ``"exact"`` stores them, their scales (4 bytes per channel) and all other parameters (biases and ignored
             layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;

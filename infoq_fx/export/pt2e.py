@@ -152,7 +152,8 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         qparams = numerics.choose_weight_qparams(weight, spec)
         if layer is not None:
             qparams = replace(qparams, scale=layer.scale)
-        if self._convolution_bits is not None and LAYER_OPS[placement.users[0].target].is_convolution:
+        op = LAYER_OPS.get(placement.users[0].target)
+        if self._convolution_bits is not None and op is not None and op.is_convolution:
             declared = replace(spec, bits=max(spec.bits, self._convolution_bits))
             # Clip here, since the declared range no longer does.
             _put(model, placement.node, numerics.fake_quantize(weight, qparams))

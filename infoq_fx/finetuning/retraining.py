@@ -231,8 +231,9 @@ def _digits_met(draft: QuantizedModule, node: fx.Node) -> int | None:
     """Significant bits that the scales of a weight's inputs may have; None if an input is not quantized."""
     most = 0
     for layer in node.users:
-        source: Any = layer.args[LAYER_OPS[layer.target].source]
-        module = draft.get_submodule(str(source.target)) if source.op == "call_module" else None
+        source: Any = layer.args[LAYER_OPS[layer.target].source] if layer.target in LAYER_OPS else None
+        is_module = source is not None and source.op == "call_module"
+        module = draft.get_submodule(str(source.target)) if is_module else None
         if not isinstance(module, LearnedStepQuantizer) or module.significant_bits is None:
             return None
         most = max(most, module.significant_bits)
@@ -290,7 +291,9 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
     source, scale_node = (str(operand.target) for operand in node.all_input_nodes)
     scale, biases = qparams.scale, []
     for layer in node.users:
-        op = LAYER_OPS[layer.target]
+        op = LAYER_OPS.get(layer.target)
+        if op is None:
+            continue  # a recurrent layer, whose biases are in float
         bias, operand = op.bias_of(layer), layer.args[op.source]
         if isinstance(bias, fx.Node) and bias.target is dequantize_op and isinstance(operand, fx.Node):
             constants: Any = operand.args

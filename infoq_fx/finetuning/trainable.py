@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from infoq_fx.core.jit import jit
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.graph.layers import LAYER_OPS, read_tensor
+from infoq_fx.graph.layers import LAYER_OPS, RECURRENT_OPS, read_tensor
 from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import fake_quantize_flat
 from infoq_fx.quantization.prepared import PreparedModel
@@ -289,7 +289,8 @@ def _trainable_targets(module: fx.GraphModule) -> set[str]:
         if node.op == "get_attr" and str(node.target) in parameters:
             found.add(str(node.target))
         op = LAYER_OPS.get(node.target)
-        for operand in () if op is None else (node.args[op.weight], op.bias_of(node)):
+        operands: Any = () if op is None else (node.args[op.weight], op.bias_of(node))
+        for operand in node.args[2] if node.target in RECURRENT_OPS else operands:
             source = operand
             if isinstance(source, fx.Node) and source.op == "call_module":
                 source = source.all_input_nodes[0]

@@ -104,7 +104,9 @@ def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: 
         node: the weight's quantizer node.
         bits: its bit-width.
     """
-    sources: list[Any] = [layer.args[LAYER_OPS[layer.target].source] for layer in node.users]
+    sources: list[Any] = [
+        layer.args[LAYER_OPS[layer.target].source] if layer.target in LAYER_OPS else None for layer in node.users
+    ]
     met = [q for source in sources if (q := quantizers.get(source)) is not None and q.site.kind == "activation"]
     scales = [float(q.qparams_at(width).scale) for q in met for width in q.calibrated_bits if width <= MAX_BITS]
     of_input = None if len(met) < len(sources) else max(map(significant_bits_of, scales), default=None)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, LayerOp, read_tensor
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, RECURRENT_OPS, LayerOp, read_parameter, read_tensor
 from infoq_fx.graph.operands import MultiplyingLayer, Placement
 from infoq_fx.types import Inventory, Operation
 
-__all__ = ["take_inventory"]
+__all__ = ["find_float_weights", "take_inventory"]
 
 
 def take_inventory(
@@ -19,6 +20,7 @@ def take_inventory(
     placements: Sequence[Placement],
     layers: Sequence[MultiplyingLayer],
     shapes: Callable[[fx.Node], tuple[int, ...]],
+    float_weights: Mapping[str, int],
     ties: tuple[tuple[str, ...], ...] = (),
 ) -> Inventory:
     """Collect the sites, multiply-accumulates and float bytes of a graph.
@@ -28,6 +30,7 @@ def take_inventory(
         placements: of the sites.
         layers: all multiplying layers, those left in float included.
         shapes: gives a node's shape for one sample.
+        float_weights: of :func:`find_float_weights`.
         ties: groups of weight sites with one bit-width.
     """
     sites = tuple(placement.site for placement in placements)
@@ -50,8 +53,28 @@ def take_inventory(
     stored = [*graph_module.parameters(), *graph_module.buffers()]
     quantized = sum(count for name, count in weights.items() if name in present)
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-    ignored = sum(weights.values()) - quantized
-    return Inventory(sites, tuple(operations), total_bytes - 4 * quantized, ignored, ties)
+    kept = sum(count for name, count in float_weights.items() if name in present)
+    others = sum(count for name, count in float_weights.items() if name not in weights)
+    ignored = sum(weights.values()) - quantized + kept + others
+    return Inventory(sites, tuple(operations), total_bytes - 4 * quantized + 4 * kept, ignored, ties)
+
+
+def find_float_weights(graph_module: fx.GraphModule, layers: Sequence[MultiplyingLayer]) -> dict[str, int]:
+    """Return the elements of the weights that stay in float, at least for some of their readers, by path.
+
+    These are parameters of two or more dimensions that something else than the multiplying layers reads, such as
+    position embeddings, or a weight that is also added somewhere. Its layers then read its integers, and the others a
+    copy in float.
+    """
+    read_by_layers = {(operand[0], layer.node) for layer in layers for operand in layer.operands}
+    found: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr" or all((node, user) in read_by_layers for user in node.users):
+            continue
+        value = read_parameter(graph_module, node)
+        if isinstance(value, nn.Parameter) and value.is_floating_point() and sum(size > 1 for size in value.shape) > 1:
+            found[str(node.target)] = value.numel()
+    return found
 
 
 def _products(
@@ -65,6 +88,10 @@ def _products(
     if op is not None and op.is_lookup:
         return []
     first = layer.operands[0][0]
+    if node.target in RECURRENT_OPS:
+        source: Any = node.args[0]
+        steps = math.prod(shapes(source)) // int(source.meta["val"].shape[-1])
+        return [(steps * read_tensor(graph_module, first).numel(), sides[0], None)]
     if node.target is ATTENTION:
         query, key, value = (math.prod(shapes(operand[0])) for operand in layer.operands)
         length = shapes(layer.operands[1][0])[-2]

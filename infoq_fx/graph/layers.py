@@ -12,11 +12,14 @@ __all__ = [
     "ATTENTION",
     "LAYER_OPS",
     "MATMUL_OPS",
+    "RECURRENT",
+    "RECURRENT_OPS",
     "LayerOp",
     "called_modules",
     "free_path",
     "is_call",
     "module_path",
+    "read_parameter",
     "read_tensor",
     "write_tensor",
 ]
@@ -29,7 +32,7 @@ class LayerOp:
     """Positions of the operands of a layer; ``channel_axis`` is the axis of output channels in its weight.
 
     A lookup (embedding) gathers rows of its weight by integer indices; it multiplies nothing, so its source is never
-    quantized.
+    quantized. A recurrent layer has a list of parameters in the weight's place.
     """
 
     source: int
@@ -39,6 +42,7 @@ class LayerOp:
     is_transposed: bool = False
     is_convolution: bool = False
     is_lookup: bool = False
+    is_recurrent: bool = False
 
     def bias_of(self, node: fx.Node) -> Any:
         """Return the bias operand, None if there is none."""
@@ -82,6 +86,19 @@ MATMUL_OPS = {_ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default}
 ATTENTION = _ATEN.scaled_dot_product_attention.default
 
 
+RECURRENT = LayerOp(source=0, weight=2, bias=None, channel_axis=0, is_recurrent=True)
+
+RECURRENT_OPS: dict[Any, int] = {
+    _ATEN.lstm.input: 4,
+    _ATEN.gru.input: 3,
+    _ATEN.rnn_tanh.input: 1,
+    _ATEN.rnn_relu.input: 1,
+}
+"""Recurrent layers by ATen op, with the number of their gates. Their operands are the input, the initial state and a
+list of parameters: for each direction ``w_ih, w_hh``, biases if there are any, and ``w_hr`` of a projection. The
+weights are quantized, per row; input and state stay in float."""
+
+
 def module_path(node: fx.Node) -> str:
     """Return the module path that a node comes from; empty for the model itself or if it is not known."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -91,11 +108,16 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']")
 
 
-def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
-    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, detached."""
+def read_parameter(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
+    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, as it is held."""
     owner, _, name = (source if isinstance(source, str) else str(source.target)).rpartition(".")
     value: Tensor = getattr(graph_module.get_submodule(owner), name)
-    return value.detach()
+    return value
+
+
+def read_tensor(graph_module: fx.GraphModule, source: fx.Node | str) -> Tensor:
+    """Return the parameter or buffer of a ``get_attr`` node or at a dotted path, detached."""
+    return read_parameter(graph_module, source).detach()
 
 
 def free_path(graph_module: fx.GraphModule, path: str) -> str:

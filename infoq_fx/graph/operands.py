@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, module_path, read_tensor
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, RECURRENT_OPS, module_path, read_tensor
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.types import QuantSite
 
@@ -19,6 +19,7 @@ __all__ = [
     "Placement",
     "find_multiplying_layers",
     "is_lookup",
+    "is_lookup_node",
     "is_parameter",
     "make_unique",
     "record_sample_shapes",
@@ -77,7 +78,10 @@ def record_sample_shapes(
 
 
 def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLayer]:
-    """List the layers, matrix products and attentions of a graph, in graph order, under unique names."""
+    """List the layers, matrix products and attentions of a graph, in graph order, under unique names.
+
+    A recurrent layer is listed once for each of its weights.
+    """
     layers = []
     names: set[str] = set()
     parameters = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
@@ -92,6 +96,12 @@ def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLay
             read = (weight, target, "weight", op.channel_axis)
             source = (node.args[op.source], make_unique(f"{name}.input", set(parameters)), "activation", None)
             layers.append(MultiplyingLayer(node, name, (read,) if op.is_lookup else (read, source)))
+        elif node.target in RECURRENT_OPS:
+            for weight in filter(is_parameter, node.args[2]):
+                if read_tensor(graph_module, weight).ndim == 2:
+                    target = str(weight.target)
+                    read = (weight, target, "weight", 0)
+                    layers.append(MultiplyingLayer(node, make_unique(target, names), (read,)))
         elif node.target in MATMUL_OPS or node.target is ATTENTION:
             roles = ("query", "key", "value") if node.target is ATTENTION else ("left", "right")
             base = "attention" if node.target is ATTENTION else "matmul"
@@ -106,7 +116,12 @@ def find_multiplying_layers(graph_module: fx.GraphModule) -> list[MultiplyingLay
 
 def is_lookup(layer: MultiplyingLayer) -> bool:
     """Return whether a layer is an embedding."""
-    return layer.node.target in LAYER_OPS and LAYER_OPS[layer.node.target].is_lookup
+    return is_lookup_node(layer.node)
+
+
+def is_lookup_node(node: fx.Node) -> bool:
+    """Return whether a node is an embedding."""
+    return node.target in LAYER_OPS and LAYER_OPS[node.target].is_lookup
 
 
 def is_parameter(operand: Any) -> bool:

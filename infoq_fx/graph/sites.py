@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
-from infoq_fx.graph.inventory import take_inventory
+from infoq_fx.graph.inventory import find_float_weights, take_inventory
 from infoq_fx.graph.layers import LAYER_OPS, module_path, read_tensor
 from infoq_fx.graph.operands import (
     MultiplyingLayer,
@@ -24,19 +25,24 @@ from infoq_fx.graph.operands import (
 )
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Inventory, QuantSite
 
-__all__ = ["SitePlan", "find_sites"]
+__all__ = ["SitePlan", "find_sites", "warn_of_float_weights"]
 
 _ATEN = torch.ops.aten
+_LARGE_WEIGHT = 1000  # elements; smaller ones in float are not worth a warning
 _FUSED_ACTIVATIONS = {_ATEN.relu.default, _ATEN.hardtanh.default, _ATEN.clamp.default, _ATEN.relu6.default}
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The sites of a graph: their placements, the inventory, and the weight site of the layer that makes the logits."""
+    """The sites of a graph: their placements, the inventory, and the weight site of the layer that makes the logits.
+
+    ``float_weights`` are the elements, by path, of large weights that stay in float though nobody asked for it.
+    """
 
     placements: tuple[Placement, ...]
     inventory: Inventory
     classifier: str | None
+    float_weights: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_sites(
@@ -51,17 +57,18 @@ def find_sites(
 ) -> SitePlan:
     """Find the sites of a graph in normal form.
 
-    Weight sites are the weights of convolutions (1-3d, transposed), linear layers and embeddings. Activation sites
-    are the inputs of convolutions and linear layers and the operands of matrix products and attention. Convolution
-    outputs and operands of residual additions between convolutions get a fixed 8-bit site, since integer kernels
-    need them.
+    Weight sites are the weights of convolutions (1-3d, transposed), linear layers, embeddings and recurrent layers.
+    Activation sites are the inputs of convolutions and linear layers and the operands of matrix products and
+    attention. Convolution outputs and operands of residual additions between convolutions get a fixed 8-bit site,
+    since integer kernels need them.
 
     Args:
         graph_module: in normal form; not changed.
         example_inputs: one batch, from which shapes are read.
         bits: candidate bit-widths of weights.
         activation_bits: candidate bit-widths of activations; None leaves all activations in float.
-        ignore: glob patterns on the module paths of layers to leave in float.
+        ignore: glob patterns on the module paths of layers to leave in float, or on the paths of other weights, which
+            stay in float anyway, to say that this is known.
         pin: fixed bit-widths by glob pattern on module paths (their weights) or site names.
         tie: groups of glob patterns on module paths of layers whose weights get one bit-width; there is one tie for
             each parent module that a group has matches in.
@@ -76,9 +83,9 @@ def find_sites(
         raise UnsupportedModelError(
             "no layer to quantize: the model has no convolution, linear layer or matmul; give one that has"
         )
-    known = _known_paths(all_layers)
-    _check_patterns("ignore", ignore, known)
-    layers = [layer for layer in all_layers if not any(_matches(layer, pattern) for pattern in ignore)]
+    floats, known = find_float_weights(graph_module, all_layers), _known_paths(all_layers)
+    _check_patterns("ignore", ignore, [*known, *floats])
+    layers = [layer for layer in all_layers if not any(_matches(layer.name, pattern) for pattern in ignore)]
     if not any(operand[2] == "weight" for layer in layers for operand in layer.operands):
         raise UnsupportedModelError(
             "no layer to quantize is left: every layer with weights is ignored; take some out of ignore"
@@ -93,8 +100,25 @@ def find_sites(
         placements += _place_fused(graph_module, all_layers, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
-    inventory = take_inventory(graph_module, placements, all_layers, shapes, ties)
-    return SitePlan(tuple(placements), inventory, _find_classifier(graph_module, layers))
+    inventory = take_inventory(graph_module, placements, all_layers, shapes, floats, ties)
+    unasked = {
+        name: count
+        for name, count in floats.items()
+        if count > _LARGE_WEIGHT and not any(_matches(name, pattern) for pattern in ignore)
+    }
+    return SitePlan(tuple(placements), inventory, _find_classifier(graph_module, layers), unasked)
+
+
+def warn_of_float_weights(plan: SitePlan, *, stacklevel: int) -> None:
+    """Warn of all large weights of a plan that stay in float, once."""
+    if plan.float_weights:
+        named = ", ".join(f"{name!r} ({count:,} elements)" for name, count in plan.float_weights.items())
+        warnings.warn(
+            f"weights that no layer multiplies stay in float: {named}; sizes and compression count them so; "
+            "name them in ignore=[...] if that is meant",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _known_paths(layers: Sequence[MultiplyingLayer]) -> list[str]:
@@ -107,8 +131,9 @@ def _known_paths(layers: Sequence[MultiplyingLayer]) -> list[str]:
     return list(paths)
 
 
-def _matches(layer: MultiplyingLayer, pattern: str) -> bool:
-    parts = layer.name.split(".")
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a layer's name or one of the modules around it."""
+    parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
@@ -155,7 +180,7 @@ def _apply_pins(
     placements: list[Placement], layers: Sequence[MultiplyingLayer], pin: Mapping[str, int], known: Sequence[str]
 ) -> list[Placement]:
     for pattern, fixed in pin.items():
-        pinned = {name for layer in layers if _matches(layer, pattern) for _, name, kind, _ in layer.operands
+        pinned = {name for layer in layers if _matches(layer.name, pattern) for _, name, kind, _ in layer.operands
                   if kind == "weight"}  # fmt: skip
         pinned |= {p.site.name for p in placements if fnmatch.fnmatchcase(p.site.name, pattern)}
         if not pinned:

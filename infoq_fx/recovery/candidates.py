@@ -21,7 +21,15 @@ from infoq_fx.recovery.parameters import read_qparams
 from infoq_fx.recovery.second_order import Curvature, round_rows
 from infoq_fx.recovery.segments import Layer, find_segments
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, scale_choices
-from infoq_fx.recovery.unfolding import can_unfold, columns_of, groups_of, input_rows, rows_to_weight, weight_to_rows
+from infoq_fx.recovery.unfolding import (
+    can_unfold,
+    columns_of,
+    groups_of,
+    input_rows,
+    rows_to_weight,
+    sources_of,
+    weight_to_rows,
+)
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, map_whole
 from infoq_fx.runtime.integer_convolution import QuantizedTensor
@@ -125,16 +133,19 @@ class Candidates:
         samples = self._data.samples
         most = {x.site.name: math.ceil(max(_ROWS, 16 * columns_of(x)) / samples) for x in layers}
 
+        sources = {layer.site.name: sources_of(layer) for layer in layers}
+
         def read(_: int, values: Mapping[fx.Node, Any]) -> list[Inputs | None]:
             found = []
             for layer in layers:
-                value, count = values[layer.source], most[layer.site.name]
+                count, (first, *others) = most[layer.site.name], sources[layer.site.name]
+                value = values[first.node]
                 if isinstance(value, QuantizedTensor):
                     rows = replace(value, q=input_rows(layer, value.q, count, value.zero_point)).dequantize()
                     in_batch = len(value.q)
                 else:
-                    x = value if value.ndim > 1 else value[None]
-                    rows, in_batch = input_rows(layer, x, count), len(x)
+                    parts = [source.rows(values[source.node], count) for source in (first, *others)]
+                    rows, in_batch = torch.cat(parts, 1), first.samples(value)
                 found.append(measure_rows(rows, rows, samples * rows.shape[1] / in_batch))
             return found
 
@@ -142,7 +153,7 @@ class Candidates:
         for found in map_whole(
             self._prepared,
             self._data,
-            {layer.source for layer in layers},
+            {source.node for held in sources.values() for source in held},
             read,
             batch_size=self._batch_size,
             run_options=run_options,

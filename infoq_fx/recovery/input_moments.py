@@ -12,7 +12,7 @@ from torch import Tensor
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer, Segment
-from infoq_fx.recovery.unfolding import input_rows
+from infoq_fx.recovery.unfolding import sources_of
 
 __all__ = [
     "MOST_COLUMNS",
@@ -178,13 +178,16 @@ def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, row
     """
     most = max(1, math.ceil(rows / runner.samples))
 
-    def read(index: int, pair: Pair) -> Inputs | None:
-        pair = pair if pair.reference.ndim > 1 else Pair(pair.reference[None], pair.quantized[None])
-        x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
+    sources = sources_of(layer, segment.nodes)
+
+    def read(index: int, pairs: Sequence[Pair]) -> Inputs | None:
+        both = list(zip(sources, pairs, strict=True))
+        x = torch.cat([source.rows(pair.reference, most) for source, pair in both], 1)
+        found = torch.cat([source.rows(pair.quantized, most) for source, pair in both], 1)
         return measure_rows(x, found, x.shape[1] / runner.batch_samples[index] * runner.samples)
 
     halves = RunningMoments(), RunningMoments()
-    for index, part in enumerate(runner.collect(segment, layer.source, read)):
+    for index, part in enumerate(runner.collect_all(segment, [source.node for source in sources], read)):
         halves[index % 2].add(part)
     first, second = (half.finish() for half in halves)
     return None if first is None else (first, second or first)

@@ -127,8 +127,18 @@ class LayerwiseRunner:
 
     def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> Iterator[_Result]:
         """Apply ``read`` to each batch's index and a node's value, in order; it must be at the segment's start."""
-        nodes = _up_to(segment, node)
-        return self._map(segment, nodes, lambda i, sought, found: read(i, Pair(sought[node], found[node])))
+        return self.collect_all(segment, [node], lambda index, pairs: read(index, pairs[0]))
+
+    def collect_all(
+        self, segment: Segment, wanted: Sequence[fx.Node], read: Callable[[int, Sequence[Pair]], _Result]
+    ) -> Iterator[_Result]:
+        """Apply ``read`` to each batch's index and several nodes' values, as :meth:`collect` does."""
+        nodes = _up_to(segment, wanted)
+
+        def read_pairs(index: int, sought: Values, found: Values) -> _Result:
+            return read(index, [Pair(sought[node], found[node]) for node in wanted])
+
+        return self._map(segment, nodes, read_pairs)
 
     def advance(self, segment: Segment) -> None:
         """Run a segment and move to the next one."""
@@ -254,9 +264,9 @@ def _squared_gradients(
     ]
 
 
-def _up_to(segment: Segment, node: fx.Node) -> list[fx.Node]:
-    """The segment's nodes that a node's value needs."""
-    inside, needed, pending = set(segment.nodes), set[fx.Node](), [node]
+def _up_to(segment: Segment, wanted: Sequence[fx.Node]) -> list[fx.Node]:
+    """The segment's nodes that some nodes' values need."""
+    inside, needed, pending = set(segment.nodes), set[fx.Node](), list(wanted)
     while pending:
         found = pending.pop()
         if found in inside and found not in needed:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.float_interpreter import FloatInterpreter
-from infoq_fx.graph.layers import LAYER_OPS, LayerOp
+from infoq_fx.graph.layers import LAYER_OPS, RECURRENT, LayerOp
+from infoq_fx.graph.operands import is_lookup_node
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import QuantSite
 
@@ -25,12 +26,17 @@ _WORTH = 2.0  # a cut with more than this many times as much alive as those is n
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer with a quantized weight; ``quantizer`` is the weight's quantizer node."""
+    """A layer with a quantized weight; ``quantizer`` is the weight's quantizer node.
+
+    A recurrent layer has several, each of which is one here. ``others`` are the further nodes that multiply the weight,
+    as the later steps of a cell.
+    """
 
     node: fx.Node
     op: LayerOp
     quantizer: fx.Node
     site: QuantSite
+    others: tuple[fx.Node, ...] = ()
 
     @property
     def source(self) -> fx.Node:
@@ -80,7 +86,7 @@ def find_segments(prepared: PreparedModel) -> list[Segment]:
     layers = _find_layers(prepared)
     at = {node: index for index, node in enumerate(nodes)}
     layers = [layer for layer in layers if layer.node in at]  # others depend on no input
-    positions = sorted(at[layer.node] for layer in layers)
+    positions = sorted({at[layer.node] for layer in layers})  # a recurrent node has several weights
     recorder = _Recorder(prepared)
     with torch.inference_mode():
         recorder.run(*prepared.example_inputs.values())
@@ -115,10 +121,10 @@ def _find_layers(prepared: PreparedModel) -> list[Layer]:
     found = []
     for node, quantizer in prepared.quantizer_nodes():
         if quantizer.site.kind == "weight":
-            layers = [user for user in node.users if not LAYER_OPS[user.target].is_lookup]
+            layers = sorted(user for user in node.users if not is_lookup_node(user))
             if layers:
-                layer = min(layers)
-                found.append(Layer(layer, LAYER_OPS[layer.target], node, quantizer.site))
+                op = LAYER_OPS.get(layers[0].target, RECURRENT)
+                found.append(Layer(layers[0], op, node, quantizer.site, tuple(layers[1:])))
     return sorted(found, key=lambda layer: layer.node)
 
 

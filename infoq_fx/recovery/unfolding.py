@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.graph.layers import RECURRENT_OPS
 from infoq_fx.recovery.segments import Layer
 
-__all__ = ["can_unfold", "columns_of", "groups_of", "input_rows", "rows_to_weight", "weight_to_rows"]
+__all__ = [
+    "InputSource",
+    "can_unfold",
+    "columns_of",
+    "groups_of",
+    "input_rows",
+    "rows_to_weight",
+    "sources_of",
+    "weight_to_rows",
+]
 
 _ATEN = torch.ops.aten
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def can_unfold(layer: Layer) -> bool:
-    """Return whether a layer can be unfolded, as all layers but transposed convolutions can."""
-    return not layer.op.is_transposed
+    """Return whether a layer can be unfolded, as all can but transposed convolutions and projections of an LSTM."""
+    return not layer.op.is_transposed and not (layer.op.is_recurrent and _place_of_weight(layer, layer.node)[1] > 1)
 
 
 def columns_of(layer: Layer) -> int:
@@ -72,6 +83,78 @@ def input_rows(layer: Layer, x: Tensor, most: int, fill: int = 0) -> Tensor:
     groups = _groups(layer.node)
     patches = taken.reshape(*taken.shape[:3], groups, channels // groups)  # samples, rows, kernel, group, channels
     return patches.permute(3, 0, 1, 4, 2).reshape(groups, samples * places.shape[0], -1).contiguous()
+
+
+@dataclass(frozen=True)
+class InputSource:
+    """A node whose value holds input rows of a layer, the result of :func:`sources_of`.
+
+    ``part`` says what the rows are: a layer's ``"input"``, or what the state's weight of a recurrent layer multiplies,
+    the ``"first state"`` and the ``"outputs"`` of all steps but the last. ``user`` is the layer's node.
+    """
+
+    layer: Layer
+    node: fx.Node
+    user: fx.Node
+    part: str = "input"
+
+    def rows(self, value: Any, most: int) -> Tensor:
+        """Unfold a value to ``[groups, rows, columns]``, at most ``most`` rows per sample; see :func:`input_rows`."""
+        if not self.layer.op.is_recurrent:
+            return input_rows(self.layer, value if value.ndim > 1 else value[None], most)
+        steps = self._steps(value)
+        return steps[:, _spread(steps.shape[1], most).to(steps.device)].reshape(1, -1, steps.shape[-1])
+
+    def samples(self, value: Any) -> int:
+        """Return the number of samples of a value."""
+        if not self.layer.op.is_recurrent:
+            return len(value) if value.ndim > 1 else 1
+        return len(self._steps(value))
+
+    def _steps(self, value: Any) -> Tensor:
+        """The rows ``[samples, steps, columns]`` of a recurrent layer's weight."""
+        direction, _ = _place_of_weight(self.layer, self.user)
+        if self.part == "first state":
+            state: Tensor = value[direction]
+            return state[:, None]
+        x: Tensor = value[0] if self.part == "outputs" else value
+        x = x if self.user.args[8] else x.transpose(0, 1)
+        if self.part == "input":
+            return x
+        width = self.layer.site.shape[1]
+        x = x[..., direction * width : (direction + 1) * width]
+        return x[:, 1:] if direction else x[:, :-1]
+
+
+def sources_of(layer: Layer, within: Collection[fx.Node] | None = None) -> list[InputSource]:
+    """Return the nodes that hold the input rows of a layer.
+
+    Args:
+        layer: one that can be unfolded.
+        within: the nodes that are run; the weight of a recurrent cell is multiplied in several of them. None for all.
+    """
+    if not layer.op.is_recurrent:
+        return [InputSource(layer, layer.source, layer.node)]
+    found = []
+    for user in (layer.node, *layer.others):
+        if user.target in RECURRENT_OPS and (within is None or user in within):
+            arguments: Any = user.args
+            source, state = arguments[:2]
+            if _place_of_weight(layer, user)[1] == 0:
+                found.append(InputSource(layer, source, user))
+            else:
+                first = state[0] if isinstance(state, list | tuple) else state
+                found.append(InputSource(layer, first, user, "first state"))
+                found.append(InputSource(layer, user, user, "outputs"))
+    return found
+
+
+def _place_of_weight(layer: Layer, user: fx.Node) -> tuple[int, int]:
+    """The direction of a recurrent layer's weight, and its place: 0 for the input's, 1 for the state's."""
+    arguments: Any = user.args
+    parameters, is_bidirectional = list(arguments[2]), arguments[7]
+    per_direction = len(parameters) // (2 if is_bidirectional else 1)
+    return divmod(parameters.index(layer.quantizer), per_direction)
 
 
 def _places(layer: Layer, sizes: Sequence[int], most: int) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ def test_a_layer_in_float_reads_floats(option, name, tmp_path):
     in_float = [node for node in layers if made_by.get(node.input[1], node).op_type != "DequantizeLinear"]
     assert len(in_float) == 1
     assert made_by[in_float[0].input[0]].op_type != "DequantizeLinear"
-    assert sqnr_decibels(run_file(path, IMAGES), quantized(IMAGES)) > 60
+    assert sqnr_decibels(run_file(path, IMAGES), quantized(IMAGES)) > 45
 
 
 def test_weights_beyond_the_range_of_float16_keep_their_digits(tmp_path):

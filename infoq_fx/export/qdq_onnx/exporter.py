@@ -13,7 +13,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
 from infoq_fx.export.qdq_onnx.lowering import lower
 from infoq_fx.export.qdq_onnx.quant_nodes import lower_to_quant
-from infoq_fx.export.qdq_onnx.tracing import trace
+from infoq_fx.export.qdq_onnx.translation.tracing import trace
 from infoq_fx.export.qdq_onnx.writing import check_file, folder_beside, write_model
 
 __all__ = ["METADATA_KEY", "export_onnx"]

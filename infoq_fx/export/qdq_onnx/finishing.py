@@ -17,7 +17,7 @@ from infoq_fx.export.qdq_onnx.packing import pack_weights
 from infoq_fx.export.qdq_onnx.parameters import pack_parameters
 from infoq_fx.export.qdq_onnx.quant_nodes import QONNX_DOMAIN, QONNX_OPSET
 from infoq_fx.export.qdq_onnx.slimming import drop_defaults, shorten, slim_values
-from infoq_fx.export.qdq_onnx.tracing import DOMAIN
+from infoq_fx.export.qdq_onnx.translation.placeholders import DOMAIN
 from infoq_fx.types import BASELINE_BITS, Allocation
 
 __all__ = ["METADATA_KEY", "finish"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from infoq_fx.core.targets import Container, Target
-from infoq_fx.export.qdq_onnx.tracing import DOMAIN, find_placeholders
+from infoq_fx.export.qdq_onnx.translation.placeholders import DOMAIN, find_placeholders
+from infoq_fx.export.qdq_onnx.translation.recurrent import WIDENED, order_gates
 from infoq_fx.types import MAX_BITS
 
 __all__ = ["add_initializer", "lower", "store_transposed", "take_over"]
@@ -32,6 +34,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
     store_transposed(model)
     _lower_dequantize(model, target)
     _gather_integers(model)
+    _keep_reduced_axes(model)
     _lower_quantize_dequantize(model, shares_scales=container.is_packed)
     if container.is_packed:
         _derive_bias_scales(model)
@@ -78,11 +81,14 @@ def _is_parameter(value: ir.Value | None) -> bool:
 def store_transposed(model: ir.Model) -> None:
     """Transpose weights in the file instead of at run time.
 
+    Parameters of recurrent layers are stored as ONNX's operators read them.
+
     1. Dequantize -> Transpose(1, 0): the readers of the Transpose read transposed integers.
     2. Dequantize -> Gemm(transB=1): the same, with transB=0.
 
     Left alone: a weight that an embedding also reads, so that it is stored only once.
     """
+    order_gates(model, functools.partial(add_initializer, model))
     for node in find_placeholders(model, "Dequantize"):
         weight = node.outputs[0]
         if any(reader.op_type == "Gather" for reader, _ in weight.uses()):
@@ -129,10 +135,16 @@ def _lower_dequantize(model: ir.Model, target: Target) -> None:
             take_over(node, _cast_weight(model, node), node.attributes["site"].as_string())
             continue
         inputs: list[ir.Value | None] = [source, scale]
-        if source.const_value.dtype == ir.DataType.INT8:
+        chain: list[ir.Node] = []
+        if WIDENED in node.attributes:
+            # OpenVINO 2026.4 refuses recurrent layers whose weights it does not fold, and it does not fold int8 ones.
+            widened = ir.Node("", "Cast", [source], [ir.AttrInt64("to", int(ir.DataType.INT32))], num_outputs=1)
+            widened.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+            inputs, chain = [widened.outputs[0], scale], [widened]
+        elif source.const_value.dtype == ir.DataType.INT8:
             inputs = _store_weight(model, source, scale, node.attributes["bits"].as_int(), target)
         lowered = ir.Node("", "DequantizeLinear", inputs, [node.attributes["axis"]], num_outputs=1)
-        take_over(node, [lowered], node.attributes["site"].as_string())
+        take_over(node, [*chain, lowered], node.attributes["site"].as_string())
 
 
 def _cast_weight(model: ir.Model, node: ir.Node) -> list[ir.Node]:
@@ -193,6 +205,33 @@ def _gather_integers(model: ir.Model) -> None:
             take_over(reader, chain, f"{str(node.name).removesuffix('/DQ')}/{reader.name}")
         if gathers and not node.outputs[0].uses():
             node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+
+
+def _keep_reduced_axes(model: ir.Model) -> None:
+    """Write a reduction of dequantized embeddings as one that keeps the axes, and a Squeeze.
+
+    OpenVINO 2026.4 moves the scales of the features behind the reduction, and takes those of another axis if the
+    reduction removes one.
+    """
+    for node in [node for node in model.graph if node.op_type.startswith("Reduce")]:
+        source = node.inputs[0]
+        producer = None if source is None else source.producer()
+        is_by_channel = (
+            producer is not None and producer.op_type == "DequantizeLinear" and _has_axis(producer.inputs[1])
+        )
+        keeps_axes = bool(node.attributes.get_int("keepdims", 1))
+        if not is_by_channel or len(node.inputs) < 2 or keeps_axes:
+            continue
+        attributes = [*(x for x in node.attributes.values() if x.name != "keepdims"), ir.AttrInt64("keepdims", 1)]
+        kept = ir.Node("", node.op_type, node.inputs, attributes, num_outputs=1)
+        squeezed = ir.Node("", "Squeeze", [kept.outputs[0], node.inputs[1]], num_outputs=1)
+        kept.outputs[0].type = node.outputs[0].type
+        squeezed.outputs[0].type, squeezed.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        take_over(node, [kept, squeezed], str(node.name))
+
+
+def _has_axis(scale: ir.Value | None) -> bool:
+    return scale is not None and scale.const_value is not None and len(scale.const_value.shape) == 1
 
 
 def _scale_rows(model: ir.Model, rows: ir.Node, node: ir.Node, gather: ir.Node) -> list[ir.Node]:

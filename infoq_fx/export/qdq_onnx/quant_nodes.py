@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from infoq_fx.export.qdq_onnx.lowering import add_initializer, store_transposed, take_over
-from infoq_fx.export.qdq_onnx.tracing import find_placeholders
+from infoq_fx.export.qdq_onnx.translation.placeholders import find_placeholders
 
 __all__ = ["QONNX_DOMAIN", "QONNX_OPSET", "lower_to_quant", "write_out_quant"]
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 __all__ = ["drop_defaults", "shorten", "slim_values"]
 
 _ONES = {"dilations", "strides"}  # lists whose default of ones is only in the text of the specification
-_SUFFIXES = {"_transposed": "", ".weight_scale": ".scale"}
+_SUFFIXES = {"_transposed": "", "_gates": "", ".weight_scale": ".scale"}
 
 
 def drop_defaults(node: ir.Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from infoq_fx.graph.layers import LAYER_OPS, MATMUL_OPS
+from infoq_fx.graph.layers import LAYER_OPS, MATMUL_OPS, RECURRENT_OPS
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.types import FLOAT_BITS
 
@@ -18,11 +18,14 @@ def annotate_bits(graph_module: fx.GraphModule) -> bool:
 
     1. a quantize or dequantize node: ``{"site": name, "bits": bits}``.
     2. a layer or matrix product: ``{"operand_bits": bits of its operands in the order of its arguments}``, 32 for
-       a float operand. An embedding has one operand, its weight.
+       a float operand. An embedding has one operand, its weight; a recurrent layer has its weights.
     """
     for node in graph_module.graph.nodes:
         if node.target in (quantize_dequantize_op, dequantize_op):
             node.meta[_META_KEY] = {"site": node.args[4], "bits": node.args[3]}
+        elif node.target in RECURRENT_OPS:
+            weights = [source for source in node.all_input_nodes if source.target is dequantize_op]
+            node.meta[_META_KEY] = {"operand_bits": tuple(source.meta[_META_KEY]["bits"] for source in weights)}
         elif node.target in LAYER_OPS or node.target in MATMUL_OPS:
             is_lookup = node.target in LAYER_OPS and LAYER_OPS[node.target].is_lookup
             sources = node.all_input_nodes[:1] if is_lookup else node.all_input_nodes

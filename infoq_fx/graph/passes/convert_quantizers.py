@@ -107,7 +107,9 @@ def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams, i
     """Change the scales of channels whose bias could not be stored well in units of the accumulator."""
     biases = []
     for layer in node.users:
-        op = LAYER_OPS[layer.target]
+        op = LAYER_OPS.get(layer.target)
+        if op is None:
+            continue  # a recurrent layer, whose biases stay in float
         source: Any = layer.args[op.source]
         bias = op.bias_of(layer)
         if is_call(source, quantize_dequantize_op) and isinstance(bias, fx.Node) and bias.op == "get_attr":

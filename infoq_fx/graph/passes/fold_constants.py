@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
 from torch import fx
 
-from infoq_fx.graph.layers import LAYER_OPS, free_path, module_path, write_tensor
+from infoq_fx.graph.layer_forms.building import constant_nodes, evaluate
+from infoq_fx.graph.layers import LAYER_OPS, RECURRENT_OPS, free_path, module_path, write_tensor
 
-__all__ = ["fold_constants"]
+__all__ = ["drop_unread_tensors", "fold_constants"]
 
 
 def fold_constants(graph_module: fx.GraphModule) -> bool:
@@ -18,44 +20,40 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
 
     Left alone: operands that depend on an input, and operands that are parameters already.
     """
-    constant = _constant_nodes(graph_module)
+    constant = constant_nodes(graph_module)
     changed = False
     for node in list(graph_module.graph.nodes):
-        op = LAYER_OPS.get(node.target)
-        if op is None:
-            continue
-        for operand, kind in ((node.args[op.weight], "weight"), (op.bias_of(node), "bias")):
-            if isinstance(operand, fx.Node) and operand in constant and operand.op != "get_attr":
-                _replace(
-                    graph_module, operand, free_path(graph_module, f"{module_path(node)}.{kind}".removeprefix("."))
-                )
+        for operand, kind in list(_parameters_of(node)):
+            if operand in constant and operand.op != "get_attr":
+                path = free_path(graph_module, f"{module_path(node)}.{kind}".removeprefix("."))
+                _replace(graph_module, operand, path)
                 changed = True
     return changed
 
 
-def _constant_nodes(graph_module: fx.GraphModule) -> set[fx.Node]:
-    constant: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
-        is_computed = node.op == "call_function" and node.all_input_nodes
-        if node.op == "get_attr" or (is_computed and constant.issuperset(node.all_input_nodes)):
-            constant.add(node)
-    return constant
+def drop_unread_tensors(graph_module: fx.GraphModule) -> bool:
+    """Remove parameters and buffers that the graph does not read, as those that others were computed from."""
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    held = [*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers(remove_duplicate=False)]
+    unread = [path for path, _ in held if path not in read]
+    for path in unread:
+        owner, _, name = path.rpartition(".")
+        delattr(graph_module.get_submodule(owner), name)
+    return bool(unread)
+
+
+def _parameters_of(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    op = LAYER_OPS.get(node.target)
+    operands = [] if op is None else [(node.args[op.weight], "weight"), (op.bias_of(node), "bias")]
+    if node.target in RECURRENT_OPS:
+        operands = [(operand, f"weight_{index}") for index, operand in enumerate(node.args[2])]  # type: ignore[arg-type]
+    for operand, kind in operands:
+        if isinstance(operand, fx.Node):
+            yield operand, kind
 
 
 def _replace(graph_module: fx.GraphModule, operand: fx.Node, name: str) -> None:
-    needed = {operand}
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    ordered = [node for node in graph_module.graph.nodes if node in needed]
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in ordered:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[operand])
-    with torch.no_grad():
-        value = fx.GraphModule(graph_module, graph)()
-    write_tensor(graph_module, name, value.detach().clone())
+    write_tensor(graph_module, name, evaluate(graph_module, operand))
     with graph_module.graph.inserting_before(operand):
         folded = graph_module.graph.get_attr(name)
     folded.meta = dict(operand.meta)

@@ -18,7 +18,19 @@ _ATEN = torch.ops.aten
 _POOLS = tuple(f"{kind}_pool{spatial}d" for kind in ("max", "avg", "adaptive_avg") for spatial in (1, 2, 3))
 _ONE_OPERAND = (
     *("relu", "leaky_relu", "prelu", "dropout", "clone", "contiguous", "alias", "detach"),
-    *("mean", "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "slice", "select"),
+    *(
+        "mean",
+        "flatten",
+        "unflatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "select",
+    ),
     *("upsample_nearest2d", "upsample_bilinear2d", "channel_shuffle", "pixel_shuffle"),
     *("split", "split_with_sizes", "chunk", "unbind"),
     *_POOLS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import threading
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
+
+from infoq_fx.graph.program.recurrent_shapes import inferring_recurrent_shapes
 
 __all__ = ["ExampleInputs", "FreeAxes", "export_quietly", "exporting", "load_quietly"]
 
@@ -51,7 +54,7 @@ def exporting() -> Iterator[None]:
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    with _LOCK, warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings(), inferring_recurrent_shapes():
         warnings.simplefilter("ignore")
         loggers = [logging.getLogger(name) for name in _LOGGERS]
         for logger in loggers:
@@ -97,8 +100,18 @@ def export_quietly(
     else:
         args, kwargs = tuple(example_inputs), {}
         shapes = _group_open(module, [shape_of(index, x) for index, x in enumerate(args)])
+    if any(isinstance(part, nn.LSTM) and part.proj_size for part in module.modules()):
+        _warn_of_projections_once()
     with exporting(), _WithoutFastPath():
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@functools.cache
+def _warn_of_projections_once() -> None:
+    """Let torch warn here, unseen, that an LSTM with a projection is not for oneDNN; it does so once in a process."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        nn.LSTM(1, 2, proj_size=1)(torch.zeros(1, 1, 1))
 
 
 def _group_open(module: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:

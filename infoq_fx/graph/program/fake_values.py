@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from infoq_fx.graph.layers import RECURRENT_OPS
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
+from infoq_fx.graph.program.recurrent_shapes import infer_recurrent
 
 __all__ = ["infer_values"]
 
@@ -27,6 +29,11 @@ class _Inference(GraphInterpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._mode.from_tensor(self.fetch_attr(target), static_shapes=True)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in RECURRENT_OPS:
+            return infer_recurrent(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

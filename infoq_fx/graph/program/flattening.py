@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from infoq_fx.errors import UnsupportedModelError
@@ -25,6 +26,18 @@ _MUTATIONS = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION, Output
 _PLAIN = (dict, list, tuple)
 
 
+class _RecordedCalls(TorchFunctionMode):
+    """Records calls of operators whose only traced arguments are numbers, as ``zeros([batch, 16])``."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        traced = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, fx.Proxy)]
+        if traced and isinstance(func, torch._ops.OpOverload):
+            return traced[0].tracer.create_proxy("call_function", func, args, dict(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class BufferTracer(fx.Tracer):
     """Tracer that records reads of buffers as nodes.
 
@@ -32,6 +45,11 @@ class BufferTracer(fx.Tracer):
     """
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a module."""
+        with _RecordedCalls():
+            return super().trace(root, concrete_args)
 
 
 # Attributes of every graph module: a tensor of the model's that lay there would be hidden or overwritten.

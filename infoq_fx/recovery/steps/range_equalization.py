@@ -138,7 +138,11 @@ def _find_pairs(prepared: PreparedModel, layers: Sequence[Layer]) -> dict[fx.Nod
         values = SegmentRunner(prepared, None).compute([node for node in nodes if node not in inputs], inputs)
     shapes = {node: tuple(x.shape) for node, x in values.items() if isinstance(x, Tensor)}
     reads = Counter(str(node.target) for node in nodes if node.op == "get_attr" for _ in node.users)
-    own = [layer for layer in layers if reads[layer.weight] == len(layer.quantizer.users) == 1]
+    own = [
+        layer
+        for layer in layers
+        if reads[layer.weight] == len(layer.quantizer.users) == 1 and not layer.op.is_recurrent
+    ]
     known = {layer.node: layer for layer in own if can_unfold(layer)}
     firsts = [layer for layer in known.values() if _can_scale(prepared, layer, reads)]
     found = [_follow(prepared, first, known, shapes) for first in firsts]

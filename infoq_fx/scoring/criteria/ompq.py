@@ -147,13 +147,23 @@ def _read_outputs(
         if start == 0:
             room = _GROUP_BYTES
             for node in nodes:
-                room -= 4 * values[node].numel() // count * data.samples
+                room -= 4 * _output_of(node, values[node]).numel() // count * data.samples
                 if parts and room < 0:
                     break
                 parts[node] = {}
         for node, by_start in parts.items():
-            value = values[node].detach().float()  # without a batch dimension it is the same for every sample
+            value = (
+                _output_of(node, values[node]).detach().float()
+            )  # without a batch dimension it is the same for every sample
             by_start[start] = value.reshape(count if len(value) == count else 1, -1).expand(count, -1)
 
     run_whole(prepared, data, set(nodes), read, batch_size=batch_size, run_options=run_options)
     return {node: torch.cat([rows for _, rows in sorted(by_start.items())]) for node, by_start in parts.items()}
+
+
+def _output_of(node: fx.Node, value: Any) -> Tensor:
+    """A layer's output, samples first; a recurrent layer also gives its last states."""
+    if isinstance(value, Tensor):
+        return value
+    output: Tensor = value[0]
+    return output if node.args[8] else output.transpose(0, 1)

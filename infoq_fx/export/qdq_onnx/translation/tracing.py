@@ -6,21 +6,20 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from infoq_fx.conversion.quantized import Provenance, plain_graph
 from infoq_fx.errors import ExportError
+from infoq_fx.export.qdq_onnx.translation.placeholders import FLOAT, INTEGER, TEXT, make_placeholder
+from infoq_fx.export.qdq_onnx.translation.recurrent import RECURRENT_TRANSLATIONS
 from infoq_fx.graph.program.exporting import FreeAxes, export_quietly, exporting
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 
-__all__ = ["DOMAIN", "find_placeholders", "trace"]
+__all__ = ["trace"]
 
-DOMAIN = "infoq_fx"
 _LOGGER = logging.getLogger(__name__)
 _LAST_OPSET = 23  # later opsets do not change the operators that the exporter writes
 
@@ -61,6 +60,7 @@ def _translate(
     table: dict[Any, Callable[..., Any]] = {
         quantize_dequantize_op: _translate_quantize_dequantize,
         dequantize_op: _translate_dequantize,
+        **RECURRENT_TRANSLATIONS,
     }
     examples = provenance.form.file_inputs(provenance.example_inputs)
     axes: FreeAxes = {index: provenance.free_axes.get(name, ()) for index, name in enumerate(examples) if has_free_axes}
@@ -117,38 +117,10 @@ def _rename_tensors(model: ir.Model) -> None:
             count += 1
 
 
-def find_placeholders(model: ir.Model, op_type: str) -> list[ir.Node]:
-    """Return the placeholder ops of a type, in graph order."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == op_type]
-
-
-def _placeholder(name: str, inputs: list[str], attributes: dict[str, Any]) -> values.Op:
-    """Register the schema of a placeholder op, so that the exporter can create nodes of it."""
-    schema = onnx.defs.OpSchema
-    floats, integers = ["tensor(float)"], ["tensor(float)", "tensor(int8)", "tensor(int32)"]
-    definition = schema(
-        name,
-        DOMAIN,
-        1,
-        inputs=[schema.FormalParameter(x, f"T{x}") for x in inputs],
-        outputs=[schema.FormalParameter("y", "T")],
-        type_constraints=[*[(f"T{x}", integers, "") for x in inputs], ("T", floats, "")],
-        attributes=[schema.Attribute(key, kind, required=True) for key, kind in attributes.items()],
-    )
-    if not onnx.defs.has(name, domain=DOMAIN):
-        onnx.defs.register_schema(definition)
-    return values.Op(values.Opset(DOMAIN, 1), name)
-
-
-_TYPES = onnx.defs.OpSchema.AttrType
-_QUANTIZE_DEQUANTIZE = _placeholder(
-    "QuantizeDequantize",
-    ["x"],
-    {"scale": _TYPES.FLOAT, "zero_point": _TYPES.INT, "bits": _TYPES.INT, "site": _TYPES.STRING},
+_QUANTIZE_DEQUANTIZE = make_placeholder(
+    "QuantizeDequantize", ["x"], {"scale": FLOAT, "zero_point": INTEGER, "bits": INTEGER, "site": TEXT}
 )
-_DEQUANTIZE = _placeholder(
-    "Dequantize", ["q", "scale"], {"axis": _TYPES.INT, "bits": _TYPES.INT, "site": _TYPES.STRING}
-)
+_DEQUANTIZE = make_placeholder("Dequantize", ["q", "scale"], {"axis": INTEGER, "bits": INTEGER, "site": TEXT})
 
 
 def _translate_quantize_dequantize(x: Any, scale: float, zero_point: int, bits: int, site: str) -> Any:
