@@ -76,7 +76,7 @@ def _draw(index: int, first: Any, second: Any) -> Any:
 
 @jit
 def fake_quantize_but_share(
-    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
+    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, start: int, out: Floats
 ) -> None:
     """:func:`fake_quantize_flat` that leaves a share of the values unchanged: those of :func:`draw_share`."""
     limit = np.uint64(share * 2**32)
@@ -85,16 +85,19 @@ def fake_quantize_but_share(
         q = np.rint(x[i] / scale)
         q = low if q < low else q
         q = high if q > high else q
-        out[i] = x[i] if _draw(i, first, second) < limit else q * scale + x.dtype.type(0)
+        out[i] = x[i] if _draw(start + i, first, second) < limit else q * scale + x.dtype.type(0)
 
 
 @jit
-def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
-    """Draw a random share of consecutive values from a seed of up to 64 bits, the same on every machine."""
+def draw_share(share: float, seed: int, start: int, out: NDArray[np.bool_]) -> None:
+    """Draw a random share of consecutive values from a seed of up to 64 bits, the same on every machine.
+
+    ``start`` is the number of the first of them among all that are drawn for the seed.
+    """
     limit = np.uint64(share * 2**32)
     first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for i in range(len(out)):
-        out[i] = _draw(i, first, second) < limit
+        out[i] = _draw(start + i, first, second) < limit
 
 
 @jit

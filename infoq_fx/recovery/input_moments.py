@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
-from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.unfolding import input_rows
 
 __all__ = [
@@ -170,24 +171,38 @@ def measure_rows(reference: Tensor, quantized: Tensor, rows_in_all: float) -> In
     return InputMoments(x.shape[1], x.mean(1).double(), found.mean(1).double(), second, cross)
 
 
-def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
-    """Measure the moments over each half of the samples, from about ``rows`` rows in all.
+def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
+    """Measure the moments over the samples of even and of odd numbers, from about ``rows`` rows in all.
 
-    The runner must be at the segment's start. Batches go to the two halves in turn; a single batch is used for both.
-    The result is None where that of :func:`measure_rows` is.
+    The runner goes on to the layer's input. A single sample is used for both halves. The result is None where that of
+    :func:`measure_rows` is.
     """
     most = max(1, math.ceil(rows / runner.samples))
+    starts = [0, *itertools.accumulate(runner.batch_samples)]
 
-    def read(index: int, pair: Pair) -> Inputs | None:
+    def read(index: int, pair: Pair) -> list[Inputs | None]:
         pair = pair if pair.reference.ndim > 1 else Pair(pair.reference[None], pair.quantized[None])
         x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
-        return measure_rows(x, found, x.shape[1] / runner.batch_samples[index] * runner.samples)
+        in_all = x.shape[1] / runner.batch_samples[index] * runner.samples
+        samples = len(pair.reference)
+        first = starts[index] % 2 if samples > 1 else index % 2
+        parts = [(_every_second(x, samples, n), _every_second(found, samples, n)) for n in (first, 1 - first)]
+        return [measure_rows(*part, in_all) if part[0].shape[1] else None for part in parts]
 
     halves = RunningMoments(), RunningMoments()
-    for index, part in enumerate(runner.collect(segment, layer.source, read)):
-        halves[index % 2].add(part)
+    for parts in runner.collect(layer.source, read):
+        for half, part in zip(halves, parts, strict=True):
+            half.add(part)
     first, second = (half.finish() for half in halves)
     return None if first is None else (first, second or first)
+
+
+def _every_second(rows: Tensor, samples: int, first: int) -> Tensor:
+    """The rows ``[groups, rows, columns]`` of every second sample."""
+    if samples == 1:
+        return rows[:, :0] if first else rows
+    groups, count, columns = rows.shape
+    return rows.view(groups, samples, count // samples, columns)[:, first::2].reshape(groups, -1, columns)
 
 
 def average_moments(parts: Sequence[Inputs]) -> Inputs:

@@ -22,7 +22,13 @@ from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
 from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.range_equalization import RangeEqualization
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
+from infoq_fx.runtime.forward import (
+    RunOptions,
+    choose_batch_size,
+    choose_gradient_bytes,
+    hold_float_outputs,
+    measure_lost_nats,
+)
 from infoq_fx.runtime.held_outputs import make_loss
 
 __all__ = [
@@ -145,7 +151,8 @@ def recover_accuracy(
         one_torch_thread() as threads,
         tqdm(total=len(steps), disable=not progress, desc="recovering", unit="step", bar_format=_BAR) as bar,
     ):
-        run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update)
+        gradient_bytes = choose_gradient_bytes(memory_limit)
+        run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update, gradient_bytes=gradient_bytes)
         check = _Check(prepared, held, bits, batch_size, RunOptions(threads=run_options.threads))
         current, nats = prepared, check(prepared)
         for index, step in enumerate(steps):

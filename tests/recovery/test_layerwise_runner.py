@@ -24,7 +24,7 @@ def test_a_walk_ends_where_whole_runs_end(name, request):
         runner.advance(segment)
     output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
     node = next(n for n in last.nodes if n.name == output)
-    pairs = list(runner.collect(last, node, lambda _, pair: pair))
+    pairs = list(runner.collect(node, lambda _, pair: pair))
     in_float = compute_float_logits(prepared, data, batch_size=16)
     assert torch.allclose(torch.cat([pair.reference for pair in pairs]), in_float, atol=1e-5)
     assert torch.allclose(
@@ -51,7 +51,7 @@ def test_a_reference_with_float_weights_has_quantized_activations(residual):
         runner.advance(segment)
     output = next(iter(reversed(prepared.graph_module.graph.nodes))).all_input_nodes[0].name
     node = next(n for n in last.nodes if n.name == output)
-    found = torch.cat([pair.reference for pair in runner.collect(last, node, lambda _, pair: pair)])
+    found = torch.cat([pair.reference for pair in runner.collect(node, lambda _, pair: pair)])
     with torch.inference_mode():
         expected = ActivationsOnly(prepared.graph_module).run(*data.inputs.values())
     assert torch.allclose(found, expected, atol=1e-5)

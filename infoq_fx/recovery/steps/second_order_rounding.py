@@ -58,8 +58,8 @@ class SecondOrderRounding:
     has one small problem per channel. Layers without a bias use second moments that are not centred. Transposed
     convolutions are not changed, nor are layers of more than 8,192 columns and many input rows.
 
-    Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
-    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between blocks are
+    Cost: a forward pass of the reference and one of the quantized model over ``samples``, and for every layer a
+    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between layers are
     kept for both models, those beyond 1 GiB in a temporary file.
 
     Reference:
@@ -100,10 +100,10 @@ class SecondOrderRounding:
         runner = LayerwiseRunner(
             changed, bits, choose_samples(prepared, data, self.samples), context, reference=self.reference
         )
-        for segment, layer in runner.visit():
+        for layer in runner.visit():
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
-                halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
+                halves = measure_moments(runner, layer, max(self.rows, 32 * columns))
             if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
