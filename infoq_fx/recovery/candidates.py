@@ -129,12 +129,9 @@ class Candidates:
             found = []
             for layer in layers:
                 value, count = values[layer.source], most[layer.site.name]
-                if isinstance(value, QuantizedTensor):
-                    rows = replace(value, q=input_rows(layer, value.q, count, value.zero_point)).dequantize()
-                    in_batch = len(value.q)
-                else:
-                    x = value if value.ndim > 1 else value[None]
-                    rows, in_batch = input_rows(layer, x, count), len(x)
+                x = value if isinstance(value, QuantizedTensor) or value.ndim > 1 else value[None]
+                in_batch = len(x.q if isinstance(x, QuantizedTensor) else x)
+                rows = input_rows(layer, x, count)
                 found.append(measure_rows(rows, rows, samples * rows.shape[1] / in_batch))
             return found
 

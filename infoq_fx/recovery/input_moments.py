@@ -181,10 +181,11 @@ def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[I
     starts = [0, *itertools.accumulate(runner.batch_samples)]
 
     def read(index: int, pair: Pair) -> list[Inputs | None]:
-        pair = pair if pair.reference.ndim > 1 else Pair(pair.reference[None], pair.quantized[None])
-        x, found = input_rows(layer, pair.reference, most), input_rows(layer, pair.quantized, most)
-        in_all = x.shape[1] / runner.batch_samples[index] * runner.samples
-        samples = len(pair.reference)
+        reference, quantized = pair.reference, pair.quantized
+        if reference.ndim < 2 and isinstance(quantized, Tensor):
+            reference, quantized = reference[None], quantized[None]
+        x, found = input_rows(layer, reference, most), input_rows(layer, quantized, most)
+        in_all, samples = x.shape[1] / runner.batch_samples[index] * runner.samples, len(reference)
         first = starts[index] % 2 if samples > 1 else index % 2
         parts = [(_every_second(x, samples, n), _every_second(found, samples, n)) for n in (first, 1 - first)]
         return [measure_rows(*part, in_all) if part[0].shape[1] else None for part in parts]

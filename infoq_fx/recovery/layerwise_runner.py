@@ -23,6 +23,13 @@ from infoq_fx.recovery.segments import Layer, Segment, find_segments, needed_con
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.runtime.held_outputs import OutputHolder, measure_variances
 from infoq_fx.runtime.held_values import HeldValues, ValuesByBatch
+from infoq_fx.runtime.integer_convolution import (
+    QuantizedTensor,
+    convolve,
+    find_integer_nodes,
+    quantize_activation,
+    quantize_weight,
+)
 from infoq_fx.runtime.outputs import read_nodes, read_readings
 from infoq_fx.types import BASELINE_BITS, QParams
 
@@ -54,7 +61,7 @@ class Pair:
     """The value of one node for one batch, in the reference and in the quantized model."""
 
     reference: Tensor
-    quantized: Tensor
+    quantized: Tensor | QuantizedTensor
 
 
 class LayerwiseRunner:
@@ -87,7 +94,7 @@ class LayerwiseRunner:
         self.batch_samples = inputs.batch_samples
         bits_sought = bits if reference == "float_weights" else None
         self._reference = _Place(SegmentRunner(prepared, bits_sought, has_float_weights=True), 0, inputs)
-        self._quantized = _Place(SegmentRunner(prepared, bits), 0, inputs)
+        self._quantized = _Place(_IntegerRunner(prepared, bits), 0, inputs)
 
     @property
     def reference(self) -> ValuesByBatch:
@@ -326,6 +333,31 @@ class SegmentRunner(GraphInterpreter):
 
     def _bits_of(self, quantizer: Quantizer) -> int:
         return (self._bits or {}).get(quantizer.site.name, BASELINE_BITS)
+
+
+class _IntegerRunner(SegmentRunner):
+    """Runs convolutions over integers where :func:`find_integer_nodes` says so; their inputs are integers then."""
+
+    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int]) -> None:
+        super().__init__(prepared, bits)
+        self._integers = find_integer_nodes(prepared)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on the values of its arguments."""
+        if n not in self._integers:
+            return super().run_node(n)
+        if n.op == "call_module":
+            quantizer = self._parameters.get_submodule(str(n.target))
+            assert isinstance(quantizer, Quantizer)
+            quantize = quantize_activation if quantizer.site.kind == "activation" else quantize_weight
+            return quantize(self.env[n.all_input_nodes[0]], quantizer.qparams_at(self._bits_of(quantizer)))
+        x, weight, *rest = n.args[:3]
+        bias = self.env[rest[0]] if rest and isinstance(rest[0], fx.Node) else None
+        return convolve(n, self.env[x], self.env[weight], bias)  # type: ignore[index]
+
+    def qparams_of(self, node: fx.Node) -> QParams | None:
+        """Return None for the nodes whose values are integers."""
+        return None if node in self._integers else super().qparams_of(node)
 
 
 def _squared_gradients(

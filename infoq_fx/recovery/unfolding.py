@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from infoq_fx.recovery.segments import Layer
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 
 __all__ = ["can_unfold", "columns_of", "groups_of", "input_rows", "rows_to_weight", "weight_to_rows"]
 
@@ -46,15 +48,20 @@ def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
     return rows.reshape(shape[::-1]).transpose(0, 1).contiguous()
 
 
-def input_rows(layer: Layer, x: Tensor, most: int, fill: int = 0) -> Tensor:
+def input_rows(layer: Layer, x: Tensor | QuantizedTensor, most: int) -> Tensor:
     """Unfold a layer's input to ``[groups, rows, columns]``, with columns as in :func:`weight_to_rows`.
 
     Args:
         layer: not a transposed convolution.
-        x: its input, ``[samples, ...]``.
+        x: its input, ``[samples, ...]``; of integers only the rows taken are dequantized.
         most: largest number of rows per sample; if it has more, ``most`` spread over it, the same for every sample.
-        fill: the value of padding.
     """
+    if isinstance(x, QuantizedTensor):
+        return replace(x, q=_input_rows(layer, x.q, most, x.zero_point)).dequantize()
+    return _input_rows(layer, x, most, 0)
+
+
+def _input_rows(layer: Layer, x: Tensor, most: int, fill: int) -> Tensor:
     if not layer.op.is_convolution:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return tokens[:, _spread(tokens.shape[1], most).to(x.device)].reshape(1, -1, x.shape[-1])

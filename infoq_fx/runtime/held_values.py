@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from infoq_fx.errors import CalibrationDataError
 from infoq_fx.quantization.numerics import dequantize, quantize, quantize_in_one_pass
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 from infoq_fx.types import QParams
 
 __all__ = ["HeldValues", "ValuesByBatch"]
@@ -52,6 +53,15 @@ class _Packed:
 
     integers: Tensor | _Stored
     qparams: QParams
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """A tensor of integers, which are held in memory or stored."""
+
+    integers: Tensor | _Stored
+    scale: float
+    zero_point: int
 
 
 class HeldValues:
@@ -91,6 +101,8 @@ class HeldValues:
         return {node: self._read(value) for node, value in self._batches[index].items() if node in nodes}
 
     def _keep(self, value: Any, qparams: QParams | None) -> Any:
+        if isinstance(value, QuantizedTensor):
+            return _Integers(self._keep(value.q, None), value.scale, value.zero_point)
         if not isinstance(value, Tensor) or self._take_room(value):
             return value
         if qparams is not None and _can_pack(value):
@@ -108,6 +120,8 @@ class HeldValues:
     def _read(self, held: Any) -> Any:
         if isinstance(held, _Packed):
             return dequantize(self._read(held.integers), held.qparams)
+        if isinstance(held, _Integers):
+            return QuantizedTensor(self._read(held.integers), held.scale, held.zero_point)
         return self._read_file(held) if isinstance(held, _Stored) else held
 
     def _write(self, x: Tensor) -> _Stored:

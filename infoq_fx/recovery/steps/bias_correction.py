@@ -67,6 +67,7 @@ def _mean_error(runner: LayerwiseRunner, layer: Layer) -> Tensor:
     """Mean of the float output minus that of the quantized one, float32 ``[channels]``."""
 
     def read(_: int, pair: Pair) -> tuple[Tensor, int]:
+        assert isinstance(pair.quantized, Tensor)  # a layer's output
         difference = (pair.reference - pair.quantized).double()
         axis = 1 if layer.op.is_convolution else difference.ndim - 1
         others = [i for i in range(difference.ndim) if i != axis]

@@ -25,6 +25,7 @@ from infoq_fx.recovery.segments import Segment, find_segments
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps.adaround import SoftBlock, SoftWeight, begin_soft_block
 from infoq_fx.runtime.digest import digest_run
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 from infoq_fx.runtime.value_sizes import measure_sizes
 from infoq_fx.types import BASELINE_BITS
 
@@ -260,9 +261,7 @@ class _Block:
     def _loss(self, block: SoftBlock, index: int) -> Tensor:
         """The part of a batch in the mean squared error of its shard."""
         segment, runner = self.segment, self.runner
-        # Inference tensors cannot be saved for a backward pass; their copies can.
-        entering = runner.quantized.read(index, segment.entering)
-        known = {n: x.clone() if isinstance(x, Tensor) else x for n, x in entering.items()}
+        known = {n: _usable(x) for n, x in runner.quantized.read(index, segment.entering).items()}
         values = block.compute([*segment.constants, *segment.nodes], known)
         wanted = runner.reference.read(index, segment.outputs)
         parts = []
@@ -271,6 +270,13 @@ class _Block:
             parts.append((square * self.weighing[node][index] if node in self.weighing else square).mean())
         shard = self._batches(index // self.parts)
         return torch.stack(parts).sum() * (self._samples(index) / sum(self._samples(i) for i in shard))
+
+
+def _usable(x: Any) -> Any:
+    """A value that may be saved for a backward pass, as copies of inference tensors may."""
+    if isinstance(x, QuantizedTensor):
+        return x.dequantize()
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _choose_part(prepared: PreparedModel, shard: int, gradient_bytes: int, is_whole: bool) -> int:
