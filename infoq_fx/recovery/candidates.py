@@ -30,11 +30,11 @@ from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeig
 __all__ = ["Candidates"]
 
 _SAMPLES = 512
-_ROWS = 8192
+_ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
-_ALGORITHM_VERSION = 3  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 4  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -123,7 +123,8 @@ class Candidates:
     def _measure_moments(self, layers: Sequence[Layer], run_options: RunOptions) -> dict[str, Inputs]:
         """The moments of the inputs of some layers in the 8-bit baseline, by site."""
         samples = self._data.samples
-        most = {x.site.name: math.ceil(max(_ROWS, 16 * columns_of(x)) / samples) for x in layers}
+        rows = {x.site.name: max(min(_ROWS, _MOST_ROWS_PER_COLUMN * columns_of(x)), 16 * columns_of(x)) for x in layers}
+        most = {name: math.ceil(count / samples) for name, count in rows.items()}
 
         def read(_: int, values: Mapping[fx.Node, Any]) -> list[Inputs | None]:
             found = []

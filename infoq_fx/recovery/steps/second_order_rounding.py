@@ -28,6 +28,7 @@ __all__ = ["SecondOrderRounding", "scale_choices"]
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
+_MOST_ROWS_PER_COLUMN = 512
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -69,7 +70,7 @@ class SecondOrderRounding:
 
     Args:
         samples: largest number of samples, spread over the data.
-        rows: least number of input rows for the moments of a layer; at least 32 per column are used.
+        rows: number of input rows for the moments of a layer; at least 32 and at most 512 per column are used.
         sweeps: largest number of rounds of coordinate descent.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are approximated.
 
@@ -103,7 +104,8 @@ class SecondOrderRounding:
         for layer in runner.visit():
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
-                halves = measure_moments(runner, layer, max(self.rows, 32 * columns))
+                rows = max(min(self.rows, _MOST_ROWS_PER_COLUMN * columns), 32 * columns)
+                halves = measure_moments(runner, layer, rows)
             if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
