@@ -53,7 +53,7 @@ def test_merged_operations_equal_one_after_the_other(seed, bits, scale, share, c
 
 def drawn(share, seed, count=40_000):
     out = np.empty(count, np.bool_)
-    draw_share(share, seed, out)
+    draw_share(share, seed, 0, out)
     return out
 
 
@@ -68,11 +68,17 @@ def test_a_share_of_the_values_is_drawn_without_a_pattern(share, seed):
         assert abs((one & second).mean() - share**2) <= 2 * margin
 
 
+def test_parts_draw_what_the_whole_draws():
+    part = np.empty(1000, np.bool_)
+    draw_share(0.5, 7, 3000, part)
+    assert np.array_equal(part, drawn(0.5, 7)[3000:4000])
+
+
 def test_what_is_not_drawn_is_fake_quantized():
     x, limits = np.random.default_rng(0).normal(size=5000).astype(np.float32), (np.float32(-3), np.float32(4))
     quantized, found = np.empty_like(x), np.empty_like(x)
     fake_quantize_flat(x, np.float32(0.3), *limits, quantized)
-    fake_quantize_but_share(x, np.float32(0.3), *limits, 0.4, 7, found)
+    fake_quantize_but_share(x, np.float32(0.3), *limits, 0.4, 7, 0, found)
     assert np.array_equal(found, np.where(drawn(0.4, 7, 5000), x, quantized))
 
 
