@@ -34,6 +34,7 @@ _ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
+_BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
 _ALGORITHM_VERSION = 4  # raised when the same data gives other rounded weights
 
 
@@ -155,7 +156,7 @@ def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]
     groups: list[list[Layer]] = []
     room = 0
     for layer in layers:
-        needed = 8 * groups_of(layer) * columns_of(layer) ** 2
+        needed = _BYTES_OF_MOMENT * groups_of(layer) * columns_of(layer) ** 2
         if not groups or needed > room:
             groups, room = [*groups, []], most_bytes
         groups[-1].append(layer)

@@ -21,6 +21,7 @@ from infoq_fx.recovery.error_feedback import (
 __all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "cholesky", "factorize", "factorize_inputs", "round_rows"]
 
 _LEAST_RAISE, _MOST_RAISES = 1e-7, 20
+_COLUMNS_AT_ONCE = 1024
 
 
 class Curvature(Protocol):
@@ -150,11 +151,11 @@ def factorize(second: Tensor) -> DenseCurvature:
     Args:
         second: positive definite, float64 ``[groups, columns, columns]``.
     """
-    columns = second.shape[1]
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
-    ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
-    return DenseCurvature(order, ordered.float(), _factor_of_inverse(ordered).float())
+    groups = torch.arange(len(second), device=second.device)[:, None, None]
+    ordered = second[groups, order[:, :, None], order[:, None, :]]
+    del second  # of thousands of columns, each takes hundreds of megabytes
+    return DenseCurvature(order, ordered.float(), _factor_of_inverse(ordered))
 
 
 def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
@@ -191,10 +192,16 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 
 def _factor_of_inverse(second: Tensor) -> Tensor:
-    """Upper triangular U with ``inverse(second) = U^T U``, without inverting: second = R R^T gives U = R^-1."""
-    lower = cholesky(second.flip(1, 2))
-    eye = torch.eye(second.shape[1], dtype=second.dtype, device=second.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
+    """Upper triangular U with ``inverse(second) = U^T U``, float32: second = R R^T gives U = R^-1.
+
+    The inverse is computed for some columns at a time, which have no values below them.
+    """
+    upper, columns = cholesky(second.flip(1, 2)).flip(1, 2), second.shape[1]
+    factor = torch.zeros_like(second, dtype=torch.float32)
+    for start in range(0, columns, _COLUMNS_AT_ONCE):
+        end = min(start + _COLUMNS_AT_ONCE, columns)
+        eye = torch.eye(end, dtype=second.dtype, device=second.device)[:, start:]
+        factor[:, :end, start:end] = torch.linalg.solve_triangular(upper[:, :end, :end], eye, upper=True)
     return factor
 
 

@@ -136,7 +136,7 @@ def _round_layer(
     spec, scale = qparams.spec, qparams.scale
     shaped = scale_choices(changed, layer, width, rows)
     moments = average_moments(halves)
-    used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))
+    used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))  # their means stay
     problem = _Problem(rows, spec.quant_min, spec.quant_max)
     at_hand = scale.reshape(rows.shape[0], rows.shape[1], 1)
     shrinkage = min(_SHRINKAGES, key=lambda s: problem.validate_ideal(split, s))
