@@ -6,6 +6,7 @@ do not depend on the batch size or the number of threads.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "project_rows",
     "quantize_flat",
     "quantize_sum",
+    "sum_rounding_errors",
 ]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -120,6 +122,32 @@ def quantize_sum(
         q = low if q < low else q
         q = high if q > high else q
         out[i] = np.uint8(np.int32(q + zero_point))
+
+
+@partial(jit, fastmath={"reassoc"})  # lets the compiler vectorize the sum
+def sum_rounding_errors(rows: Floats, scales: Floats, low: Number, high: Number, errors: Floats) -> None:
+    """Write the squared error of every row at each of its scales, which are all positive, into ``errors``.
+
+    Args:
+        rows: ``[rows, values]``.
+        scales: ``[rows, scales]``.
+        low: smallest integer.
+        high: largest integer.
+        errors: output, float64, shaped like ``scales``.
+    """
+    for r in range(scales.shape[0]):
+        for k in range(scales.shape[1]):
+            scale, total = scales[r, k], 0.0
+            for start in range(0, rows.shape[1], 1024):
+                values, part = rows[r, start : start + 1024], scale * 0
+                for i in range(len(values)):
+                    q = np.rint(values[i] / scale)
+                    q = low if q < low else q
+                    q = high if q > high else q
+                    difference = q * scale - values[i]
+                    part += difference * difference
+                total += part
+            errors[r, k] = total
 
 
 @jit

@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoq_fx.quantization import numerics
-from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share, fake_quantize_flat, project_rows
+from infoq_fx.quantization.pointwise import (
+    draw_share,
+    fake_quantize_but_share,
+    fake_quantize_flat,
+    project_rows,
+    sum_rounding_errors,
+)
 from infoq_fx.types import QParams, QuantSpec
 
 
@@ -108,3 +114,14 @@ def test_a_projection_does_not_depend_on_its_neighbours(samples):
     np.testing.assert_array_equal(part[:, 5 : 5 + samples], whole[:, -samples:])
     assert not part[:, :5].any()
     assert not part[:, 5 + samples :].any()
+
+
+def test_rounding_errors_are_those_of_their_definition():
+    generator = np.random.default_rng(1)
+    rows = generator.normal(size=(3, 2500)).astype(np.float32)
+    scales = generator.uniform(0.05, 1, (3, 7)).astype(np.float32)
+    found = np.empty((3, 7))
+    sum_rounding_errors(rows, scales, np.float32(-4), np.float32(3), found)
+    step = scales[:, :, None].astype(np.float64)
+    q = np.clip(np.rint(rows[:, None] / scales[:, :, None]), -4, 3)
+    np.testing.assert_allclose(found, ((q * step - rows[:, None]) ** 2).sum(2), rtol=1e-5)
