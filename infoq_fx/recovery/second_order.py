@@ -22,6 +22,7 @@ __all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "cholesky", "facto
 
 _LEAST_RAISE, _MOST_RAISES = 1e-7, 20
 _COLUMNS_AT_ONCE = 1024
+_BLOCK = 128  # columns
 
 
 class Curvature(Protocol):
@@ -89,10 +90,19 @@ class DenseCurvature:
     factor: Tensor
 
     def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
-        """See :class:`Curvature`."""
-        q = np.empty(rows.shape, np.float32)
-        pass_errors_on(_array(rows), _array(self.factor), _array(steps), np.float32(low), np.float32(high), q)
-        return torch.from_numpy(q).to(rows.device)
+        """See :class:`Curvature`; errors go to columns beyond a block by a matrix product."""
+        columns, values, found = rows.shape[2], rows, []
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            part, factor = _array(values[:, :, : end - start]), self.factor[:, start:end]
+            q, errors = np.empty_like(part), np.empty_like(part)
+            own = _array(factor[:, :, start:end])
+            pass_errors_on(part, own, _array(steps), np.float32(low), np.float32(high), q, errors)
+            found.append(torch.from_numpy(q))
+            if end < columns:
+                shift = torch.from_numpy(errors).to(rows.device) @ factor[:, :, end:]
+                values = shift.neg_().add_(values[:, :, end - start :])
+        return torch.cat(found, 2).to(rows.device)
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
