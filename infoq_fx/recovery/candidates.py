@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
@@ -106,13 +107,16 @@ class Candidates:
             if layer.site.name in missing and can_unfold(layer)
         ]
         for group in _group_layers(layers, self._group_bytes):
+            return_free_memory()
             moments = self._measure_moments(group, run_options)
             with thread_map(run_options.threads, run_options.stop) as spread:
                 for layer in group:
+                    return_free_memory()
                     inputs = moments.pop(layer.site.name, None)
                     if inputs is None:
                         continue
                     curvature, widths = inputs.factorize(_DAMPING), missing[layer.site.name]
+                    del inputs
 
                     def run(bits: int, layer: Layer = layer, curvature: Curvature = curvature) -> RoundedWeight:
                         with torch.inference_mode():

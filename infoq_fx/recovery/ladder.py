@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.option_checks import with_seed
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import OptionError, unknown_name_error
@@ -161,6 +162,7 @@ def recover_accuracy(
                 batch_size=batch_size, run_options=run_options, cache_dir=cache_dir, held_bytes=held_bytes
             )
             found = step.recover(current, bits, fitted, context)
+            return_free_memory()
             found_nats = check(found)
             if found_nats < nats:
                 log.info("%s: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.readings import Quantity, draw_log_likelihood
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
@@ -174,6 +175,7 @@ class LayerwiseRunner:
                 yield result
         for place, held in zip(places, passed, strict=True):
             place.move(stop, held)
+        return_free_memory()
 
     def advance(self, segment: Segment) -> None:
         """Run both models to the end of a segment."""
@@ -196,6 +198,7 @@ class LayerwiseRunner:
             for found in spread(run, range(len(self.batch_samples))):
                 held.add(found.kept, found.quantized)
         place.move(stop, held)
+        return_free_memory()
 
     def _prepare(self, place: _Place, stop: int, wanted: fx.Node | None) -> Callable[[int], _Passed]:
         """A run of a batch from a place to a position, and on to the node that is ``wanted`` if that is not before."""

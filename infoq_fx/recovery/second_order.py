@@ -162,10 +162,13 @@ def factorize(second: Tensor) -> DenseCurvature:
         second: positive definite, float64 ``[groups, columns, columns]``.
     """
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    groups = torch.arange(len(second), device=second.device)[:, None, None]
-    ordered = second[groups, order[:, :, None], order[:, None, :]]
-    del second  # of thousands of columns, each takes hundreds of megabytes
-    return DenseCurvature(order, ordered.float(), _factor_of_inverse(ordered))
+    groups, turned = torch.arange(len(second), device=second.device)[:, None, None], order.flip(1)
+    ordered = second[groups, turned[:, :, None], turned[:, None, :]]
+    del second  # matrices of thousands of columns take hundreds of megabytes: none stays longer than needed
+    narrow = ordered.float().flip(1, 2)
+    lower = cholesky(ordered)
+    del ordered
+    return DenseCurvature(order, narrow, _invert_factor(lower.flip(1, 2)))
 
 
 def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
@@ -201,16 +204,16 @@ def cholesky(matrix: Tensor) -> Tensor:
     return found
 
 
-def _factor_of_inverse(second: Tensor) -> Tensor:
-    """Upper triangular U with ``inverse(second) = U^T U``, float32: second = R R^T gives U = R^-1.
+def _invert_factor(upper: Tensor) -> Tensor:
+    """Upper triangular U with ``inverse(H) = U^T U``, float32, from the factor R of ``H = R R^T``: U = R^-1.
 
-    The inverse is computed for some columns at a time, which have no values below them.
+    It is computed for some columns at a time, which have no values below them.
     """
-    upper, columns = cholesky(second.flip(1, 2)).flip(1, 2), second.shape[1]
-    factor = torch.zeros_like(second, dtype=torch.float32)
+    columns = upper.shape[1]
+    factor = torch.zeros_like(upper, dtype=torch.float32)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, columns)
-        eye = torch.eye(end, dtype=second.dtype, device=second.device)[:, start:]
+        eye = torch.eye(end, dtype=upper.dtype, device=upper.device)[:, start:]
         factor[:, :end, start:end] = torch.linalg.solve_triangular(upper[:, :end, :end], eye, upper=True)
     return factor
 
