@@ -114,9 +114,9 @@ def quantize(
         executor: workers for scoring, any ``concurrent.futures.Executor``; None for threads of this process.
         cache_dir: folder for finished scores, from which an interrupted run resumes; a run with another budget or one
             more bit-width computes only new scores.
-        memory_limit: bytes per process for batches, moments of layers and values between layers in scoring, rounding
-            and recovery. A single sample or layer may need more. None for half of the free memory in scoring; in
-            recovery, values between layers beyond 1 GiB are then written to a temporary file.
+        memory_limit: bytes per process for batches, moments of layers and values between layers or for gradients. A
+            single sample or layer may need more. None for half of the free memory in scoring; in recovery, values
+            between layers beyond 1 GiB are then written to a temporary file.
         progress: show a progress bar on standard error.
 
     Returns:

@@ -21,9 +21,9 @@ def prepare(model, x, labels=None, bits=(2, 4, 8), **options):
     return prepared, read_data((x, labels) if labels is not None else x).named(prepared.input_names)
 
 
-def measure(criterion, prepared, data, run_options=None, batch_size=8):
+def measure(criterion, prepared, data, run_options=None, batch_size=8, begin_options=None):
     measured_by = pickle.loads(
-        pickle.dumps(criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions()))
+        pickle.dumps(criterion.begin(prepared, data, batch_size=batch_size, run_options=begin_options or RunOptions()))
     )
     sites = [s for s in prepared.inventory.sites if s.is_searched and s.kind in criterion.kinds and len(s.bits) > 1]
     return criterion.score(prepared, measured_by(prepared, data, sites, run_options or RunOptions()))

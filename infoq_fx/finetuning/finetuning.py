@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
 from infoq_fx.core.atomic_files import write_atomically
 from infoq_fx.core.data import read_classes
-from infoq_fx.core.option_checks import check_count, check_rate
+from infoq_fx.core.option_checks import check_count, check_memory_limit, check_rate
 from infoq_fx.core.readings import Categorical, OutputLoss, Reading
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import OptionError
@@ -45,6 +45,7 @@ from infoq_fx.finetuning.training_loop import (
 )
 from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.runtime.forward import choose_gradient_bytes
 from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
 from infoq_fx.runtime.outputs import find_labelled
 
@@ -67,6 +68,7 @@ def finetune(
     temperature: float = 4.0,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
     progress: bool = True,
 ) -> QuantizedModule:
     """Finetune the weights, biases and step sizes of a quantized model, at the same bit-widths.
@@ -103,6 +105,9 @@ def finetune(
         seed: of the order of samples, and of a loader's random numbers from torch.
         checkpoint: file that is written after every epoch; the same call resumes from it. It is valid only for the same
             parameters of both models, the same data (of a loader: the held-out samples) and the same options.
+        memory_limit: bytes that batches may take besides model, optimizer and data, for each thread about half of it:
+            a batch runs in parts, whose gradients are added up. A single sample may need more. The result is the same
+            but for the order of sums, and always the same for one limit. None for 1 GiB.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -131,6 +136,7 @@ def finetune(
             f"checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}; make it, or give another"
         )
     check_rate("temperature", temperature)
+    check_memory_limit(memory_limit)
     settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature))
     student = to_trainable(quantized).to(memory_format=torch.channels_last)
     provenance = provenance_of(quantized)
@@ -143,7 +149,8 @@ def finetune(
         source = open_source(data, validation_data, form, batch_size=batch_size, seed=seed, whole=whole)
         file = None if path is None else _File(path, _digest_call(student, float_model, source, settings, provenance))
         with thread_map(threads, threading.Event()) as spread:
-            training = _prepare(student, float_model, source, settings, provenance, spread)
+            run_bytes = choose_gradient_bytes(memory_limit)
+            training = _prepare(student, float_model, source, settings, provenance, spread, run_bytes)
             state = _train(training, file, spread, progress=progress)
     return _finish(quantized, training, state)
 
@@ -208,12 +215,13 @@ def _prepare(
     settings: Settings,
     provenance: Provenance,
     spread: ThreadMap,
+    run_bytes: int,
 ) -> Training:
     device = next(student.parameters()).device
     examples = place(provenance.example_inputs, device)
     size = provenance.batch_size or settings.batch_size
     if provenance.batch_size is None and device.type == "cpu":
-        size = choose_run_size(student, examples, settings.batch_size)
+        size = choose_run_size(student, examples, settings.batch_size, run_bytes)
     read = provenance.read_outputs
     readings = tuple(provenance.readings[index] for index in read)
     ask: Callable[[Samples], tuple[Tensor, ...]] | None = None

@@ -20,6 +20,7 @@ from infoq_fx.finetuning.training_data import Samples, Source
 from infoq_fx.graph.float_interpreter import channels_last
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.call_forms import flatten_tensors
+from infoq_fx.runtime.forward import GRADIENT_BYTES
 from infoq_fx.runtime.held_outputs import OutputHolder
 
 __all__ = [
@@ -44,7 +45,6 @@ _LARGEST_NORM = 1.0
 _WARM_UP = 0.05
 _RATE_OF_STEPS, _RATE_OF_BIASES = 0.05, 0.3
 _SMALLEST_UNIT = 0.01
-_RUN_BYTES = 512 << 20
 _FEWEST_RUNS = 2
 
 
@@ -137,16 +137,18 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
     return learned
 
 
-def choose_run_size(student: fx.GraphModule, examples: Mapping[str, Tensor], batch_size: int) -> int:
+def choose_run_size(
+    student: fx.GraphModule, examples: Mapping[str, Tensor], batch_size: int, run_bytes: int = GRADIENT_BYTES
+) -> int:
     """Choose the number of samples per run, the same on every machine.
 
-    The activations of a run take about 512 MiB, so that quantizing the weights again in each run costs little in
-    comparison. A batch is split into at least two runs, for two threads.
+    The activations of a run take about ``run_bytes``; with the default of 512 MiB, quantizing the weights again in each
+    run costs little in comparison. A batch is split into at least two runs, for two threads.
     """
     samples = next(iter(examples.values())).shape[0]
     recorder = _SizeRecorder(student, samples)
     recorder.run(*examples.values())
-    largest = min(_RUN_BYTES * samples // max(1, recorder.bytes), math.ceil(batch_size / _FEWEST_RUNS))
+    largest = min(run_bytes * samples // max(1, recorder.bytes), math.ceil(batch_size / _FEWEST_RUNS))
     return max(1, largest)
 
 

@@ -15,7 +15,13 @@ from torch.nn import functional
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
 from infoq_fx.quantization.histogram import scale_significant_bits
-from infoq_fx.quantization.pointwise import fake_quantize_flat, fake_quantize_sum, quantize_flat, quantize_sum
+from infoq_fx.quantization.pointwise import (
+    fake_quantize_flat,
+    fake_quantize_sum,
+    quantize_flat,
+    quantize_sum,
+    sum_rounding_errors,
+)
 from infoq_fx.types import QParams, QuantSpec
 
 __all__ = [
@@ -346,6 +352,11 @@ def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.
     # on a grid already. Down to a clip at half the rms, where a quarter of the energy is lost.
     rms = (_row_sums(rows.square()) / rows.shape[1]).sqrt().float()
     candidates = _short_scales(0.5 * rms / levels, 2 * largest / levels, significant_bits)
+    if rows.device.type == "cpu":
+        errors = np.empty(candidates.shape)
+        limits = np.float32(-levels), np.float32(levels - 1)
+        sum_rounding_errors(rows.contiguous().numpy(), candidates.contiguous().numpy(), *limits, errors)
+        return candidates.gather(1, torch.from_numpy(errors.argmin(1))[:, None])
     best, least = candidates[:, :1], torch.full_like(largest, math.inf, dtype=torch.float64)
     buffer = torch.empty_like(rows)
     for scale in torch.split(candidates, 1, 1):

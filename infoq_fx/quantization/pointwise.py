@@ -6,6 +6,7 @@ do not depend on the batch size or the number of threads.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "project_rows",
     "quantize_flat",
     "quantize_sum",
+    "sum_rounding_errors",
 ]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -76,7 +78,7 @@ def _draw(index: int, first: Any, second: Any) -> Any:
 
 @jit
 def fake_quantize_but_share(
-    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, out: Floats
+    x: Floats, scale: Number, low: Number, high: Number, share: float, seed: int, start: int, out: Floats
 ) -> None:
     """:func:`fake_quantize_flat` that leaves a share of the values unchanged: those of :func:`draw_share`."""
     limit = np.uint64(share * 2**32)
@@ -85,16 +87,19 @@ def fake_quantize_but_share(
         q = np.rint(x[i] / scale)
         q = low if q < low else q
         q = high if q > high else q
-        out[i] = x[i] if _draw(i, first, second) < limit else q * scale + x.dtype.type(0)
+        out[i] = x[i] if _draw(start + i, first, second) < limit else q * scale + x.dtype.type(0)
 
 
 @jit
-def draw_share(share: float, seed: int, out: NDArray[np.bool_]) -> None:
-    """Draw a random share of consecutive values from a seed of up to 64 bits, the same on every machine."""
+def draw_share(share: float, seed: int, start: int, out: NDArray[np.bool_]) -> None:
+    """Draw a random share of consecutive values from a seed of up to 64 bits, the same on every machine.
+
+    ``start`` is the number of the first of them among all that are drawn for the seed.
+    """
     limit = np.uint64(share * 2**32)
     first, second = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     for i in range(len(out)):
-        out[i] = _draw(i, first, second) < limit
+        out[i] = _draw(start + i, first, second) < limit
 
 
 @jit
@@ -117,6 +122,32 @@ def quantize_sum(
         q = low if q < low else q
         q = high if q > high else q
         out[i] = np.uint8(np.int32(q + zero_point))
+
+
+@partial(jit, fastmath={"reassoc"})  # lets the compiler vectorize the sum
+def sum_rounding_errors(rows: Floats, scales: Floats, low: Number, high: Number, errors: Floats) -> None:
+    """Write the squared error of every row at each of its scales, which are all positive, into ``errors``.
+
+    Args:
+        rows: ``[rows, values]``.
+        scales: ``[rows, scales]``.
+        low: smallest integer.
+        high: largest integer.
+        errors: output, float64, shaped like ``scales``.
+    """
+    for r in range(scales.shape[0]):
+        for k in range(scales.shape[1]):
+            scale, total = scales[r, k], 0.0
+            for start in range(0, rows.shape[1], 1024):
+                values, part = rows[r, start : start + 1024], scale * 0
+                for i in range(len(values)):
+                    q = np.rint(values[i] / scale)
+                    q = low if q < low else q
+                    q = high if q > high else q
+                    difference = q * scale - values[i]
+                    part += difference * difference
+                total += part
+            errors[r, k] = total
 
 
 @jit

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
@@ -25,24 +26,23 @@ from infoq_fx.recovery.unfolding import (
     can_unfold,
     columns_of,
     groups_of,
-    input_rows,
     rows_to_weight,
     sources_of,
     weight_to_rows,
 )
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, map_whole
-from infoq_fx.runtime.integer_convolution import QuantizedTensor
 from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
 
 _SAMPLES = 512
-_ROWS = 8192
+_ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
-_ALGORITHM_VERSION = 3  # raised when the same data gives other rounded weights
+_BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
+_ALGORITHM_VERSION = 4  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -113,13 +113,16 @@ class Candidates:
             if layer.site.name in missing and can_unfold(layer)
         ]
         for group in _group_layers(layers, self._group_bytes):
+            return_free_memory()
             moments = self._measure_moments(group, run_options)
             with thread_map(run_options.threads, run_options.stop) as spread:
                 for layer in group:
+                    return_free_memory()
                     inputs = moments.pop(layer.site.name, None)
                     if inputs is None:
                         continue
                     curvature, widths = inputs.factorize(_DAMPING), missing[layer.site.name]
+                    del inputs
 
                     def run(bits: int, layer: Layer = layer, curvature: Curvature = curvature) -> RoundedWeight:
                         with torch.inference_mode():
@@ -131,7 +134,8 @@ class Candidates:
     def _measure_moments(self, layers: Sequence[Layer], run_options: RunOptions) -> dict[str, Inputs]:
         """The moments of the inputs of some layers in the 8-bit baseline, by site."""
         samples = self._data.samples
-        most = {x.site.name: math.ceil(max(_ROWS, 16 * columns_of(x)) / samples) for x in layers}
+        rows = {x.site.name: max(min(_ROWS, _MOST_ROWS_PER_COLUMN * columns_of(x)), 16 * columns_of(x)) for x in layers}
+        most = {name: math.ceil(count / samples) for name, count in rows.items()}
 
         sources = {layer.site.name: sources_of(layer) for layer in layers}
 
@@ -140,12 +144,8 @@ class Candidates:
             for layer in layers:
                 count, (first, *others) = most[layer.site.name], sources[layer.site.name]
                 value = values[first.node]
-                if isinstance(value, QuantizedTensor):
-                    rows = replace(value, q=input_rows(layer, value.q, count, value.zero_point)).dequantize()
-                    in_batch = len(value.q)
-                else:
-                    parts = [source.rows(values[source.node], count) for source in (first, *others)]
-                    rows, in_batch = torch.cat(parts, 1), first.samples(value)
+                parts = [source.rows(values[source.node], count) for source in (first, *others)]
+                rows, in_batch = torch.cat(parts, 1), first.samples(value)
                 found.append(measure_rows(rows, rows, samples * rows.shape[1] / in_batch))
             return found
 
@@ -168,7 +168,7 @@ def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]
     groups: list[list[Layer]] = []
     room = 0
     for layer in layers:
-        needed = 8 * groups_of(layer) * columns_of(layer) ** 2
+        needed = _BYTES_OF_MOMENT * groups_of(layer) * columns_of(layer) ** 2
         if not groups or needed > room:
             groups, room = [*groups, []], most_bytes
         groups[-1].append(layer)

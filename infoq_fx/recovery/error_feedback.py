@@ -23,7 +23,9 @@ _LANES = 64  # rows rounded together so that the compiler vectorizes the loop; w
 
 
 @jit
-def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, low: Number, high: Number, q: Floats) -> None:
+def pass_errors_on(
+    rows: Floats, factor: Floats, steps: Floats, low: Number, high: Number, q: Floats, errors: Floats
+) -> None:
     """Round column after column; the error of each column is fed back to the later ones.
 
     Args:
@@ -33,10 +35,11 @@ def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, low: Number, hig
         low: smallest integer.
         high: largest integer.
         q: output: the integers, shaped like ``rows``.
+        errors: output, shaped like ``rows``: what further columns are to be lowered by, times their part of ``factor``.
     """
     groups, count, columns = rows.shape
-    values = np.empty((columns, _LANES), rows.dtype)
-    step, errors = np.ones(_LANES, rows.dtype), np.empty(_LANES, rows.dtype)
+    values, left = np.empty((columns, _LANES), rows.dtype), np.empty((columns, _LANES), rows.dtype)
+    step = np.ones(_LANES, rows.dtype)
     for g in range(groups):
         for first in range(0, count, _LANES):
             used = min(_LANES, count - first)
@@ -51,15 +54,16 @@ def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, low: Number, hig
                     found = np.rint(values[j, lane] / step[lane])
                     found = low if found < low else found
                     found = high if found > high else found
-                    errors[lane] = (values[j, lane] - found * step[lane]) / pivot
+                    left[j, lane] = (values[j, lane] - found * step[lane]) / pivot
                     values[j, lane] = found
                 for later in range(j + 1, columns):
                     share = factor[g, j, later]
                     for lane in range(_LANES):
-                        values[later, lane] -= errors[lane] * share
+                        values[later, lane] -= left[j, lane] * share
             for lane in range(used):
                 for j in range(columns):
                     q[g, first + lane, j] = values[j, lane]
+                    errors[g, first + lane, j] = left[j, lane]
 
 
 @jit

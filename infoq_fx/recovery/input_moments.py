@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
-from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.unfolding import sources_of
 
 __all__ = [
@@ -26,16 +28,19 @@ __all__ = [
 ]
 
 MOST_COLUMNS = 8192  # the moments of more would take gigabytes
+_MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they are sums of float32 products anyway
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
+_ROWS_AT_ONCE = 256
 _SAMPLES_SHARE = 2  # rows are kept as they are if the columns are this many times as many
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Moments of ``count`` rows of a layer's input, float64: x in the reference and x^ in the quantized model.
+    """Moments of ``count`` rows of a layer's input: x in the reference and x^ in the quantized model.
 
-    ``mean`` E x and ``mean_quantized`` E x^ are ``[groups, columns]``. ``second`` E x^ x^^T and ``cross`` E x x^^T
-    are ``[groups, columns, columns]``, minus the products of the means if they are centred.
+    ``mean`` E x and ``mean_quantized`` E x^ are float64 ``[groups, columns]``. ``second`` E x^ x^^T and ``cross``
+    E x x^^T are ``[groups, columns, columns]``, minus the products of the means if they are centred; float64, or
+    float32 for more than 2,048 columns. What is computed from them is float64.
     """
 
     count: int
@@ -45,41 +50,33 @@ class InputMoments:
     cross: Tensor
 
     def centre(self) -> InputMoments:
-        """Return covariances in place of second moments, for layers whose bias corrects the mean error."""
-        outer = self.mean_quantized[:, None, :]
-        return InputMoments(
-            self.count,
-            self.mean,
-            self.mean_quantized,
-            self.second - self.mean_quantized[:, :, None] * outer,
-            self.cross - self.mean[:, :, None] * outer,
-        )
+        """Turn second moments into covariances in place, for layers whose bias corrects the mean error."""
+        for moment, mean in ((self.second, self.mean_quantized), (self.cross, self.mean)):
+            for rows, some in zip(moment.split(_ROWS_AT_ONCE, 1), mean.split(_ROWS_AT_ONCE, 1), strict=True):
+                rows.sub_(some[:, :, None] * self.mean_quantized[:, None, :])
+        return self
 
     def ridge(self, damping: float) -> Tensor:
         """Return ``damping`` times the mean diagonal, above rounding errors where inputs are constant, ``[groups]``."""
-        return _ridge(self.second.diagonal(dim1=1, dim2=2), self.mean_quantized, damping)
+        return _ridge(self.second.diagonal(dim1=1, dim2=2).double(), self.mean_quantized, damping)
 
     def factorize(self, damping: float) -> Curvature:
         """Return the curvature of the layer's output error, with a ridge of ``damping``."""
-        return factorize(self.second + self._diagonal(damping))
+        return factorize(_raise_diagonal(self.second, self.ridge(damping)))
 
     def ideal_rows(self, rows: Tensor, shrinkage: float) -> Tensor:
         """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
 
         They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, float64 ``[groups, rows, columns]``.
         """
-        ridge = self._diagonal(shrinkage)
-        target = rows.double() @ (self.cross + ridge)
-        found: Tensor = torch.cholesky_solve(target.mT, cholesky(self.second + ridge)).mT
+        ridge = self.ridge(shrinkage)
+        target = rows.double() @ _raise_diagonal(self.cross, ridge)
+        found: Tensor = torch.cholesky_solve(target.mT, cholesky(_raise_diagonal(self.second, ridge))).mT
         return found
 
     def output_error(self, rows: Tensor, rounded: Tensor) -> float:
         """Return ``E |W x - V x^|^2 - E |W x|^2`` for rounded rows V, summed over the rows."""
-        return float(((rounded @ self.second - 2 * rows @ self.cross) * rounded).sum())
-
-    def _diagonal(self, damping: float) -> Tensor:
-        size = self.ridge(damping)
-        return torch.eye(self.second.shape[1], dtype=size.dtype, device=size.device) * size[:, None, None]
+        return float(((rounded @ self.second.double() - 2 * rows @ self.cross.double()) * rounded).sum())
 
 
 @dataclass(frozen=True)
@@ -143,19 +140,20 @@ class RunningMoments:
         if isinstance(part, InputSamples):
             self._samples.append(part)
         elif part is not None:
-            added = _scale(part, part.count)
-            self._total = added if self._total is None else _add_to(self._total, added)
+            self._total = _add_to(self._total, part)
 
     def finish(self) -> Inputs | None:
-        """Return the moments of all rows; None if there were none."""
+        """Return the moments of all rows, once; None if there were none."""
         if self._samples:
             return average_moments(self._samples)
-        return None if self._total is None else _scale(self._total, 1 / self._total.count)
+        found, self._total = self._total, None
+        return None if found is None else _divide(found, found.count)
 
 
 def measure_rows(reference: Tensor, quantized: Tensor, rows_in_all: float) -> Inputs | None:
-    """Return the moments of the rows of a batch, ``[groups, rows, columns]``; None for too many columns.
+    """Return the moments of the rows of a batch, float32 ``[groups, rows, columns]``; None for too many columns.
 
+    Second moments are float32, as the products are.
     The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the columns.
     Otherwise the result is None for more than ``MOST_COLUMNS`` columns. The same tensor may be given twice.
     """
@@ -165,32 +163,53 @@ def measure_rows(reference: Tensor, quantized: Tensor, rows_in_all: float) -> In
         return InputSamples(x, found, x.mean(1), found.mean(1))
     if x.shape[2] > MOST_COLUMNS:
         return None
-    second = (found.mT @ found / x.shape[1]).double()
-    cross = second if x is found else (x.mT @ found / x.shape[1]).double()
+    second = (found.mT @ found).div_(x.shape[1])
+    cross = second if x is found else (x.mT @ found).div_(x.shape[1])
     return InputMoments(x.shape[1], x.mean(1).double(), found.mean(1).double(), second, cross)
 
 
-def measure_moments(runner: LayerwiseRunner, segment: Segment, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
-    """Measure the moments over each half of the samples, from about ``rows`` rows in all.
+def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
+    """Measure the moments over the samples of even and of odd numbers, from about ``rows`` rows in all.
 
-    The runner must be at the segment's start. Batches go to the two halves in turn; a single batch is used for both.
-    The result is None where that of :func:`measure_rows` is.
+    The runner goes on to the layer's input. A single sample is used for both halves. The result is None where that of
+    :func:`measure_rows` is.
     """
     most = max(1, math.ceil(rows / runner.samples))
+    starts = [0, *itertools.accumulate(runner.batch_samples)]
 
-    sources = sources_of(layer, segment.nodes)
+    sources = sources_of(layer)
 
-    def read(index: int, pairs: Sequence[Pair]) -> Inputs | None:
-        both = list(zip(sources, pairs, strict=True))
-        x = torch.cat([source.rows(pair.reference, most) for source, pair in both], 1)
-        found = torch.cat([source.rows(pair.quantized, most) for source, pair in both], 1)
-        return measure_rows(x, found, x.shape[1] / runner.batch_samples[index] * runner.samples)
+    def read(index: int, pairs: Sequence[Pair]) -> list[Inputs | None]:
+        samples = sources[0].samples(pairs[0].reference)
+        first = starts[index] % 2 if samples > 1 else index % 2
+        both = [
+            (source.rows(pair.reference, most), source.rows(pair.quantized, most))
+            for source, pair in zip(sources, pairs, strict=True)
+        ]
+        in_all = sum(x.shape[1] for x, _ in both) / runner.batch_samples[index] * runner.samples
+        found = []
+        for number in (first, 1 - first):
+            x, y = (
+                torch.cat([_every_second(rows, samples, number) for rows in side], 1)
+                for side in zip(*both, strict=True)
+            )
+            found.append(measure_rows(x, y, in_all) if x.shape[1] else None)
+        return found
 
     halves = RunningMoments(), RunningMoments()
-    for index, part in enumerate(runner.collect_all(segment, [source.node for source in sources], read)):
-        halves[index % 2].add(part)
+    for parts in runner.collect_all([source.node for source in sources], read):
+        for half, part in zip(halves, parts, strict=True):
+            half.add(part)
     first, second = (half.finish() for half in halves)
-    return None if first is None else (first, second or first)
+    return None if first is None else (first, second or copy.deepcopy(first))
+
+
+def _every_second(rows: Tensor, samples: int, first: int) -> Tensor:
+    """The rows ``[groups, rows, columns]`` of every second sample."""
+    if samples == 1:
+        return rows[:, :0] if first else rows
+    groups, count, columns = rows.shape
+    return rows.view(groups, samples, count // samples, columns)[:, first::2].reshape(groups, -1, columns)
 
 
 def average_moments(parts: Sequence[Inputs]) -> Inputs:
@@ -204,8 +223,11 @@ def average_moments(parts: Sequence[Inputs]) -> Inputs:
     count = sum(part.count for part in moments)
 
     def average(values: Iterable[Tensor]) -> Tensor:
-        total = sum(value * (part.count / count) for value, part in zip(values, moments, strict=True))
-        assert isinstance(total, Tensor)
+        total: Tensor | None = None
+        for value, part in zip(values, moments, strict=True):
+            added = value * (part.count / count)
+            total = added if total is None else total.add_(added)
+        assert total is not None
         return total
 
     return InputMoments(
@@ -217,24 +239,37 @@ def average_moments(parts: Sequence[Inputs]) -> Inputs:
     )
 
 
-def _scale(part: InputMoments, factor: float) -> InputMoments:
-    """The moments times a number; the count stays."""
-    second = part.second * factor
-    cross = second if part.cross is part.second else part.cross * factor
-    return InputMoments(part.count, part.mean * factor, part.mean_quantized * factor, second, cross)
-
-
-def _add_to(total: InputMoments, part: InputMoments) -> InputMoments:
-    """The sum of both, in the memory of the first."""
-    total.second.add_(part.second)
+def _add_to(total: InputMoments | None, part: InputMoments) -> InputMoments:
+    """Add ``count`` times the moments of a part to a total, in its memory; without a total, make one."""
+    dtype, count = torch.float64 if part.second.shape[1] <= _MOST_DOUBLE else torch.float32, part.count
+    second = part.second.to(dtype, copy=True).mul_(count)
+    cross = second if part.cross is part.second else part.cross.to(dtype, copy=True).mul_(count)
+    if total is None:
+        return InputMoments(count, part.mean * count, part.mean_quantized * count, second, cross)
+    total.second.add_(second)
     if total.cross is not total.second:
-        total.cross.add_(part.cross)
+        total.cross.add_(cross)
     return replace(
         total,
-        count=total.count + part.count,
-        mean=total.mean + part.mean,
-        mean_quantized=total.mean_quantized + part.mean_quantized,
+        count=total.count + count,
+        mean=total.mean + part.mean * count,
+        mean_quantized=total.mean_quantized + part.mean_quantized * count,
     )
+
+
+def _divide(total: InputMoments, count: int) -> InputMoments:
+    """The moments divided by a number, in their memory."""
+    total.second.mul_(1 / count)
+    if total.cross is not total.second:
+        total.cross.mul_(1 / count)
+    return replace(total, mean=total.mean * (1 / count), mean_quantized=total.mean_quantized * (1 / count))
+
+
+def _raise_diagonal(matrix: Tensor, size: Tensor) -> Tensor:
+    """A float64 copy with ``size [groups]`` added to the diagonal."""
+    found = matrix.to(torch.float64, copy=True)
+    found.diagonal(dim1=1, dim2=2).add_(size[:, None])
+    return found
 
 
 def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.option_checks import with_seed
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import OptionError, unknown_name_error
@@ -22,7 +23,13 @@ from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
 from infoq_fx.recovery.steps.output_tuning import OutputTuning
 from infoq_fx.recovery.steps.range_equalization import RangeEqualization
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
-from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
+from infoq_fx.runtime.forward import (
+    RunOptions,
+    choose_batch_size,
+    choose_gradient_bytes,
+    hold_float_outputs,
+    measure_lost_nats,
+)
 from infoq_fx.runtime.held_outputs import make_loss
 
 __all__ = [
@@ -145,7 +152,8 @@ def recover_accuracy(
         one_torch_thread() as threads,
         tqdm(total=len(steps), disable=not progress, desc="recovering", unit="step", bar_format=_BAR) as bar,
     ):
-        run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update)
+        gradient_bytes = choose_gradient_bytes(memory_limit)
+        run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update, gradient_bytes=gradient_bytes)
         check = _Check(prepared, held, bits, batch_size, RunOptions(threads=run_options.threads))
         current, nats = prepared, check(prepared)
         for index, step in enumerate(steps):
@@ -154,6 +162,7 @@ def recover_accuracy(
                 batch_size=batch_size, run_options=run_options, cache_dir=cache_dir, held_bytes=held_bytes
             )
             found = step.recover(current, bits, fitted, context)
+            return_free_memory()
             found_nats = check(found)
             if found_nats < nats:
                 log.info("%s: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)

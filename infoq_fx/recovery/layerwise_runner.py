@@ -1,9 +1,9 @@
-"""Runs the quantized model and its reference together, segment by segment, over all samples."""
+"""Runs the quantized model and its reference together over all samples, from layer to layer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import draw_log_likelihood
+from infoq_fx.core.memory import return_free_memory
+from infoq_fx.core.readings import Quantity, draw_log_likelihood
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.float_interpreter import channels_last
@@ -19,11 +20,19 @@ from infoq_fx.graph.layers import read_tensor
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
-from infoq_fx.recovery.segments import Layer, Segment, find_segments
+from infoq_fx.recovery.segments import Layer, Segment, find_segments, needed_constants
 from infoq_fx.recovery.step import StepContext
-from infoq_fx.runtime.held_outputs import HeldOutputs, measure_variances
-from infoq_fx.runtime.held_values import HeldValues
+from infoq_fx.runtime.held_outputs import OutputHolder, measure_variances
+from infoq_fx.runtime.held_values import HeldValues, ValuesByBatch
+from infoq_fx.runtime.integer_convolution import (
+    QuantizedTensor,
+    convolve,
+    find_integer_nodes,
+    quantize_activation,
+    quantize_weight,
+)
 from infoq_fx.runtime.outputs import read_nodes, read_readings
+from infoq_fx.types import QParams
 
 __all__ = [
     "LIGHT_BITS",
@@ -53,15 +62,15 @@ class Pair:
     """The value of one node for one batch, in the reference and in the quantized model."""
 
     reference: Tensor
-    quantized: Tensor
+    quantized: Tensor | QuantizedTensor
 
 
 class LayerwiseRunner:
-    """Runs the quantized model and its reference over all samples, one segment at a time.
+    """Runs the quantized model and its reference over all samples, each from one place in the graph to the next.
 
-    ``prepared`` is a fork whose parameters and qparams may be changed on the way: segments that were passed are not
-    run again. Only the values that later segments read are kept. In the reference ``"float_weights"``, activations of
-    ``LIGHT_BITS`` and more are quantized at their bit-widths.
+    ``prepared`` is a fork whose parameters and qparams may be changed on the way: nodes that were passed are not run
+    again, so that every node runs about once in each model. Only the values that later nodes read are kept. In the
+    reference ``"float_weights"``, activations of ``LIGHT_BITS`` and more are quantized at their bit-widths.
     """
 
     def __init__(
@@ -76,32 +85,34 @@ class LayerwiseRunner:
         bits = prepared.inventory.complete_floats(bits)
         self.prepared, self.bits, self.run_options, self.samples = prepared, bits, context.run_options, data.samples
         self.segments = find_segments(prepared)
+        self.layers = [layer for segment in self.segments for layer in segment.layers]
+        self._constants = tuple(dict.fromkeys(node for segment in self.segments for node in segment.constants))
+        self._nodes = [node for segment in self.segments for node in segment.nodes]
+        self._at = {node: index for index, node in enumerate(self._nodes)}
+        self._of_layers = frozenset(layer.node for layer in self.layers)
+        self._inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
+        self._held_bytes = context.held_bytes // 4  # of each model, before the nodes that run and behind them
+        inputs = _Samples(self._inputs, data, context.batch_size)
+        self.batch_samples = inputs.batch_samples
         bits_sought = bits if reference == "float_weights" else None
-        self._runners = SegmentRunner(prepared, bits_sought, has_float_weights=True), SegmentRunner(prepared, bits)
-        self.layers = sum(len(segment.layers) for segment in self.segments)
-        inputs = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-        self._held_bytes = context.held_bytes // 4  # of each model, before a segment and behind it
-        self._reference = self._quantized = HeldValues(2 * self._held_bytes)
-        self.batch_samples: list[int] = []
-        for batch in data.batches(context.batch_size):
-            self.batch_samples.append(len(next(iter(batch.values()))))
-            self._reference.add({node: channels_last(batch[str(node.target)]) for node in inputs})
+        self._reference = _Place(SegmentRunner(prepared, bits_sought, has_float_weights=True), 0, inputs)
+        self._quantized = _Place(_IntegerRunner(prepared, bits), 0, inputs)
 
-    def visit(self) -> Iterator[tuple[Segment, Layer]]:
-        """Yield every layer with its segment, in graph order, while the runner is at the segment's start."""
-        for segment in self.segments:
-            for layer in segment.layers:
-                yield segment, layer
-                self.run_options.advance(1 / self.layers)
-            self.advance(segment)
+    @property
+    def reference(self) -> ValuesByBatch:
+        """The values of the reference at its place."""
+        return self._reference.values
 
-    def entering(self, segment: Segment) -> list[Values]:
-        """Return the quantized model's inputs of the segment that the runner is at, by batch."""
-        return [{node: values[node] for node in segment.entering} for values in self._quantized]
+    @property
+    def quantized(self) -> ValuesByBatch:
+        """The values of the quantized model at its place."""
+        return self._quantized.values
 
-    def run_reference(self, segment: Segment, nodes: Sequence[fx.Node]) -> list[list[Tensor]]:
-        """Return values of some nodes in the reference, for every batch; the runner must be at the segment's start."""
-        return list(self._map(segment, segment.nodes, lambda _, reference, __: [reference[node] for node in nodes]))
+    def visit(self) -> Iterator[Layer]:
+        """Yield every layer in graph order, and advance the progress bar."""
+        for layer in self.layers:
+            yield layer
+            self.run_options.advance(1 / len(self.layers))
 
     def squared_gradients(
         self, nodes: Sequence[fx.Node], read: Callable[[fx.Node, Tensor], Tensor], seed: int
@@ -109,66 +120,153 @@ class LayerwiseRunner:
         """Apply ``read`` to squared gradients of the float model's log-likelihood at some nodes, by batch.
 
         All outputs are drawn from the model's own distributions, by their readings, so that the mean of the squares is
-        the Fisher information of each value. The runner must be at the first segment.
+        the Fisher information of each value. The runner must be at the inputs.
         """
-        seeds = torch.randint(1 << 62, (len(self._reference),), generator=torch.Generator().manual_seed(seed)).tolist()
+        draw = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(1 << 62, (self.samples,), generator=draw).split(self.batch_samples)
         found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
+        variances = self._measure_variances()
 
         def run(index: int) -> list[Tensor]:
-            generator = torch.Generator().manual_seed(seeds[index])
-            squares = _squared_gradients(self.prepared, self.segments, self._reference[index], nodes, generator)
+            inputs, generators = self.reference.read(index, self._inputs), map(_seeded, seeds[index].tolist())
+            squares = _squared_gradients(self.prepared, self.segments, inputs, nodes, variances, list(generators))
             return [read(node, square) for node, square in zip(nodes, squares, strict=True)]
 
         with thread_map(self.run_options.threads, self.run_options.stop) as spread:
-            for squares in spread(run, range(len(self._reference))):
+            for squares in spread(run, range(len(self.batch_samples))):
                 for node, square in zip(nodes, squares, strict=True):
                     found[node].append(square)
         return found
 
-    def collect(self, segment: Segment, node: fx.Node, read: Callable[[int, Pair], _Result]) -> Iterator[_Result]:
-        """Apply ``read`` to each batch's index and a node's value, in order; it must be at the segment's start."""
-        return self.collect_all(segment, [node], lambda index, pairs: read(index, pairs[0]))
+    def _measure_variances(self) -> tuple[Tensor | None, ...]:
+        """Of the float model's outputs, where a reading needs them."""
+        readings, nodes = read_readings(self.prepared), read_nodes(self.prepared)
+        if not any(isinstance(reading, Quantity) for reading in readings):
+            return (None,) * len(readings)
+        holder, runner, start = OutputHolder(self.samples), SegmentRunner(self.prepared, None), 0
+        for index, count in enumerate(self.batch_samples):
+            inputs = self.reference.read(index, self._inputs)
+            with torch.inference_mode():
+                values = runner.compute([*self._constants, *self._nodes], inputs, set(nodes))
+            holder.add(start, [values[node] for node in nodes])
+            start += count
+        return measure_variances(readings, holder.finish())
+
+    def collect(self, node: fx.Node, read: Callable[[int, Pair], _Result]) -> Iterator[_Result]:
+        """Run both models to a node, and apply ``read`` to each batch's index and the node's values, in order.
+
+        A layer's output is computed for ``read`` alone: the layer runs again, perhaps with other parameters. Nodes that
+        were passed can be read as long as later nodes read them.
+        """
+        return self.collect_all([node], lambda index, pairs: read(index, pairs[0]))
 
     def collect_all(
-        self, segment: Segment, wanted: Sequence[fx.Node], read: Callable[[int, Sequence[Pair]], _Result]
+        self, wanted: Sequence[fx.Node], read: Callable[[int, Sequence[Pair]], _Result]
     ) -> Iterator[_Result]:
-        """Apply ``read`` to each batch's index and several nodes' values, as :meth:`collect` does."""
-        nodes = _up_to(segment, wanted)
+        """Run both models to the first of several nodes, and apply ``read`` to each batch's index and all their values.
 
-        def read_pairs(index: int, sought: Values, found: Values) -> _Result:
-            return read(index, [Pair(sought[node], found[node]) for node in wanted])
+        What lies behind the first node is computed for ``read`` alone, as a layer's output is by :meth:`collect`.
+        """
+        places, node = (self._reference, self._quantized), wanted[0]
+        behind = self._at[node] + (node not in self._of_layers) if node in self._at else 0
+        stop = max(behind, *(place.position for place in places))
+        runs = [self._prepare(place, stop, wanted) for place in places]
 
-        return self._map(segment, nodes, read_pairs)
-
-    def advance(self, segment: Segment) -> None:
-        """Run a segment and move to the next one."""
-        kept = segment.leaving
-
-        def keep(_: int, reference: Values, quantized: Values) -> tuple[Values, Values]:
-            return {n: reference[n] for n in kept}, {n: quantized[n] for n in kept}
+        def run(index: int) -> tuple[list[_Passed], _Result]:
+            with torch.inference_mode():
+                first, second = (run_from(index) for run_from in runs)
+                pairs = [Pair(*both) for both in zip(first.wanted, second.wanted, strict=True)]
+                return [first, second], read(index, pairs)
 
         passed = HeldValues(self._held_bytes), HeldValues(self._held_bytes)
-        for values in self._map(segment, segment.nodes, keep):
-            for held, found in zip(passed, values, strict=True):
-                held.add(found)
-        self._reference, self._quantized = passed
+        with thread_map(self.run_options.threads, self.run_options.stop) as spread:
+            for batch, result in spread(run, range(len(self.batch_samples))):
+                for held, found in zip(passed, batch, strict=True):
+                    held.add(found.kept, found.quantized)
+                yield result
+        for place, held in zip(places, passed, strict=True):
+            place.move(stop, held)
+        return_free_memory()
 
-    def _map(
-        self, segment: Segment, nodes: Sequence[fx.Node], read: Callable[[int, Values, Values], _Result]
-    ) -> Iterator[_Result]:
-        with torch.inference_mode():
-            sought, rounding = self._runners
-            reference = sought.fork().compute(segment.constants, {})
-            quantized = rounding.fork().compute(segment.constants, {})
+    def advance(self, segment: Segment) -> None:
+        """Run both models to the end of a segment."""
+        self.advance_reference(segment)
+        self._advance(self._quantized, segment)
 
-        def run(index: int) -> _Result:
+    def advance_reference(self, segment: Segment) -> None:
+        """Run the reference alone to the end of a segment."""
+        self._advance(self._reference, segment)
+
+    def _advance(self, place: _Place, segment: Segment) -> None:
+        stop = max(place.position, self._at[segment.nodes[-1]] + 1) if segment.nodes else place.position
+        run_from, held = self._prepare(place, stop, ()), HeldValues(self._held_bytes)
+
+        def run(index: int) -> _Passed:
             with torch.inference_mode():
-                first = sought.fork().compute(nodes, reference | self._reference[index])
-                second = rounding.fork().compute(nodes, quantized | self._quantized[index])
-                return read(index, first, second)
+                return run_from(index)
 
         with thread_map(self.run_options.threads, self.run_options.stop) as spread:
-            yield from spread(run, range(len(self._reference)))
+            for found in spread(run, range(len(self.batch_samples))):
+                held.add(found.kept, found.quantized)
+        place.move(stop, held)
+        return_free_memory()
+
+    def _prepare(self, place: _Place, stop: int, wanted: Sequence[fx.Node]) -> Callable[[int], _Passed]:
+        """A run of a batch from a place to a position, and on to the nodes that are ``wanted`` if they lie behind."""
+        nodes = [*self._nodes[place.position : stop], *_up_to(self._nodes[stop:], wanted)]
+        alive = self._alive_at(stop) if stop > place.position else []
+        needed = {*alive, *(source for node in nodes for source in node.all_input_nodes)}
+        kept = {*alive, *wanted}
+        runner, read = place.runner, kept | needed
+        with torch.inference_mode():
+            constants = runner.fork().compute(needed_constants(self._constants, nodes), {})
+        qparams = {node: found for node in alive if (found := runner.qparams_of(node)) is not None}
+
+        def run(index: int) -> _Passed:
+            values = runner.fork().compute(nodes, constants | place.values.read(index, read), kept)
+            return _Passed({node: values[node] for node in alive}, qparams, [values[node] for node in wanted])
+
+        return run
+
+    def _alive_at(self, position: int) -> list[fx.Node]:
+        """The nodes before a position that nodes from there on read, or that are outputs."""
+        last, passed = len(self._nodes), (*self._inputs, *self._nodes[:position])
+        return [node for node in passed if any(self._at.get(user, last) >= position for user in node.users)]
+
+
+class _Samples:
+    """The samples as values of the input nodes, by batch; images with channels last."""
+
+    def __init__(self, nodes: Sequence[fx.Node], data: CalibrationData, batch_size: int) -> None:
+        self._nodes, self._batches = nodes, list(data.batches(batch_size))
+        self.batch_samples = [len(next(iter(batch.values()))) for batch in self._batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def read(self, index: int, nodes: Collection[fx.Node]) -> Values:
+        batch = self._batches[index]
+        return {node: channels_last(batch[str(node.target)]) for node in self._nodes if node in nodes}
+
+
+class _Place:
+    """A model, how many of the nodes it has passed, and the values there that later nodes read."""
+
+    def __init__(self, runner: SegmentRunner, position: int, values: ValuesByBatch) -> None:
+        self.runner, self.position, self.values = runner, position, values
+
+    def move(self, position: int, values: ValuesByBatch) -> None:
+        if position > self.position:
+            self.position, self.values = position, values
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a run of a batch leaves: the values that are alive, qparams of fake quantized ones, and those to read."""
+
+    kept: Values
+    quantized: Mapping[fx.Node, QParams]
+    wanted: Sequence[Any]
 
 
 def check_reference(reference: str) -> None:
@@ -207,12 +305,25 @@ class SegmentRunner(GraphInterpreter):
         """Return a copy that may run in another thread."""
         return copy.copy(self)
 
-    def compute(self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> Values:
-        """Run these nodes in order, and return their values and the known ones."""
+    def compute(
+        self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any], keep: Set[fx.Node] | None = None
+    ) -> Values:
+        """Run these nodes in order, and return their values and the known ones, or those to ``keep`` alone."""
         self.env = dict(known)
+        freed = {} if keep is None else _freed_after(nodes, keep)
         for node in nodes:
             self.env[node] = self.run_node(node)
+            for passed in freed.get(node, ()):
+                self.env.pop(passed, None)
         return self.env
+
+    def qparams_of(self, node: fx.Node) -> QParams | None:
+        """Return the qparams that a node fake quantizes its input with, None for any other node."""
+        module = self._parameters.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, Quantizer) or self._is_left(module):
+            return None
+        qparams = module.qparams_at(self._bits_of(module))
+        return None if qparams.spec.is_float else qparams
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return a parameter, 4-D weights in channels-last format like the images."""
@@ -226,12 +337,41 @@ class SegmentRunner(GraphInterpreter):
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
         """Return a quantizer's output for ``x``, which is ``x`` itself for sites in float."""
-        bits = self._bits_of(quantizer)
-        is_left = self._has_float_weights and (quantizer.site.kind == "weight" or bits < LIGHT_BITS)
-        return x if self._bits is None or is_left else quantizer.quantize_at(x, bits)
+        return x if self._is_left(quantizer) else quantizer.quantize_at(x, self._bits_of(quantizer))
+
+    def _is_left(self, quantizer: Quantizer) -> bool:
+        """Whether a site stays in float."""
+        is_light = quantizer.site.kind == "activation" and self._bits_of(quantizer) >= LIGHT_BITS
+        return self._bits is None or (self._has_float_weights and not is_light)
 
     def _bits_of(self, quantizer: Quantizer) -> int:
         return (self._bits or {}).get(quantizer.site.name, quantizer.site.baseline_bits)
+
+
+class _IntegerRunner(SegmentRunner):
+    """Runs convolutions over integers where :func:`find_integer_nodes` says so; their inputs are integers then."""
+
+    def __init__(self, prepared: PreparedModel, bits: Mapping[str, int]) -> None:
+        super().__init__(prepared, bits)
+        self._integers = find_integer_nodes(prepared)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on the values of its arguments."""
+        if n not in self._integers:
+            return super().run_node(n)
+        if n.op == "call_module":
+            quantizer = self._parameters.get_submodule(str(n.target))
+            assert isinstance(quantizer, Quantizer)
+            quantize = quantize_activation if quantizer.site.kind == "activation" else quantize_weight
+            qparams = quantizer.qparams_at(self._bits_of(quantizer))
+            return super().run_node(n) if qparams.spec.is_float else quantize(self.env[n.all_input_nodes[0]], qparams)
+        x, weight, *rest = n.args[:3]
+        bias = self.env[rest[0]] if rest and isinstance(rest[0], fx.Node) else None
+        return convolve(n, self.env[x], self.env[weight], bias)  # type: ignore[index]
+
+    def qparams_of(self, node: fx.Node) -> QParams | None:
+        """Return None for the nodes whose values are integers."""
+        return None if node in self._integers else super().qparams_of(node)
 
 
 def _squared_gradients(
@@ -239,7 +379,8 @@ def _squared_gradients(
     segments: Sequence[Segment],
     inputs: Values,
     nodes: Sequence[fx.Node],
-    generator: torch.Generator,
+    variances: Sequence[Tensor | None],
+    generators: Sequence[torch.Generator],
 ) -> list[Tensor]:
     segment_runner, values = SegmentRunner(prepared, None), Values()
     with torch.inference_mode(False), torch.enable_grad():
@@ -248,12 +389,11 @@ def _squared_gradients(
         for segment in segments:
             values = segment_runner.compute([*segment.constants, *segment.nodes], values)
         outputs = [values[node] for node in read_nodes(prepared)]
-        readings = read_readings(prepared)
-        variances = measure_variances(readings, HeldOutputs(tuple(x.detach().float().cpu() for x in outputs)))
         likelihood = torch.stack(
             [
-                draw_log_likelihood(reading, x, variance, generator)
-                for reading, x, variance in zip(readings, outputs, variances, strict=True)
+                draw_log_likelihood(reading, x[i : i + 1], variance, generator)
+                for reading, x, variance in zip(read_readings(prepared), outputs, variances, strict=True)
+                for i, generator in enumerate(generators)
             ]
         ).sum()
         wanted = [values[node] for node in nodes]
@@ -264,12 +404,26 @@ def _squared_gradients(
     ]
 
 
-def _up_to(segment: Segment, wanted: Sequence[fx.Node]) -> list[fx.Node]:
-    """The segment's nodes that some nodes' values need."""
-    inside, needed, pending = set(segment.nodes), set[fx.Node](), list(wanted)
+def _up_to(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of some nodes that the values of the wanted ones need, in order."""
+    inside, needed, pending = set(nodes), set[fx.Node](), list(wanted)
     while pending:
         found = pending.pop()
         if found in inside and found not in needed:
             needed.add(found)
             pending.extend(found.all_input_nodes)
-    return [found for found in segment.nodes if found in needed]
+    return [found for found in nodes if found in needed]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _freed_after(nodes: Sequence[fx.Node], keep: Set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By node: the values that no later one reads."""
+    last = {source: node for node in nodes for source in (node, *node.all_input_nodes)}
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        if source not in keep:
+            freed.setdefault(node, []).append(source)
+    return freed

@@ -21,6 +21,8 @@ from infoq_fx.recovery.error_feedback import (
 __all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "cholesky", "factorize", "factorize_inputs", "round_rows"]
 
 _LEAST_RAISE, _MOST_RAISES = 1e-7, 20
+_COLUMNS_AT_ONCE = 1024
+_BLOCK = 128  # columns
 
 
 class Curvature(Protocol):
@@ -88,10 +90,19 @@ class DenseCurvature:
     factor: Tensor
 
     def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
-        """See :class:`Curvature`."""
-        q = np.empty(rows.shape, np.float32)
-        pass_errors_on(_array(rows), _array(self.factor), _array(steps), np.float32(low), np.float32(high), q)
-        return torch.from_numpy(q).to(rows.device)
+        """See :class:`Curvature`; errors go to columns beyond a block by a matrix product."""
+        columns, values, found = rows.shape[2], rows, []
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            part, factor = _array(values[:, :, : end - start]), self.factor[:, start:end]
+            q, errors = np.empty_like(part), np.empty_like(part)
+            own = _array(factor[:, :, start:end])
+            pass_errors_on(part, own, _array(steps), np.float32(low), np.float32(high), q, errors)
+            found.append(torch.from_numpy(q))
+            if end < columns:
+                shift = torch.from_numpy(errors).to(rows.device) @ factor[:, :, end:]
+                values = shift.neg_().add_(values[:, :, end - start :])
+        return torch.cat(found, 2).to(rows.device)
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
@@ -150,11 +161,14 @@ def factorize(second: Tensor) -> DenseCurvature:
     Args:
         second: positive definite, float64 ``[groups, columns, columns]``.
     """
-    columns = second.shape[1]
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    ordered = second.gather(1, order[:, :, None].expand(-1, -1, columns))
-    ordered = ordered.gather(2, order[:, None, :].expand(-1, columns, -1))
-    return DenseCurvature(order, ordered.float(), _factor_of_inverse(ordered).float())
+    groups, turned = torch.arange(len(second), device=second.device)[:, None, None], order.flip(1)
+    ordered = second[groups, turned[:, :, None], turned[:, None, :]]
+    del second  # matrices of thousands of columns take hundreds of megabytes: none stays longer than needed
+    narrow = ordered.float().flip(1, 2)
+    lower = cholesky(ordered)
+    del ordered
+    return DenseCurvature(order, narrow, _invert_factor(lower.flip(1, 2)))
 
 
 def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
@@ -190,11 +204,17 @@ def cholesky(matrix: Tensor) -> Tensor:
     return found
 
 
-def _factor_of_inverse(second: Tensor) -> Tensor:
-    """Upper triangular U with ``inverse(second) = U^T U``, without inverting: second = R R^T gives U = R^-1."""
-    lower = cholesky(second.flip(1, 2))
-    eye = torch.eye(second.shape[1], dtype=second.dtype, device=second.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
+def _invert_factor(upper: Tensor) -> Tensor:
+    """Upper triangular U with ``inverse(H) = U^T U``, float32, from the factor R of ``H = R R^T``: U = R^-1.
+
+    It is computed for some columns at a time, which have no values below them.
+    """
+    columns = upper.shape[1]
+    factor = torch.zeros_like(upper, dtype=torch.float32)
+    for start in range(0, columns, _COLUMNS_AT_ONCE):
+        end = min(start + _COLUMNS_AT_ONCE, columns)
+        eye = torch.eye(end, dtype=upper.dtype, device=upper.device)[:, start:]
+        factor[:, :end, start:end] = torch.linalg.solve_triangular(upper[:, :end, :end], eye, upper=True)
     return factor
 
 

@@ -17,7 +17,7 @@ from infoq_fx.graph.operands import is_lookup_node
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import QuantSite
 
-__all__ = ["Layer", "Segment", "find_segments"]
+__all__ = ["Layer", "Segment", "find_segments", "needed_constants"]
 
 _MOST_LAYERS = 8
 _NEAR = 3  # cuts on each side that a cut is compared with
@@ -98,6 +98,17 @@ def find_segments(prepared: PreparedModel) -> list[Segment]:
         _make_segment(nodes, constants, layers, at, recorder.floating, start, end)
         for start, end in itertools.pairwise(bounds)
     ]
+
+
+def needed_constants(constants: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return those of the constants that some nodes need, directly or through others, in order."""
+    known, needed, pending = set(constants), set[fx.Node](), list(nodes)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in known and source not in needed:
+                needed.add(source)
+                pending.append(source)
+    return [node for node in constants if node in needed]
 
 
 def _split_constants(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -204,21 +215,12 @@ def _make_segment(
     end: int,
 ) -> Segment:
     own = nodes[start:end]
-    inside = set(own)
-    needed: set[fx.Node] = set()
-    entering: dict[fx.Node, None] = {}
-    pending = list(own)
-    known = set(constants)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source in known and source not in needed:
-                needed.add(source)
-                pending.append(source)
-            elif source not in known and source not in inside:
-                entering[source] = None
+    inside, needed = set(own), needed_constants(constants, own)
+    known = {*inside, *constants}
+    entering = dict.fromkeys(source for node in own for source in node.all_input_nodes if source not in known)
     leaving = [node for node in nodes[:end] if any(at.get(user, len(nodes)) >= end for user in node.users)]
     return Segment(
-        constants=tuple(node for node in constants if node in needed),
+        constants=tuple(needed),
         nodes=tuple(own),
         entering=tuple(entering),
         leaving=tuple(leaving),

@@ -16,11 +16,12 @@ __all__ = ["RecoveryStep", "StepContext"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a step needs besides model and data; only the batch size may change its result.
+    """What a step needs besides model and data; it changes the result by no more than the order of sums.
 
-    ``batch_size`` samples are run together. ``run_options`` holds threads and the progress bar: a step advances it by
-    shares that sum to 1. ``cache_dir`` is where a long step keeps finished parts, so that it can resume; None keeps
-    nothing. ``held_bytes`` is what values between layers may take in memory; those beyond it go to a temporary file.
+    ``batch_size`` samples are run together. ``run_options`` holds threads, what a run may keep for gradients, and the
+    progress bar: a step advances it by shares that sum to 1. ``cache_dir`` is where a long step keeps finished parts,
+    so that it can resume; None keeps nothing. ``held_bytes`` is what values between layers may take in memory; those
+    beyond it go to a temporary file.
     """
 
     batch_size: int

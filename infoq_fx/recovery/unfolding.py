@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from infoq_fx.graph.layers import RECURRENT_OPS
 from infoq_fx.recovery.segments import Layer
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 
 __all__ = [
     "InputSource",
@@ -57,15 +58,20 @@ def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
     return rows.reshape(shape[::-1]).transpose(0, 1).contiguous()
 
 
-def input_rows(layer: Layer, x: Tensor, most: int, fill: int = 0) -> Tensor:
+def input_rows(layer: Layer, x: Tensor | QuantizedTensor, most: int) -> Tensor:
     """Unfold a layer's input to ``[groups, rows, columns]``, with columns as in :func:`weight_to_rows`.
 
     Args:
         layer: not a transposed convolution.
-        x: its input, ``[samples, ...]``.
+        x: its input, ``[samples, ...]``; of integers only the rows taken are dequantized.
         most: largest number of rows per sample; if it has more, ``most`` spread over it, the same for every sample.
-        fill: the value of padding.
     """
+    if isinstance(x, QuantizedTensor):
+        return replace(x, q=_input_rows(layer, x.q, most, x.zero_point)).dequantize()
+    return _input_rows(layer, x, most, 0)
+
+
+def _input_rows(layer: Layer, x: Tensor, most: int, fill: int) -> Tensor:
     if not layer.op.is_convolution:
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return tokens[:, _spread(tokens.shape[1], most).to(x.device)].reshape(1, -1, x.shape[-1])
@@ -81,6 +87,10 @@ def input_rows(layer: Layer, x: Tensor, most: int, fill: int = 0) -> Tensor:
     if not bool(is_inside.all()):
         taken[:, ~is_inside.to(x.device)] = fill
     groups = _groups(layer.node)
+    if groups > 1:  # torch transposes matrices several times faster than it permutes
+        turned = taken.reshape(-1, channels).t().contiguous()
+        patches = turned.view(groups, channels // groups, samples * places.shape[0], places.shape[1])
+        return patches.transpose(1, 2).reshape(groups, samples * places.shape[0], -1)
     patches = taken.reshape(*taken.shape[:3], groups, channels // groups)  # samples, rows, kernel, group, channels
     return patches.permute(3, 0, 1, 4, 2).reshape(groups, samples * places.shape[0], -1).contiguous()
 
@@ -101,14 +111,16 @@ class InputSource:
     def rows(self, value: Any, most: int) -> Tensor:
         """Unfold a value to ``[groups, rows, columns]``, at most ``most`` rows per sample; see :func:`input_rows`."""
         if not self.layer.op.is_recurrent:
-            return input_rows(self.layer, value if value.ndim > 1 else value[None], most)
+            is_batch = isinstance(value, QuantizedTensor) or value.ndim > 1
+            return input_rows(self.layer, value if is_batch else value[None], most)
         steps = self._steps(value)
         return steps[:, _spread(steps.shape[1], most).to(steps.device)].reshape(1, -1, steps.shape[-1])
 
     def samples(self, value: Any) -> int:
         """Return the number of samples of a value."""
         if not self.layer.op.is_recurrent:
-            return len(value) if value.ndim > 1 else 1
+            x = value.q if isinstance(value, QuantizedTensor) else value
+            return len(x) if x.ndim > 1 else 1
         return len(self._steps(value))
 
     def _steps(self, value: Any) -> Tensor:

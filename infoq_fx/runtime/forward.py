@@ -19,13 +19,17 @@ from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
 from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.runtime.value_sizes import measure_peak_bytes
 from infoq_fx.types import QuantSite
 
 __all__ = [
+    "GRADIENT_BYTES",
     "MakeReader",
     "RunOptions",
     "bytes_per_sample",
     "choose_batch_size",
+    "choose_gradient_bytes",
+    "choose_perturbed_batch_size",
     "hold_float_outputs",
     "hold_outputs",
     "map_whole",
@@ -33,6 +37,9 @@ __all__ = [
     "run_perturbed",
     "run_whole",
 ]
+
+GRADIENT_BYTES = 512 << 20
+"""What a run may keep for gradients without a memory limit."""
 
 _BATCH_BYTES = 256 << 20
 _MAX_BATCH = 64
@@ -48,12 +55,14 @@ class RunOptions:
     """Options of a measurement that do not change its result.
 
     ``threads`` is the number of threads to use. ``advance`` is called with progress in units of one (site, bit-width),
-    in fractions. ``stop`` is set when the result is no longer needed.
+    in fractions. ``stop`` is set when the result is no longer needed. ``gradient_bytes`` is what a run may keep for
+    gradients: larger batches run in parts, with the same gradients but for the order of sums.
     """
 
     threads: int = 1
     advance: Callable[[float], None] = field(default=lambda share: None)
     stop: threading.Event = field(default_factory=threading.Event)
+    gradient_bytes: int = GRADIENT_BYTES
 
 
 def hold_outputs(
@@ -224,19 +233,30 @@ def run_perturbed(
 
 
 def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
-    """Return the batch size at which a run keeps about 256 MiB of values, or a quarter of the limit if that is less.
+    """Return the batch size of whole runs: about 256 MiB are alive at once, or a quarter of the limit if that is less.
 
     With a limit of 1 GiB or more it is the same on every machine.
     """
-    if prepared.batch_size is not None:
-        return prepared.batch_size
-    per_sample = bytes_per_sample(prepared)
+    return prepared.batch_size or _fit(measure_peak_bytes(prepared), memory_limit)
+
+
+def choose_perturbed_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
+    """Return the batch size of :func:`run_perturbed`, which holds the values of all sites, like that of whole runs."""
+    return prepared.batch_size or _fit(bytes_per_sample(prepared), memory_limit)
+
+
+def choose_gradient_bytes(memory_limit: int | None) -> int:
+    """Return ``RunOptions.gradient_bytes`` for a limit: 512 MiB, or half of the limit if that is less."""
+    return GRADIENT_BYTES if memory_limit is None else min(GRADIENT_BYTES, memory_limit // 2)
+
+
+def _fit(per_sample: int, memory_limit: int | None) -> int:
     share = _BATCH_BYTES if memory_limit is None else min(_BATCH_BYTES, memory_limit // 4)
     return max(2, min(_MAX_BATCH, share // max(1, per_sample)))
 
 
 def bytes_per_sample(prepared: PreparedModel) -> int:
-    """Estimate the memory in bytes that the values of a run take for one sample."""
+    """Estimate the memory in bytes that the values of all activation sites take for one sample."""
     per_sample = 4 * sum(site.numel for site in prepared.inventory.sites if site.kind == "activation")
     if per_sample == 0:
         per_sample = 8 * max(operation.macs for operation in prepared.inventory.operations) // 100

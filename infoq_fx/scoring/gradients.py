@@ -16,11 +16,14 @@ from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, hold_outputs
 from infoq_fx.runtime.outputs import read_readings
+from infoq_fx.runtime.value_sizes import measure_sizes
 from infoq_fx.scoring.output_measure import read_class_labels
 
 __all__ = [
     "WORST_LOSS",
     "Labelled",
+    "add_gradients",
+    "choose_part",
     "losses_of",
     "read_labelled",
     "shuffled_batches",
@@ -112,6 +115,26 @@ def losses_of(module: nn.Module, batch: Labelled) -> tuple[Tensor, Tensor]:
     """Return each sample's cross-entropy in nats, float32 ``[samples]``, and the output with the classes."""
     output = flatten_tensors(module(*batch.inputs.values()))[batch.index]
     return measure_cross_entropy(batch.reading, output, batch.labels), output
+
+
+def add_gradients(module: nn.Module, batch: Labelled, part: int) -> Tensor:
+    """Add the gradients of a batch's mean loss to those of the parameters, and return the loss, detached.
+
+    ``part`` samples run at once; the sum does not depend on it, but for its order.
+    """
+    total = torch.zeros(())
+    for some in batch.batches(part):
+        loss = losses_of(module, some)[0].mean() * (some.samples / batch.samples)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return total
+
+
+def choose_part(prepared: PreparedModel, run_options: RunOptions) -> int:
+    """Return how many samples may run at once with gradients, which keep the values of all nodes."""
+    if prepared.batch_size is not None:
+        return prepared.batch_size
+    return max(1, run_options.gradient_bytes // max(1, sum(measure_sizes(prepared).values())))
 
 
 def shuffled_batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -22,7 +22,12 @@ from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runtime.digest import digest_run
-from infoq_fx.runtime.forward import RunOptions, bytes_per_sample, choose_batch_size
+from infoq_fx.runtime.forward import (
+    RunOptions,
+    bytes_per_sample,
+    choose_gradient_bytes,
+    choose_perturbed_batch_size,
+)
 from infoq_fx.scoring.cache import MeasurementCache
 from infoq_fx.scoring.criteria import AnyCriterion, find_criterion
 from infoq_fx.scoring.criterion import Criterion, Measure
@@ -115,7 +120,7 @@ def measure_sensitivity(
     if data is not None and most is not None:
         data = _take_samples(prepared, data, most, found.name)
     limit = _choose_memory_limit(given)
-    batch_size = choose_batch_size(prepared, limit)
+    batch_size = choose_perturbed_batch_size(prepared, limit)
     candidates = candidates if runs_weights(found) else None
     described = describe_measurements(found, prepared, data, candidates)
     settings = {"criterion": found.name, **described}
@@ -224,7 +229,8 @@ def _measure(
 ) -> None:
     with one_torch_thread() as threads:
         threads = threads if prepared.device.type == "cpu" else 1
-        measure = criterion.begin(prepared, data, batch_size=batch_size, run_options=RunOptions(threads=threads))
+        run_options = RunOptions(threads=threads, gradient_bytes=choose_gradient_bytes(limit))
+        measure = criterion.begin(prepared, data, batch_size=batch_size, run_options=run_options)
         room = limit - batch_size * bytes_per_sample(prepared)
         most = _BLOCK_RUNS if resources.executor is None else _WORKER_BLOCK_RUNS
         blocks = _cut_blocks(sites, measure, max(0, room), most)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import infoq_fx
 from infoq_fx.demo import digits, train_digits_net
 from infoq_fx.errors import OptionError
-from infoq_fx.finetuning import training_loop as loop
+from infoq_fx.finetuning import finetuning
 from infoq_fx.finetuning.finetuning import _count_returns, finetune
 from infoq_fx.types import Allocation
 
@@ -73,19 +73,21 @@ def test_what_was_finetuned_runs_in_onnxruntime(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_numbers_with_any_threads(monkeypatch):
+def test_the_same_seed_gives_the_same_numbers_with_any_threads():
     quantized, x = small()
-    monkeypatch.setattr(loop, "_RUN_BYTES", 100_000)
-    first = quick(quantized, x, seed=1, learning_rate=0.05)
+    limited = functools.partial(quick, memory_limit=200_000)
+    first = limited(quantized, x, seed=1, learning_rate=0.05)
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert_same(quick(reload(quantized), x, seed=1, learning_rate=0.05, teacher=prepared_of("residual")[2]), first)
+        assert_same(
+            limited(reload(quantized), x, seed=1, learning_rate=0.05, teacher=prepared_of("residual")[2]), first
+        )
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), random_state)
-    other = quick(quantized, x, seed=2, learning_rate=0.05)
+    other = limited(quantized, x, seed=2, learning_rate=0.05)
     assert not torch.equal(other.get_buffer("head.weight_scale"), first.get_buffer("head.weight_scale")) or not (
         torch.equal(other(x), first(x))
     )
@@ -224,6 +226,27 @@ def test_labels_teach_where_they_are_asked_for():
     before, *after = (top1(m, *test) for m in (quantized, alone, mixed, wrong))
     assert min(after[:2]) > before + 0.2
     assert after[2] < after[0] - 0.2
+
+
+def test_a_memory_limit_changes_no_more_than_the_order_of_sums(residual, monkeypatch):
+    sizes, gradients = [], []
+    compute = finetuning.compute_gradients
+
+    def record(training, batch, spread):
+        sizes.append(training.run_size)
+        gradients.append(compute(training, batch, spread))
+        return [gradient.clone() for gradient in gradients[-1]]
+
+    monkeypatch.setattr(finetuning, "compute_gradients", record)
+    for limit in (None, 1):
+        quick(residual, IMAGES, epochs=1, memory_limit=limit)
+    half = len(sizes) // 2
+    assert sizes[0] > 1
+    assert sizes[half] == 1
+    for whole, in_parts in zip(gradients[0], gradients[half], strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+    with pytest.raises(OptionError, match="memory_limit=0"):
+        quick(residual, IMAGES, memory_limit=0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoq_fx.quantization import numerics
-from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share, fake_quantize_flat, project_rows
+from infoq_fx.quantization.pointwise import (
+    draw_share,
+    fake_quantize_but_share,
+    fake_quantize_flat,
+    project_rows,
+    sum_rounding_errors,
+)
 from infoq_fx.types import QParams, QuantSpec
 
 
@@ -53,7 +59,7 @@ def test_merged_operations_equal_one_after_the_other(seed, bits, scale, share, c
 
 def drawn(share, seed, count=40_000):
     out = np.empty(count, np.bool_)
-    draw_share(share, seed, out)
+    draw_share(share, seed, 0, out)
     return out
 
 
@@ -68,11 +74,17 @@ def test_a_share_of_the_values_is_drawn_without_a_pattern(share, seed):
         assert abs((one & second).mean() - share**2) <= 2 * margin
 
 
+def test_parts_draw_what_the_whole_draws():
+    part = np.empty(1000, np.bool_)
+    draw_share(0.5, 7, 3000, part)
+    assert np.array_equal(part, drawn(0.5, 7)[3000:4000])
+
+
 def test_what_is_not_drawn_is_fake_quantized():
     x, limits = np.random.default_rng(0).normal(size=5000).astype(np.float32), (np.float32(-3), np.float32(4))
     quantized, found = np.empty_like(x), np.empty_like(x)
     fake_quantize_flat(x, np.float32(0.3), *limits, quantized)
-    fake_quantize_but_share(x, np.float32(0.3), *limits, 0.4, 7, found)
+    fake_quantize_but_share(x, np.float32(0.3), *limits, 0.4, 7, 0, found)
     assert np.array_equal(found, np.where(drawn(0.4, 7, 5000), x, quantized))
 
 
@@ -102,3 +114,14 @@ def test_a_projection_does_not_depend_on_its_neighbours(samples):
     np.testing.assert_array_equal(part[:, 5 : 5 + samples], whole[:, -samples:])
     assert not part[:, :5].any()
     assert not part[:, 5 + samples :].any()
+
+
+def test_rounding_errors_are_those_of_their_definition():
+    generator = np.random.default_rng(1)
+    rows = generator.normal(size=(3, 2500)).astype(np.float32)
+    scales = generator.uniform(0.05, 1, (3, 7)).astype(np.float32)
+    found = np.empty((3, 7))
+    sum_rounding_errors(rows, scales, np.float32(-4), np.float32(3), found)
+    step = scales[:, :, None].astype(np.float64)
+    q = np.clip(np.rint(rows[:, None] / scales[:, :, None]), -4, 3)
+    np.testing.assert_allclose(found, ((q * step - rows[:, None]) ** 2).sum(2), rtol=1e-5)

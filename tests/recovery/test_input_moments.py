@@ -21,11 +21,11 @@ def test_moments_are_those_of_numpy(residual):
     prepared, data, bits = residual
     runner = LayerwiseRunner(fork(prepared), bits, data, CONTEXT)
     runner.advance(runner.segments[0])
-    segment, layer = runner.segments[1], runner.segments[1].layers[1]
-    halves = measure_moments(runner, segment, layer, 10**9)
+    layer = runner.segments[1].layers[1]
+    halves = measure_moments(runner, layer, 10**9)
     found = average_moments(halves).centre()
     read = lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6))  # noqa: E731
-    rows = list(runner.collect(segment, layer.source, read))
+    rows = list(runner.collect(layer.source, read))
     x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
     joint = np.cov(x, y, rowvar=False, bias=True)
     columns = x.shape[1]
@@ -45,7 +45,7 @@ def test_few_rows_of_many_columns_are_kept_as_they_are(samples, columns, kind):
     data = read_data(x).named(prepared.input_names)
     runner = LayerwiseRunner(fork(prepared), {}, data, CONTEXT)
     (segment,) = [one for one in runner.segments if one.layers]
-    halves = measure_moments(runner, segment, segment.layers[0], 10**6)
+    halves = measure_moments(runner, segment.layers[0], 10**6)
     assert {type(half) for half in halves} == {kind}
     assert average_moments(halves).count == samples
 
@@ -57,6 +57,6 @@ def test_more_columns_than_moments_can_have(monkeypatch):
     data = read_data(x).named(prepared.input_names)
     runner = LayerwiseRunner(fork(prepared), {}, data, CONTEXT)
     (segment,) = [one for one in runner.segments if one.layers]
-    assert measure_moments(runner, segment, segment.layers[0], 10**6) is None
+    assert measure_moments(runner, segment.layers[0], 10**6) is None
     assert Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded == {}
     assert infoq_fx.recover(prepared, infoq_fx.allocate(infoq_fx.score(prepared, x, progress=False), 4.0), x)

@@ -23,8 +23,8 @@ def test_rows_give_the_layers_outputs(branches):
             if not layer.op.is_transposed:
                 rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
                 pairs = zip(
-                    runner.collect(segment, layer.source, lambda _, pair: pair.reference),
-                    runner.collect(segment, layer.node, lambda _, pair: pair.reference),
+                    runner.collect(layer.source, lambda _, pair: pair.reference),
+                    runner.collect(layer.node, lambda _, pair: pair.reference),
                     strict=True,
                 )
                 for x, y in pairs:

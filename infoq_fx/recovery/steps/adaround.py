@@ -69,11 +69,17 @@ class SoftBlock(SegmentRunner):
         super().__init__(prepared, bits)
         self._weights, self._biases, self._drop = weights, biases, drop
         self._generator = torch.Generator()
+        self._before, self._samples = 0, 1
 
-    def draw(self, seed: int) -> SoftBlock:
-        """Return a copy that may run in another thread, with its own random choice of what stays in float."""
+    def draw(self, seed: int, before: int, samples: int) -> SoftBlock:
+        """Return a copy that may run in another thread, with its own random choice of what stays in float.
+
+        A run of ``samples`` samples, with ``before`` others before them, draws what one of all together would draw
+        for them, if samples are the first axis.
+        """
         forked = self.fork()
         forked._generator = torch.Generator().manual_seed(seed)
+        forked._before, forked._samples = before, samples
         return forked
 
     def get_attr(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
@@ -94,18 +100,20 @@ class SoftBlock(SegmentRunner):
         if qparams.spec.is_float:
             return x
         seed = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drop else 0
-        y: Tensor = _DropQuantize.apply(x, qparams, self._drop, seed)
+        first = self._before * (x.numel() // self._samples)
+        y: Tensor = _DropQuantize.apply(x, qparams, self._drop, seed, first)
         return y
 
 
 class _DropQuantize(torch.autograd.Function):
     """Fake quantizes all but a share of the activations; the gradient passes straight through within the range.
 
-    On a CPU, forward and backward take one pass over memory each.
+    ``first`` is the number of the first value among those that the seed draws for. On a CPU, forward and backward take
+    one pass over memory each.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, qparams: QParams, share: float, seed: int) -> Any:
+    def forward(ctx: Any, x: Any, qparams: QParams, share: float, seed: int, first: int = 0) -> Any:
         spec, step, zero_point = qparams.spec, float(qparams.scale), int(qparams.zero_point)
         low, high = spec.quant_min - zero_point, spec.quant_max - zero_point
         ctx.save_for_backward(x)
@@ -113,16 +121,16 @@ class _DropQuantize(torch.autograd.Function):
         y = torch.empty_like(x)
         if x.device.type == "cpu" and x.dtype == torch.float32 and y.stride() == x.stride():
             numbers = np.float32(step), np.float32(low), np.float32(high)
-            fake_quantize_but_share(flat_view(x), *numbers, share, seed, flat_view(y))
+            fake_quantize_but_share(flat_view(x), *numbers, share, seed, first, flat_view(y))
             return y
         is_float = torch.empty_like(x, dtype=torch.bool, device="cpu")
-        draw_share(share, seed, flat_view(is_float))
+        draw_share(share, seed, first, flat_view(is_float))
         return torch.where(is_float.to(x.device), x, torch.round(x / step).clamp_(low, high).mul_(step))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None, None
 
 
 def begin_soft_block(

@@ -14,7 +14,7 @@ from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair, choose_samples
 from infoq_fx.recovery.parameters import fork, set_bias
-from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
 
 __all__ = ["BiasCorrection"]
@@ -56,23 +56,24 @@ class BiasCorrection:
         """See :class:`infoq_fx.recovery.RecoveryStep`."""
         changed = fork(prepared)
         runner = LayerwiseRunner(changed, bits, choose_samples(prepared, data, self.samples), context)
-        for segment, layer in runner.visit():
+        for layer in runner.visit():
             if layer.bias is not None:
-                shift = _mean_error(runner, segment, layer)
+                shift = _mean_error(runner, layer)
                 set_bias(changed, layer, read_tensor(changed.graph_module, layer.bias) + shift, bits)
         return changed
 
 
-def _mean_error(runner: LayerwiseRunner, segment: Segment, layer: Layer) -> Tensor:
+def _mean_error(runner: LayerwiseRunner, layer: Layer) -> Tensor:
     """Mean of the float output minus that of the quantized one, float32 ``[channels]``."""
 
     def read(_: int, pair: Pair) -> tuple[Tensor, int]:
+        assert isinstance(pair.quantized, Tensor)  # a layer's output
         difference = (pair.reference - pair.quantized).double()
         axis = 1 if layer.op.is_convolution else difference.ndim - 1
         others = [i for i in range(difference.ndim) if i != axis]
         return difference.sum(others), difference.numel() // difference.shape[axis]
 
-    parts = list(runner.collect(segment, layer.node, read))
+    parts = list(runner.collect(layer.node, read))
     total = sum((found for found, _ in parts[1:]), parts[0][0])
     with torch.inference_mode(False):
         return (total / sum(count for _, count in parts)).float().clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Reference, Values, check_reference, choose_samples
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Reference, check_reference, choose_samples
 from infoq_fx.recovery.parameters import fork, set_bias, set_parameter
-from infoq_fx.recovery.segments import Segment
+from infoq_fx.recovery.segments import Segment, find_segments
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.steps.adaround import SoftBlock, SoftWeight, begin_soft_block
 from infoq_fx.runtime.digest import digest_run
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
+from infoq_fx.runtime.value_sizes import measure_sizes
 
 __all__ = ["BlockReconstruction"]
 
 _SHARE = 5  # one in this many shards is held out
 _SHARD = 8  # samples that run together; a step adds up the gradients of several such runs
+_COPIES = 2  # of every value that a run with gradients keeps: of itself and of its gradient
 _WARM_UP = 0.2
 _FIRST_POWER, _LAST_POWER = 20.0, 2.0
 _DECIDED = 0.02
@@ -112,14 +115,16 @@ class BlockReconstruction:
         changed, chosen = fork(prepared), choose_samples(prepared, data, self.samples)
         shard = prepared.batch_size or min(_SHARD, self.batch_size)
         folder = _open_folder(self, prepared, bits, chosen, context.cache_dir, shard)
-        runner = LayerwiseRunner(changed, bits, chosen, replace(context, batch_size=shard), reference=self.reference)
+        part = prepared.batch_size or _choose_part(prepared, shard, context.run_options.gradient_bytes, self.fisher)
+        runner = LayerwiseRunner(changed, bits, chosen, replace(context, batch_size=part), reference=self.reference)
         weighing = _fisher_weights(runner, self.seed) if self.fisher else {}
         share = 1 / sum(bool(segment.layers) for segment in runner.segments)
         with thread_map(context.run_options.threads, context.run_options.stop) as spread:
             for index, segment in enumerate(runner.segments):
                 path = None if folder is None else folder / f"block-{index}.pt"
                 if segment.layers and not _load(changed, path):
-                    block = _Block.begin(runner, segment, weighing)
+                    runner.advance_reference(segment)
+                    block = _Block(runner, segment, weighing, shard // part)
                     block.learn(self, max(1, self.batch_size // shard), self.seed + index, context, share, spread)
                     _store(changed, segment, path)
                 elif segment.layers:
@@ -130,22 +135,16 @@ class BlockReconstruction:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block with its inputs and its wanted outputs, as lists of shards."""
+    """A block whose inputs the runner's quantized model holds, and its wanted outputs the reference, by batch.
+
+    A shard are the samples of ``parts`` batches, which run one after the other where memory is short: what is drawn for
+    a shard, and the mean over it, are the same.
+    """
 
     runner: LayerwiseRunner
     segment: Segment
-    outputs: tuple[fx.Node, ...]
-    entering: Sequence[Values]
-    wanted: Sequence[Sequence[Tensor]]
-    weighing: Sequence[Sequence[Tensor]]
-
-    @staticmethod
-    def begin(runner: LayerwiseRunner, segment: Segment, weighing: Mapping[fx.Node, Sequence[Tensor]]) -> _Block:
-        outputs = segment.outputs
-        wanted = runner.run_reference(segment, outputs)
-        one = torch.ones(())
-        weights = [[weighing[n][i] if n in weighing else one for n in outputs] for i in range(len(wanted))]
-        return _Block(runner, segment, outputs, runner.entering(segment), wanted, weights)
+    weighing: Mapping[fx.Node, Sequence[Tensor]]
+    parts: int
 
     def learn(
         self,
@@ -185,8 +184,9 @@ class _Block:
         generator = torch.Generator().manual_seed(seed)
 
         def run(job: tuple[int, int]) -> list[Tensor]:
+            index, seed = job
             with torch.inference_mode(False), torch.enable_grad():
-                loss = self._loss(block.draw(job[1]), job[0])
+                loss = self._loss(block.draw(seed, index % self.parts * self._size, self._samples(index)), index)
                 return list(torch.autograd.grad(loss / first, leaves))
 
         learned_from = self._shards(is_held_back=False)
@@ -195,7 +195,9 @@ class _Block:
             order = [learned_from[i] for i in torch.randperm(len(learned_from), generator=generator).tolist()]
             for start in range(0, len(order), shards):
                 seeds = torch.randint(1 << 62, (shards,), generator=generator).tolist()
-                _set_gradients(leaves, list(spread(run, zip(order[start : start + shards], seeds, strict=False))))
+                taken = order[start : start + shards]
+                jobs = [(i, seed) for shard, seed in zip(taken, seeds, strict=False) for i in self._batches(shard)]
+                _set_gradients(leaves, spread(run, jobs), len(taken))
                 _add_regularizer(list(weights.values()), options.strength, done / total)
                 optimizer.step()
                 done += 1
@@ -227,9 +229,21 @@ class _Block:
         for path, value in values.items():
             set_parameter(self.runner.prepared, path, value)
 
+    @property
+    def _size(self) -> int:
+        """Samples of a batch; the last one may have fewer."""
+        return self.runner.batch_samples[0]
+
+    def _samples(self, index: int) -> int:
+        return self.runner.batch_samples[index]
+
+    def _batches(self, shard: int) -> list[int]:
+        """The batches of a shard."""
+        return list(range(shard * self.parts, min((shard + 1) * self.parts, len(self.runner.batch_samples))))
+
     def _shards(self, *, is_held_back: bool) -> list[int]:
         """Every fifth shard is held out; if there are fewer than five, all are used for both."""
-        count = len(self.entering)
+        count = -(-len(self.runner.batch_samples) // self.parts)
         return [i for i in range(count) if count < _SHARE or (i % _SHARE == _SHARE - 1) == is_held_back]
 
     def _error(self, spread: ThreadMap) -> float:
@@ -241,17 +255,39 @@ class _Block:
                 return float(self._loss(block.fork(), index))
 
         held_back = self._shards(is_held_back=True)
-        return sum(spread(run, held_back)) / len(held_back) + 1e-20
+        return sum(spread(run, [i for shard in held_back for i in self._batches(shard)])) / len(held_back) + 1e-20
 
     def _loss(self, block: SoftBlock, index: int) -> Tensor:
-        # Inference tensors cannot be saved for a backward pass; their copies can.
-        known = {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.entering[index].items()}
-        values = block.compute([*self.segment.constants, *self.segment.nodes], known)
-        parts = [
-            ((values[node] - wanted) ** 2 * weight).mean()
-            for node, wanted, weight in zip(self.outputs, self.wanted[index], self.weighing[index], strict=True)
-        ]
-        return torch.stack(parts).sum()
+        """The part of a batch in the mean squared error of its shard."""
+        segment, runner = self.segment, self.runner
+        known = {n: _usable(x) for n, x in runner.quantized.read(index, segment.entering).items()}
+        values = block.compute([*segment.constants, *segment.nodes], known)
+        wanted = runner.reference.read(index, segment.outputs)
+        parts = []
+        for node in segment.outputs:
+            square = (values[node] - wanted[node]) ** 2
+            parts.append((square * self.weighing[node][index] if node in self.weighing else square).mean())
+        shard = self._batches(index // self.parts)
+        return torch.stack(parts).sum() * (self._samples(index) / sum(self._samples(i) for i in shard))
+
+
+def _usable(x: Any) -> Any:
+    """A value that may be saved for a backward pass, as copies of inference tensors may."""
+    if isinstance(x, QuantizedTensor):
+        return x.dequantize()
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _choose_part(prepared: PreparedModel, shard: int, gradient_bytes: int, is_whole: bool) -> int:
+    """Samples to run at once, a divisor of a shard: those whose values, kept for gradients, take ``gradient_bytes``.
+
+    With gradients through the whole model (``is_whole``) all of its values are kept, else those of a block.
+    """
+    sizes = measure_sizes(prepared)
+    segments = find_segments(prepared)
+    totals = [sum(sizes.get(node, 0) for node in segment.nodes) for segment in segments]
+    most = gradient_bytes // max(1, _COPIES * (sum(totals) if is_whole else max(totals)))
+    return max(size for size in range(1, shard + 1) if shard % size == 0 and (size == 1 or size <= most))
 
 
 def _make_optimizer(
@@ -263,13 +299,13 @@ def _make_optimizer(
     return torch.optim.Adam(groups)
 
 
-def _set_gradients(parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
+def _set_gradients(parameters: Sequence[Tensor], grads: Iterable[Sequence[Tensor]], shards: int) -> None:
     """Means over the shards, added in order."""
-    for position, parameter in enumerate(parameters):
-        total = grads[0][position]
-        for other in grads[1:]:
-            total = total + other[position]
-        parameter.grad = total / len(grads)
+    total: list[Tensor] = []
+    for found in grads:
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
+    for parameter, gradient in zip(parameters, total, strict=True):
+        parameter.grad = gradient / shards
 
 
 def _add_regularizer(weights: Sequence[SoftWeight], strength: float, progress: float) -> None:
@@ -292,10 +328,13 @@ def _is_decided(soft: SoftWeight) -> bool:
 
 
 def _fisher_weights(runner: LayerwiseRunner, seed: int) -> dict[fx.Node, list[Tensor]]:
-    """By output node of the segments and by shard: squared gradients of each sample and channel, 1 on average."""
+    """By output node of the segments and by batch: squared gradients of each sample and channel, 1 on average."""
     nodes = [node for segment in runner.segments for node in segment.outputs]
     found = runner.squared_gradients(nodes, lambda _, square: _mean_over_places(square), seed)
-    means = {n: torch.stack([g.mean() for g in parts]).mean().clamp_min(1e-30) for n, parts in found.items()}
+    counts = {n: sum(g.numel() for g in parts) for n, parts in found.items()}
+    means = {
+        n: (torch.stack([g.sum() for g in parts]).sum() / counts[n]).clamp_min(1e-30) for n, parts in found.items()
+    }
     return {n: [g / means[n] for g in parts] for n, parts in found.items()}
 
 

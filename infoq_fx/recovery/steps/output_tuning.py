@@ -112,7 +112,8 @@ class OutputTuning:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            training = _prepare(self, student, changed, layers, chosen, spread)
+            run_bytes = context.run_options.gradient_bytes
+            training = _prepare(self, student, changed, layers, chosen, spread, run_bytes)
             _descend(training, context, spread)
         _put_back(changed, layers, student, bits)
         return changed
@@ -171,11 +172,12 @@ def _prepare(
     layers: list[Layer],
     data: CalibrationData,
     spread: ThreadMap,
+    run_bytes: int,
 ) -> Training:
     fixed, device = changed.batch_size, next(iter(data.inputs.values())).device
     size = fixed or options.batch_size
     if fixed is None and device.type == "cpu":
-        size = choose_run_size(student, changed.example_inputs, options.batch_size)
+        size = choose_run_size(student, changed.example_inputs, options.batch_size, run_bytes)
     float_model = float_copy(changed.origin or changed)
 
     read = tuple(i for i, reading in enumerate(changed.readings) if not isinstance(reading, Ignored))

@@ -28,7 +28,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer, spec_of
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair, SegmentRunner, choose_samples
 from infoq_fx.recovery.parameters import fork, set_parameter, weight_quantizer
-from infoq_fx.recovery.segments import Layer, Segment
+from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.unfolding import can_unfold, input_rows, rows_to_weight, weight_to_rows
 from infoq_fx.types import QParams, QuantSpec
@@ -99,16 +99,14 @@ class RangeEqualization:
         _check_float(prepared)
         changed, used = fork(prepared), choose_samples(prepared, data, self.samples)
         runner = LayerwiseRunner(changed, bits, used, context)
-        pairs = _find_pairs(changed, [layer for segment in runner.segments for layer in segment.layers])
+        pairs = _find_pairs(changed, runner.layers)
         taken: list[_LayerPair] = []
-        for segment in runner.segments if pairs else ():
-            for layer in segment.layers:
-                if layer.node in pairs and _equalize(runner, segment, pairs[layer.node]):
-                    taken.append(pairs[layer.node])
-                context.run_options.advance(1 / (runner.layers + 1))
-            runner.advance(segment)
+        for layer in runner.layers if pairs else ():
+            if layer.node in pairs and _equalize(runner, pairs[layer.node]):
+                taken.append(pairs[layer.node])
+            context.run_options.advance(1 / (len(runner.layers) + 1))
         _calibrate_between(changed, taken, used, context)
-        context.run_options.advance(1 / (runner.layers + 1) if pairs else 1.0)
+        context.run_options.advance(1 / (len(runner.layers) + 1) if pairs else 1.0)
         return fork(replace(changed, origin=None)) if taken else changed
 
 
@@ -201,8 +199,8 @@ def _axis_behind(node: fx.Node, axis: int, shapes: Mapping[fx.Node, tuple[int, .
     return None
 
 
-def _equalize(runner: LayerwiseRunner, segment: Segment, pair: _LayerPair) -> bool:
-    """Equalize a pair if that lowers the error; the runner must be at the start of the second layer's segment."""
+def _equalize(runner: LayerwiseRunner, pair: _LayerPair) -> bool:
+    """Equalize a pair if that lowers the error; the runner goes on to the second layer's input."""
     changed, second, most = runner.prepared, pair.second, math.ceil(_ROWS / runner.samples)
 
     def read(_: int, values: Pair) -> tuple[Tensor, Tensor]:
@@ -210,7 +208,7 @@ def _equalize(runner: LayerwiseRunner, segment: Segment, pair: _LayerPair) -> bo
         axis = _channel_axis(second, x.shape)
         return input_rows(second, x, most), x.abs().amax([i for i in range(x.ndim) if i != axis])
 
-    parts = list(runner.collect(segment, second.source, read))
+    parts = list(runner.collect(second.source, read))
     x, ranges = torch.cat([rows for rows, _ in parts], 1), torch.stack([found for _, found in parts]).amax(0)
     weight = weight_to_rows(second, read_tensor(changed.graph_module, second.weight))
     by_channel = weight.abs().amax(1).reshape(ranges.numel(), -1)

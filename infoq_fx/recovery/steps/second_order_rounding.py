@@ -28,6 +28,7 @@ __all__ = ["SecondOrderRounding", "scale_choices"]
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
+_MOST_ROWS_PER_COLUMN = 512
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -58,8 +59,8 @@ class SecondOrderRounding:
     has one small problem per channel. Layers without a bias use second moments that are not centred. Transposed
     convolutions and weights in float are not changed, nor are layers of more than 8,192 columns and many input rows.
 
-    Cost: two to three forward passes of the reference and the quantized model over ``samples``, and for every layer a
-    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between blocks are
+    Cost: a forward pass of the reference and one of the quantized model over ``samples``, and for every layer a
+    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between layers are
     kept for both models, those beyond 1 GiB in a temporary file.
 
     Reference:
@@ -69,7 +70,7 @@ class SecondOrderRounding:
 
     Args:
         samples: largest number of samples, spread over the data.
-        rows: least number of input rows for the moments of a layer; at least 32 per column are used.
+        rows: number of input rows for the moments of a layer; at least 32 and at most 512 per column are used.
         sweeps: largest number of rounds of coordinate descent.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are approximated.
 
@@ -100,12 +101,13 @@ class SecondOrderRounding:
         runner = LayerwiseRunner(
             changed, bits, choose_samples(prepared, data, self.samples), context, reference=self.reference
         )
-        for segment, layer in runner.visit():
+        for layer in runner.visit():
             if read_qparams(changed, layer, bits).spec.is_float:
                 continue
             columns, halves = columns_of(layer), None
             if can_unfold(layer):
-                halves = measure_moments(runner, segment, layer, max(self.rows, 32 * columns))
+                rows = max(min(self.rows, _MOST_ROWS_PER_COLUMN * columns), 32 * columns)
+                halves = measure_moments(runner, layer, rows)
             if halves is not None:
                 _round_layer(changed, layer, halves, bits, self)
             else:
@@ -135,7 +137,7 @@ def _round_layer(
     spec, scale = qparams.spec, qparams.scale
     shaped = scale_choices(changed, layer, spec.bits, rows)
     moments = average_moments(halves)
-    used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))
+    used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))  # their means stay
     problem = _Problem(rows, spec.quant_min, spec.quant_max)
     at_hand = scale.reshape(rows.shape[0], rows.shape[1], 1)
     shrinkage = min(_SHRINKAGES, key=lambda s: problem.validate_ideal(split, s))

@@ -22,7 +22,9 @@ from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.gradients import (
     WORST_LOSS,
     Labelled,
+    add_gradients,
     check_trained,
+    choose_part,
     clipped_step,
     losses_of,
     make_optimizer,
@@ -106,7 +108,8 @@ class ALPS:
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
         size = min(prepared.batch_size or self.batch_size, chosen.samples)
-        training = Finetuning(self.steps, size, self.learning_rate, self.seed)
+        part = min(size, choose_part(prepared, run_options))
+        training = Finetuning(self.steps, size, self.learning_rate, self.seed, part)
         baseline = training.run(prepared, chosen, {}, run_options, lambda share: None)
         check_trained(self.name, float(baseline[0].mean()), self.learning_rate)
         return FinetunedMeasure(training, replace(chosen, inputs={}), baseline)
@@ -123,12 +126,13 @@ class ALPS:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """Options of the finetuning, and the finetuning itself."""
+    """Options of the finetuning, and the finetuning itself; ``part`` samples of a batch run at once."""
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int
+    part: int
 
     def run(
         self,
@@ -157,17 +161,17 @@ class Finetuning:
                 if run_options.stop.is_set():
                     break
                 optimizer.zero_grad()
-                losses_of(module, chosen.take(next(rows)))[0].mean().backward()
+                add_gradients(module, chosen.take(next(rows)), self.part)
                 clipped_step(optimizer)
                 advance(share)
         found = torch.zeros(2, chosen.samples, dtype=torch.float64)
         with torch.no_grad():
-            for start, batch in enumerate(chosen.batches(self.batch_size)):
+            for start, batch in enumerate(chosen.batches(self.part)):
                 if run_options.stop.is_set():
                     break
                 losses, output = losses_of(module, batch)
                 right = (output.argmax(batch.reading.axis) == batch.labels).double().reshape(batch.samples, -1).mean(1)
-                place = slice(start * self.batch_size, start * self.batch_size + batch.samples)
+                place = slice(start * self.part, start * self.part + batch.samples)
                 found[:, place] = torch.stack([losses.double(), 100.0 * right]).cpu()
         advance(share)
         return found

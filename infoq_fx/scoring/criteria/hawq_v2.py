@@ -19,13 +19,14 @@ from infoq_fx.quantization import numerics
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criterion import Kind, Measure, Scores
-from infoq_fx.scoring.gradients import Labelled, losses_of, read_labelled, with_gradients
+from infoq_fx.scoring.gradients import Labelled, choose_part, losses_of, read_labelled, with_gradients
 from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
 __all__ = ["HAWQv2"]
 
 _ALGORITHM_VERSION = 1  # raised when the same data gives other measurements
-_BATCH = 32  # the graph of second derivatives takes several times the memory of a forward pass
+_BATCH = 32
+_COPIES = 4  # of every value, about, in the graph of second derivatives
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class HAWQv2:
             UnsupportedModelError: an operation of the model has no second derivative.
         """
         chosen = read_labelled(self.name, prepared, data, self.samples, batch_size=batch_size, run_options=run_options)
-        size = prepared.batch_size or min(batch_size, _BATCH)
+        size = prepared.batch_size or _BATCH
+        part = prepared.batch_size or max(1, choose_part(prepared, run_options) // _COPIES)
         module = float_copy(prepared)
         weights = weights_by_site(prepared, module)
         generator = torch.Generator().manual_seed(self.seed)
@@ -90,7 +92,11 @@ class HAWQv2:
         for batch in chosen.batches(size):
             if run_options.stop.is_set():
                 break
-            found = self._probe(module, list(weights.values()), batch, generator, run_options)
+            probes = [_random_signs(weight, generator) for _ in range(self.probes) for weight in weights.values()]
+            found = torch.zeros(self.probes, len(weights), dtype=torch.float64)
+            for some in batch.batches(part):
+                products = self._probe(module, list(weights.values()), some, probes, run_options)
+                found += products * (some.samples / batch.samples)
             share = batch.samples / chosen.samples
             trace += share * found.mean(0)
             variance += share**2 * found.var(0, correction=1) / self.probes
@@ -112,15 +118,14 @@ class HAWQv2:
         module: fx.GraphModule,
         weights: Sequence[Tensor],
         batch: Labelled,
-        generator: torch.Generator,
+        probes: Sequence[Tensor],
         run_options: RunOptions,
     ) -> Tensor:
-        """``v' H v`` of the batch's mean loss by probe and layer, float64 ``[probes, layers]``."""
+        """``v' H v`` of the batch's mean loss by probe v and layer, float64 ``[probes, layers]``."""
         # The fused forms of attention have no second derivative.
         with with_gradients(), sdpa_kernel(SDPBackend.MATH):
             loss = losses_of(module, batch)[0].mean()
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-        probes = [_random_signs(weight, generator) for _ in range(self.probes) for weight in weights]
 
         def project(run: tuple[int, Tensor]) -> float:
             layer, signs = run[0] % len(weights), run[1]

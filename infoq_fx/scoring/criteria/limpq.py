@@ -22,9 +22,10 @@ from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criterion import Kind, KnownValues, Measure, Scores
 from infoq_fx.scoring.gradients import (
     Labelled,
+    add_gradients,
     check_trained,
+    choose_part,
     clipped_step,
-    losses_of,
     make_optimizer,
     read_labelled,
     shuffled_batches,
@@ -119,7 +120,8 @@ class LIMPQ:
         with with_gradients():
             first = chosen.take(torch.arange(size))
             module = _indicator_copy(prepared, _first_steps(prepared, first, self.initial))
-            check_trained(self.name, self._train(module, chosen, size, run_options), self.learning_rate)
+            part = choose_part(prepared, run_options)
+            check_trained(self.name, self._train(module, chosen, size, part, run_options), self.learning_rate)
         indicators = _indicators(module)
         return KnownValues(
             {(one.site.name, bits): {"step": one.learned(bits)} for one in indicators for bits in one.site.bits}
@@ -133,8 +135,8 @@ class LIMPQ:
             scores.setdefault(found.site, {})[found.bits] = Score(factor * found.values["step"])
         return scores
 
-    def _train(self, module: fx.GraphModule, chosen: Labelled, size: int, run_options: RunOptions) -> float:
-        """Train, and return the last loss."""
+    def _train(self, module: fx.GraphModule, chosen: Labelled, size: int, part: int, run_options: RunOptions) -> float:
+        """Train, ``part`` samples of a batch at once, and return the last loss."""
         last = torch.zeros(())
         generator = torch.Generator().manual_seed(self.seed)
         indicators = _indicators(module)
@@ -153,16 +155,15 @@ class LIMPQ:
             for width in widths:
                 for indicator in indicators:
                     indicator.bits = min(indicator.site.bits, key=lambda b: (abs(b - width), -b))
-                losses_of(module, batch)[0].mean().backward()
+                add_gradients(module, batch, part)
             for indicator in indicators:
                 drawn = torch.randint(len(indicator.site.bits), (), generator=generator)
                 indicator.bits = indicator.site.bits[int(drawn)]
-            last = losses_of(module, batch)[0].mean()
-            last.backward()
+            last = add_gradients(module, batch, part)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
             clipped_step(optimizer)
-        return float(last.detach())
+        return float(last)
 
 
 class _Indicator(nn.Module):

@@ -8,6 +8,7 @@ from recovered import CONTEXT, state_of
 
 from infoq_fx.quantization.numerics import fake_quantize
 from infoq_fx.recovery.step import StepContext
+from infoq_fx.recovery.steps import block_reconstruction
 from infoq_fx.recovery.steps.adaround import _DropQuantize
 from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction, _Block
 from infoq_fx.runtime.forward import RunOptions
@@ -81,3 +82,27 @@ def test_reconstruction_goes_on_where_it_stopped(residual, tmp_path, caplog):
     step.recover(prepared, {**bits, "head.weight": 8}, data, kept)
     step.recover(prepared, bits, data.take(80), kept)
     assert len(list(tmp_path.iterdir())) == count + 3
+
+
+def test_parts_of_a_shard_give_its_gradients_and_its_error(residual, monkeypatch):
+    prepared, data, bits = residual
+    first: dict[int, list] = {}
+    errors: dict[int, list] = {}
+    set_gradients, error = block_reconstruction._set_gradients, _Block._error
+    for most in (1 << 30, 1):
+
+        def record(parameters, grads, shards, most=most):
+            set_gradients(parameters, grads, shards)
+            first.setdefault(most, [parameter.grad.clone() for parameter in parameters])
+
+        def record_error(self, spread, most=most):
+            errors.setdefault(most, []).append(error(self, spread))
+            return errors[most][-1]
+
+        monkeypatch.setattr(block_reconstruction, "_set_gradients", record)
+        monkeypatch.setattr(_Block, "_error", record_error)
+        context = StepContext(batch_size=16, run_options=RunOptions(gradient_bytes=most))
+        BlockReconstruction(epochs=1).recover(prepared, bits, data.take(78), context)
+    for whole, in_parts in zip(first[1 << 30], first[1], strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+    assert errors[1][0] == pytest.approx(errors[1 << 30][0], rel=1e-5)

@@ -38,7 +38,7 @@ def test_finetuning_makes_good_what_it_can():
     chosen = read_labelled("alps", prepared, data, 96, batch_size=32, run_options=RunOptions())
     losses = [
         float(
-            Finetuning(steps, 32, 0.02, 0)
+            Finetuning(steps, 32, 0.02, 0, 32)
             .run(prepared, chosen, {"0.weight": 2}, RunOptions(), lambda share: None)[0]
             .mean()
         )

@@ -194,3 +194,14 @@ def test_batches_are_whole_and_every_epoch_has_another_order():
     assert all(len(r) == 4 for r in rows)
     assert len(set(torch.cat(rows[:2]).tolist())) == len(set(torch.cat(rows[2:]).tolist())) == 8
     assert not torch.equal(torch.cat(rows[:2]), torch.cat(rows[2:]))
+
+
+@pytest.mark.parametrize("name", ["hawq_v2", "limpq", "alps"])
+def test_little_memory_changes_no_more_than_the_order_of_sums(name, small):
+    _, _, _, prepared, data = small
+    whole, in_parts = (
+        measure(QUICK[name], prepared, data, begin_options=RunOptions(gradient_bytes=most)) for most in (1 << 30, 1)
+    )
+    for site, by_bits in whole.items():
+        for bits, score in by_bits.items():
+            assert in_parts[site][bits].value == pytest.approx(score.value, rel=1e-3, abs=1e-6)
