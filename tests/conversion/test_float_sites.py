@@ -83,7 +83,7 @@ def test_runs_over_integers_and_over_floats_agree(prepared):
         assert sqnr_decibels(found, quantized(IMAGES)) > 35
 
 
-@pytest.mark.parametrize("container", ["exact", "int8"])
+@pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_file_holds_float16_and_computes_what_the_module_computes(prepared, tmp_path, container):
     bits = prepared.inventory.complete_floats({"blocks.0.conv2.weight": 16, "head.input": 16})
     quantized = infoq_fx.convert(prepared, allocate(prepared, **bits))
@@ -111,8 +111,17 @@ class Shared(nn.Module):
         return self.head((self.last(self.wide(x).relu()).relu() + self.narrow(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", ["wide", "last", "head"])
-@pytest.mark.parametrize("option", ["pin", "ignore"])
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("pin", "wide"),
+        ("ignore", "last"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("pin", "last"), ("pin", "head"), ("ignore", "wide"), ("ignore", "head")]
+        ),
+    ],
+)
 def test_a_layer_in_float_reads_floats(option, name, tmp_path):
     """Between QuantizeLinear and DequantizeLinear, onnxruntime would quantize its weight to 8 bits."""
     given = {"pin": {name: 16}} if option == "pin" else {"ignore": [name]}
@@ -156,7 +165,7 @@ def test_a_trained_module_keeps_its_floats(prepared):
     assert infoq_fx.allocation_of(back).bits == infoq_fx.allocation_of(quantized).bits
 
 
-@pytest.mark.parametrize("recovery", ["fast", "best"])
+@pytest.mark.parametrize("recovery", ["fast", pytest.param("best", marks=pytest.mark.slow)])
 def test_recovery_leaves_floats_alone(prepared, recovery):
     bits = prepared.inventory.complete_floats({"blocks.0.conv2.weight": 16, "head.input": 16})
     allocation = allocate(prepared, **bits | {"blocks.1.conv1.weight": 4})
@@ -179,6 +188,7 @@ def fragile():
     return model, images[:512]
 
 
+@pytest.mark.slow
 def test_float_is_chosen_for_the_fragile_layer_and_for_no_other(fragile, tmp_path):
     model, images = fragile
     common = {"calibration_data": images, "progress": False}

@@ -117,7 +117,7 @@ def test_files_compute_what_the_module_computes(name, tmp_path):
     assert "sound" in infoq_fx.verify_onnx(path, quantized, data).verdict
 
 
-@pytest.mark.parametrize("name", some_slow(MODELS, ["gru"]))
+@pytest.mark.parametrize("name", some_slow(MODELS, []))
 def test_openvino_computes_the_same(name, tmp_path):
     openvino = pytest.importorskip("openvino")
     torch.manual_seed(0)
@@ -132,6 +132,7 @@ def test_openvino_computes_the_same(name, tmp_path):
             assert np.linalg.norm(found[index] - ours.numpy()) <= 0.02 * np.linalg.norm(ours.numpy())
 
 
+@pytest.mark.slow
 def test_saved_modules_are_the_same(tmp_path):
     x = torch.randn(12, 5, 6)
     quantized = quantize(Net(nn.LSTM, num_layers=2, bidirectional=True, batch_first=True).eval(), x)
@@ -142,6 +143,7 @@ def test_saved_modules_are_the_same(tmp_path):
                 assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["infoq_paper", "ompq"])
 def test_criteria_read_cells_by_sample(criterion):
     torch.manual_seed(1)

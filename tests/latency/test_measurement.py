@@ -70,7 +70,7 @@ def convolutions(tmp_path_factory):
     return Exported(conv_net(), tmp_path_factory.mktemp("convolutions"))
 
 
-@pytest.fixture(scope="module", params=["convolutions", "attention"])
+@pytest.fixture(scope="module", params=["convolutions", pytest.param("attention", marks=pytest.mark.slow)])
 def exported(request, tmp_path_factory):
     if request.param == "convolutions":
         return request.getfixturevalue("convolutions")
@@ -197,6 +197,7 @@ def test_only_the_chosen_layers_run_in_float(convolutions, tmp_path):
     assert [kind == "QLinearConv" for kind in kinds.values()] == [False, False, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_measured_table_limits_a_budget(tmp_path, monkeypatch):
     model, data = conv_net()
     prepared = infoq_fx.prepare(model, data, bits=(4, 8))

@@ -82,6 +82,7 @@ def test_the_smallest_that_passes_is_returned_and_loses_what_it_says(case, prepa
     assert f"{smallest.cost:,}" in str(found)
 
 
+@pytest.mark.slow
 def test_steps_are_kept_so_that_nothing_is_measured_twice(case, prepared, table, tmp_path, counted, caplog):
     fitted, judged = halves(case)
 
@@ -125,6 +126,7 @@ def test_another_tolerance_shares_the_steps(case, prepared, table, tmp_path, cou
     assert found.allocation.loss.limit == 7.0
 
 
+@pytest.mark.slow
 def test_quantize_holds_back_half_of_the_data_which_calibrates_nothing(case, monkeypatch, caplog):
     seen = {}
     prepare = infoq_fx.api.prepare
