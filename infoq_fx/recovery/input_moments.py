@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,9 +51,17 @@ class InputMoments:
 
     def centre(self) -> InputMoments:
         """Turn second moments into covariances in place, for layers whose bias corrects the mean error."""
+        return self._add_products(-1)
+
+    def decentre(self) -> InputMoments:
+        """Undo :meth:`centre`, in place."""
+        return self._add_products(1)
+
+    def _add_products(self, sign: int) -> InputMoments:
+        """Add the products of the means to the moments, or subtract them, in place."""
         for moment, mean in ((self.second, self.mean_quantized), (self.cross, self.mean)):
             for rows, some in zip(moment.split(_ROWS_AT_ONCE, 1), mean.split(_ROWS_AT_ONCE, 1), strict=True):
-                rows.sub_(some[:, :, None] * self.mean_quantized[:, None, :])
+                rows.add_(some[:, :, None] * self.mean_quantized[:, None, :], alpha=sign)
         return self
 
     def ridge(self, damping: float) -> Tensor:
@@ -212,31 +220,32 @@ def _every_second(rows: Tensor, samples: int, first: int) -> Tensor:
     return rows.view(groups, samples, count // samples, columns)[:, first::2].reshape(groups, -1, columns)
 
 
-def average_moments(parts: Sequence[Inputs]) -> Inputs:
-    """Return the moments of all rows together, added in order so that threads do not change the result."""
+def average_moments(parts: Sequence[Inputs], *, are_centred: bool = False) -> Inputs:
+    """Return the moments of all rows together, in the memory of the first of them, which are of no use then.
+
+    Parts are added in order so that threads do not change the result. With ``are_centred``, :meth:`InputMoments.centre`
+    was called for each.
+    """
     samples = [part for part in parts if isinstance(part, InputSamples)]
     if samples:
         reference = torch.cat([part.reference for part in samples], 1)
         quantized = torch.cat([part.quantized for part in samples], 1)
         return InputSamples(reference, quantized, reference.mean(1), quantized.mean(1))
-    moments = [part for part in parts if isinstance(part, InputMoments)]
-    count = sum(part.count for part in moments)
-
-    def average(values: Iterable[Tensor]) -> Tensor:
-        total: Tensor | None = None
-        for value, part in zip(values, moments, strict=True):
-            added = value * (part.count / count)
-            total = added if total is None else total.add_(added)
-        assert total is not None
-        return total
-
-    return InputMoments(
-        count,
-        average(part.mean for part in moments),
-        average(part.mean_quantized for part in moments),
-        average(part.second for part in moments),
-        average(part.cross for part in moments),
-    )
+    first, *others = (part for part in parts if isinstance(part, InputMoments))
+    count = sum(part.count for part in parts)
+    total: InputMoments | None = None
+    for part in (first, *others):
+        added, share = part.decentre() if are_centred else part, part.count / count
+        added = InputMoments(
+            part.count,
+            added.mean * share,
+            added.mean_quantized * share,
+            added.second.mul_(share),
+            added.cross.mul_(share),
+        )
+        total = added if total is None else _join(total, added)
+    assert total is not None
+    return total
 
 
 def _add_to(total: InputMoments | None, part: InputMoments) -> InputMoments:
@@ -246,14 +255,19 @@ def _add_to(total: InputMoments | None, part: InputMoments) -> InputMoments:
     cross = second if part.cross is part.second else part.cross.to(dtype, copy=True).mul_(count)
     if total is None:
         return InputMoments(count, part.mean * count, part.mean_quantized * count, second, cross)
-    total.second.add_(second)
+    return _join(total, InputMoments(count, part.mean * count, part.mean_quantized * count, second, cross))
+
+
+def _join(total: InputMoments, part: InputMoments) -> InputMoments:
+    """The sums of both, in the memory of the first."""
+    total.second.add_(part.second)
     if total.cross is not total.second:
-        total.cross.add_(cross)
+        total.cross.add_(part.cross)
     return replace(
         total,
-        count=total.count + count,
-        mean=total.mean + part.mean * count,
-        mean_quantized=total.mean_quantized + part.mean_quantized * count,
+        count=total.count + part.count,
+        mean=total.mean + part.mean,
+        mean_quantized=total.mean_quantized + part.mean_quantized,
     )
 
 

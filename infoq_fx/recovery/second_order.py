@@ -194,12 +194,14 @@ def cholesky(matrix: Tensor) -> Tensor:
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
     least = _LEAST_RAISE * matrix.diagonal(dim1=1, dim2=2).abs().amax(1).clamp_min(1e-12)
-    eye, raised = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device), torch.zeros_like(least)
+    raised = torch.zeros_like(least)
     for _ in range(_MOST_RAISES):
         if not bool(failed.any()):
             return lower
         raised = torch.where(failed > 0, (10 * raised).maximum(least), raised)
-        lower, failed = torch.linalg.cholesky_ex(matrix + raised[:, None, None] * eye)
+        higher = matrix.clone()
+        higher.diagonal(dim1=1, dim2=2).add_(raised[:, None])
+        lower, failed = torch.linalg.cholesky_ex(higher)
     found: Tensor = torch.linalg.cholesky(matrix)  # says what is wrong
     return found
 

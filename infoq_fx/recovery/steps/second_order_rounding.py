@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.numerics import shorten_scale
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import Inputs, average_moments, measure_moments
+from infoq_fx.recovery.input_moments import InputMoments, Inputs, average_moments, measure_moments
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Reference, check_reference, choose_samples
 from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_parameter, set_qparams
 from infoq_fx.recovery.second_order import round_rows
@@ -29,6 +30,7 @@ __all__ = ["SecondOrderRounding", "scale_choices"]
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _MOST_ROWS_PER_COLUMN = 512
+_MOST_TO_TRY_ALL = 2048  # columns
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -136,14 +138,15 @@ def _round_layer(
     qparams = read_qparams(changed, layer, bits)
     spec, scale = qparams.spec, qparams.scale
     shaped = scale_choices(changed, layer, spec.bits, rows)
-    moments = average_moments(halves)
-    used, *split = (part if layer.bias is None else part.centre() for part in (moments, *halves))  # their means stay
     problem = _Problem(rows, spec.quant_min, spec.quant_max)
-    at_hand = scale.reshape(rows.shape[0], rows.shape[1], 1)
-    shrinkage = min(_SHRINKAGES, key=lambda s: problem.validate_ideal(split, s))
-    damping = min(_DAMPINGS, key=lambda d: problem.validate_rounded(split, at_hand, shrinkage, d))
+    is_centred = layer.bias is not None
+    shrinkage, damping = _choose_ridges(
+        problem, [half.centre() if is_centred else half for half in halves], scale.reshape(*rows.shape[:2], 1)
+    )
     logging.getLogger(__name__).debug("%s: shrinkage %g, damping %g", layer.site.name, shrinkage, damping)
-    q, step = problem.round(used, shaped, shrinkage, damping, options.sweeps)
+    moments = average_moments(halves, are_centred=is_centred)
+    used = moments.centre() if is_centred else moments  # the means stay
+    q, step = problem.round(used, used.ideal_rows(rows, shrinkage), shaped, damping, options.sweeps)
     rounded = q * step[..., None]
     set_parameter(changed, layer.weight, rows_to_weight(layer, rounded))
     set_qparams(changed, layer, QParams(spec, step.reshape(scale.shape), qparams.zero_point))
@@ -152,6 +155,49 @@ def _round_layer(
         found = (rounded.double() @ moments.mean_quantized[..., None])[..., 0]
         bias = read_tensor(origin.graph_module, layer.bias)
         set_bias(changed, layer, bias + (output - found).flatten().float(), bits)
+
+
+def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) -> tuple[float, float]:
+    """The shrinkage and the damping of least error on each half of what was fitted to the other.
+
+    A matrix of more than 2,048 columns is factorized in seconds: the first half alone is fitted, and the error is taken
+    to have a single minimum.
+    """
+    is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
+    pairs = [(halves[0], halves[1])] if is_wide else [(halves[0], halves[1]), (halves[1], halves[0])]
+    find_least = _descend_to_least if is_wide else _find_least
+
+    def validate_ideal(shrinkage: float) -> float:
+        return sum(
+            seen.output_error(problem.rows, fitted.ideal_rows(problem.rows, shrinkage)) for fitted, seen in pairs
+        )
+
+    shrinkage = find_least(_SHRINKAGES, validate_ideal)
+    ideals = [fitted.ideal_rows(problem.rows, shrinkage) for fitted, _ in pairs]
+
+    def validate_rounded(damping: float) -> float:
+        error = 0.0
+        for (fitted, seen), ideal in zip(pairs, ideals, strict=True):
+            q, step = problem.round(fitted, ideal, scales, damping, 0)
+            error += seen.output_error(problem.rows, (q * step[..., None]).double())
+        return error
+
+    return shrinkage, find_least(_DAMPINGS, validate_rounded)
+
+
+def _find_least(values: Sequence[float], measure: Callable[[float], float]) -> float:
+    return min(values, key=measure)
+
+
+def _descend_to_least(values: Sequence[float], measure: Callable[[float], float]) -> float:
+    """From the middle of the values, in the direction of less, as long as it gets less."""
+    measured = functools.cache(lambda index: measure(values[index]))
+    at, step = (len(values) - 1) // 2, 1
+    if at > 0 and measured(at - 1) < measured(at):
+        at, step = at - 1, -1
+    while 0 <= at + step < len(values) and measured(at + step) < measured(at):
+        at += step
+    return values[at]
 
 
 @dataclass(frozen=True)
@@ -163,23 +209,7 @@ class _Problem:
     quant_max: int
 
     def round(
-        self, moments: Inputs, scales: Tensor, shrinkage: float, damping: float, sweeps: int
+        self, moments: Inputs, ideal: Tensor, scales: Tensor, damping: float, sweeps: int
     ) -> tuple[Tensor, Tensor]:
-        """Integers ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
-        ideal = moments.ideal_rows(self.rows, shrinkage)
+        """Round the ideal rows: integers ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
         return round_rows(ideal, moments.factorize(damping), scales, self.quant_min, self.quant_max, sweeps)
-
-    def validate_ideal(self, halves: Sequence[Inputs], shrinkage: float) -> float:
-        """Error on each half of the real-valued rows fitted to the other."""
-        return sum(
-            seen.output_error(self.rows, fitted.ideal_rows(self.rows, shrinkage))
-            for fitted, seen in (halves, reversed(halves))
-        )
-
-    def validate_rounded(self, halves: Sequence[Inputs], scales: Tensor, shrinkage: float, damping: float) -> float:
-        """Error on each half of the integers rounded on the other."""
-        error = 0.0
-        for fitted, seen in (halves, reversed(halves)):
-            q, step = self.round(fitted, scales, shrinkage, damping, 0)
-            error += seen.output_error(self.rows, (q * step[..., None]).double())
-        return error

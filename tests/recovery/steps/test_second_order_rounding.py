@@ -9,7 +9,7 @@ from torch import nn
 import infoq_fx
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.recovery.parameters import set_parameter
-from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, _descend_to_least
 
 
 def test_second_order_rounding_is_what_conversion_stores(residual):
@@ -87,3 +87,15 @@ def test_dead_inputs_do_no_harm():
     recovered = SecondOrderRounding().recover(prepared, bits, data, CONTEXT)
     assert all(bool(value.isfinite().all()) for value in recovered.graph_module.state_dict().values())
     assert nats(recovered, data, bits) < nats(prepared, data, bits)
+
+
+@pytest.mark.parametrize("least", range(8))
+def test_a_single_minimum_is_found_from_the_middle(least):
+    tried = []
+
+    def measure(value):
+        tried.append(value)
+        return abs(value - least)
+
+    assert _descend_to_least(range(8), measure) == least
+    assert len(tried) == len(set(tried)) <= 3 + abs(least - 3)
