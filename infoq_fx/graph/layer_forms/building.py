@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.graph.layers import RECURRENT_OPS, free_path, write_tensor
@@ -31,7 +32,8 @@ class Place:
         given: Any = fx.map_arg((args, kwargs), lambda operand: operand.meta["val"])
         first = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
         infer = infer_recurrent if target in RECURRENT_OPS else target
-        with first.meta["val"].fake_mode, torch.no_grad():
+        # Without the dispatcher in Python, kernels of torch 2.9 ask for sizes that are symbols.
+        with first.meta["val"].fake_mode, enable_python_dispatcher(), torch.no_grad():
             value = infer(*given[0], **given[1])
         with self.graph_module.graph.inserting_before(self.node):
             added = self.graph_module.graph.call_function(target, args, kwargs)
