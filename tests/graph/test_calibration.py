@@ -243,7 +243,7 @@ def test_significant_bits(scale, digits):
     assert significant_bits_of(float(np.float32(scale))) == digits
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_threads_change_no_scale(threads):
     torch.manual_seed(0)
     model, images = randomise_norms(ResidualNet()).eval(), torch.randn(200, 1, 8, 8)

@@ -60,6 +60,7 @@ def test_ties_are_of_matches_below_one_parent(tie, ties, data):
     assert list(inventory.ties) == ties
 
 
+@pytest.mark.slow
 def test_ignored_layers_are_in_no_tie(data):
     assert list(prepare(data, tie=[QKV], ignore=["layers.0"]).inventory.ties) == OF_LAYER[1:]
     assert list(prepare(data, tie=[QKV], ignore=["*.k_proj"]).inventory.ties) == [(q, v) for q, _, v in OF_LAYER]
@@ -93,6 +94,7 @@ def test_ties_that_cannot_be_are_refused(options, message, data):
         prepare(data, **options)
 
 
+@pytest.mark.slow
 def test_quantize_gives_tied_layers_one_bit_width(data, tmp_path):
     quantized = infoq_fx.quantize(
         Network().eval(), 3.5, calibration_data=data, tie=[QKV], recovery="none", progress=False
@@ -105,6 +107,7 @@ def test_quantize_gives_tied_layers_one_bit_width(data, tmp_path):
     assert list(infoq_fx.allocation_of(infoq_fx.load_quantized(tmp_path / "model.pt2")).ties) == OF_LAYER
 
 
+@pytest.mark.slow
 def test_an_allocation_of_ones_own_keeps_the_ties(data):
     prepared = prepare(data, tie=[QKV])
     bits = {site.name: 8 for site in prepared.inventory.sites}
