@@ -116,7 +116,7 @@ def quantize(
             more bit-width computes only new scores.
         memory_limit: bytes per process for batches, moments of layers and values between layers or for gradients. A
             single sample or layer may need more. None for half of the free memory in scoring; in recovery, values
-            between layers beyond 1 GiB are then written to a temporary file.
+            between layers beyond 512 MiB are then written to a temporary file.
         progress: show a progress bar on standard error.
 
     Returns:

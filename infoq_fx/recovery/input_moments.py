@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer
@@ -208,6 +209,8 @@ def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[I
     for parts in runner.collect_all([source.node for source in sources], read):
         for half, part in zip(halves, parts, strict=True):
             half.add(part)
+        del parts, part
+        return_free_memory()
     first, second = (half.finish() for half in halves)
     return None if first is None else (first, second or copy.deepcopy(first))
 

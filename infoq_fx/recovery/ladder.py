@@ -74,7 +74,7 @@ AnyRecovery = str | RecoveryStep | Sequence[str | RecoveryStep]
 
 _HELD_SHARE = 5  # one in this many samples is held out
 _MOST_HELD = 256
-_HELD_BYTES = 1 << 30  # of values between layers in memory
+_HELD_BYTES = 512 << 20  # of values between layers in memory
 
 
 def find_steps(recovery: AnyRecovery, seed: int = 0) -> list[RecoveryStep]:
@@ -135,7 +135,7 @@ def recover_accuracy(
         steps: in order.
         cache_dir: where long steps keep finished parts.
         memory_limit: bytes for batches and for values between layers; those beyond it go to a temporary file. None for
-            256 MiB and 1 GiB.
+            256 MiB and 512 MiB.
         progress: show a progress bar on standard error.
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.recovery.error_feedback import (
     descend,
     descend_on_inputs,
@@ -168,7 +169,9 @@ def factorize(second: Tensor) -> DenseCurvature:
     narrow = ordered.float().flip(1, 2)
     lower = cholesky(ordered)
     del ordered
-    return DenseCurvature(order, narrow, _invert_factor(lower.flip(1, 2)))
+    upper = lower.flip(1, 2)
+    del lower
+    return DenseCurvature(order, narrow, _invert_factor(upper))
 
 
 def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
@@ -213,6 +216,8 @@ def _invert_factor(upper: Tensor) -> Tensor:
     """
     columns = upper.shape[1]
     factor = torch.zeros_like(upper, dtype=torch.float32)
+    if columns > _COLUMNS_AT_ONCE:
+        return_free_memory()
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, columns)
         eye = torch.eye(end, dtype=upper.dtype, device=upper.device)[:, start:]

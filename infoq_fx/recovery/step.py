@@ -27,7 +27,7 @@ class StepContext:
     batch_size: int
     run_options: RunOptions = field(default_factory=RunOptions)
     cache_dir: Path | None = None
-    held_bytes: int = 1 << 30
+    held_bytes: int = 512 << 20
 
 
 class RecoveryStep(Protocol):

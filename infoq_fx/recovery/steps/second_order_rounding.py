@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.option_checks import check_count
 from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
@@ -63,7 +64,7 @@ class SecondOrderRounding:
 
     Cost: a forward pass of the reference and one of the quantized model over ``samples``, and for every layer a
     covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between layers are
-    kept for both models, those beyond 1 GiB in a temporary file.
+    kept for both models, those beyond 512 MiB in a temporary file.
 
     Reference:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
@@ -106,11 +107,11 @@ class SecondOrderRounding:
         for layer in runner.visit():
             if read_qparams(changed, layer, bits).spec.is_float:
                 continue
-            columns, halves = columns_of(layer), None
+            columns, halves = columns_of(layer), list[Inputs]()
             if can_unfold(layer):
                 rows = max(min(self.rows, _MOST_ROWS_PER_COLUMN * columns), 32 * columns)
-                halves = measure_moments(runner, layer, rows)
-            if halves is not None:
+                halves = list(measure_moments(runner, layer, rows) or ())
+            if halves:
                 _round_layer(changed, layer, halves, bits, self)
             else:
                 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor
 def _round_layer(
     changed: PreparedModel,
     layer: Layer,
-    halves: tuple[Inputs, Inputs],
+    halves: list[Inputs],
     bits: Mapping[str, int],
     options: SecondOrderRounding,
 ) -> None:
@@ -144,7 +145,9 @@ def _round_layer(
         problem, [half.centre() if is_centred else half for half in halves], scale.reshape(*rows.shape[:2], 1)
     )
     logging.getLogger(__name__).debug("%s: shrinkage %g, damping %g", layer.site.name, shrinkage, damping)
+    return_free_memory()
     moments = average_moments(halves, are_centred=is_centred)
+    halves.clear()
     used = moments.centre() if is_centred else moments  # the means stay
     q, step = problem.round(used, used.ideal_rows(rows, shrinkage), shaped, damping, options.sweeps)
     rounded = q * step[..., None]
@@ -168,6 +171,7 @@ def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) 
     find_least = _descend_to_least if is_wide else _find_least
 
     def validate_ideal(shrinkage: float) -> float:
+        return_free_memory()
         return sum(
             seen.output_error(problem.rows, fitted.ideal_rows(problem.rows, shrinkage)) for fitted, seen in pairs
         )
@@ -176,6 +180,7 @@ def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) 
     ideals = [fitted.ideal_rows(problem.rows, shrinkage) for fitted, _ in pairs]
 
     def validate_rounded(damping: float) -> float:
+        return_free_memory()
         error = 0.0
         for (fitted, seen), ideal in zip(pairs, ideals, strict=True):
             q, step = problem.round(fitted, ideal, scales, damping, 0)
