@@ -109,8 +109,8 @@ def quantize(
             more bit-width computes only new scores.
         memory_limit: bytes per process for what scores, rounding and recovery hold besides model and data: batches,
             moments of layers, values between layers, values that gradients need. A single sample or layer may need
-            more. None for half of the free memory in scoring; in recovery, values between layers beyond 512 MiB are then
-            written to a temporary file.
+            more. None for half of the free memory in scoring; in recovery, values between layers beyond 512 MiB are
+            then written to a temporary file.
         progress: show a progress bar on standard error.
 
     Returns:
