@@ -261,6 +261,8 @@ def read_tolerance(options: Mapping[str, Any], limits: Budget | None) -> Toleran
     if all(limit is None for limit in given.values()):
         if options["validation_data"] is not None:
             raise OptionError("--validation-data is for a tolerance; give --max-drop, --max-nats or --min-sqnr too")
+        if options["minimize"] != "size_bytes":
+            raise OptionError("--minimize is for a tolerance; give --max-drop, --max-nats or --min-sqnr too")
         return None
     return Tolerance(**given, minimize=options["minimize"], within=limits)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -91,6 +91,9 @@ def check_patterns(ignore: Any, pin: Any, tie: Any = ()) -> None:
         raise OptionError(f"ignore={ignore!r}; give a list of glob patterns on module paths, such as ['head.*']")
     if pin is not None and not (isinstance(pin, Mapping) and all(isinstance(x, str) for x in pin)):
         raise OptionError(f"pin={pin!r}; give a dict of bit-widths by glob pattern, such as {{'head.*': 8}}")
+    for pattern, fixed in (pin or {}).items():
+        if not isinstance(fixed, Integral):
+            raise OptionError(f"pin[{pattern!r}]={fixed!r} is not one bit-width; give a number, such as 8")
     if not isinstance(tie, list | tuple) or not all(
         isinstance(group, list | tuple) and group and all(isinstance(x, str) for x in group) for group in tie
     ):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import Plain
 
 __all__ = ["digest_run", "name_function"]
+
+_DEEPEST = 8  # values within values of a function
+_PROCESS = secrets.token_bytes(8)
 
 
 def digest_run(
@@ -56,12 +62,51 @@ def digest_run(
 
 
 def name_function(function: Callable[..., Any] | None) -> str:
-    """Return the name of a user's function, with its code: another function of the same name is another one."""
+    """Return the name of a user's function with a hash of its code and of all values that it holds.
+
+    Another function of the same name, or the same one with other values, has another name. A function that holds a
+    value that cannot be told from others has another name in every process, so that nothing is reused for it.
+    """
     if function is None:
         return "no function"
-    code = getattr(function, "__code__", None)
-    content = b"" if code is None else code.co_code + repr(code.co_consts).encode()
-    return f"{getattr(function, '__qualname__', type(function).__qualname__)} {hashlib.blake2b(content).hexdigest()}"
+    found = hashlib.blake2b(digest_size=20)
+    for part in _describe_value(function):
+        found.update(part)
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)} {found.hexdigest()}"
+
+
+def _describe_value(value: Any, depth: int = 0) -> Iterator[bytes]:
+    """Bytes that differ where values differ: of code, closures, bound values, attributes, collections and tensors."""
+    yield f"{type(value).__module__}.{type(value).__qualname__} ".encode()
+    inner: list[Any] | None = None
+    if isinstance(value, functools.partial):
+        inner = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.MethodType):
+        inner = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        inner = [value.__qualname__, value.__code__, cells, value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, types.CodeType):
+        yield value.co_code
+        inner = [*value.co_names, *value.co_consts]
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype} {list(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return
+    elif isinstance(value, Mapping):
+        inner = [x for pair in value.items() for x in pair]
+    elif isinstance(value, list | tuple):
+        inner = list(value)
+    elif isinstance(value, str | bytes | int | float | None | types.BuiltinFunctionType | type):
+        yield repr(value).encode()
+        return
+    elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
+        inner = [vars(value)]
+    if inner is None or depth >= _DEEPEST:  # known in this process only
+        yield _PROCESS + str(id(value)).encode()
+        return
+    for one in inner:
+        yield from _describe_value(one, depth + 1)
 
 
 def _digest(parts: Iterable[str | Tensor]) -> str:

@@ -97,10 +97,10 @@ def _read_floats(weight: fx.Node) -> None:
     Between a quantized input and a quantized output, onnxruntime would quantize the weight itself, to 8 bits.
     """
     for layer in list(weight.users):
-        position = LAYER_OPS[layer.target].source
-        source: Any = layer.args[position]
-        if is_call(source, quantize_dequantize_op):
-            layer.update_arg(position, source.args[0])
+        op = LAYER_OPS.get(layer.target)  # recurrent layers read floats
+        source: Any = None if op is None else layer.args[op.source]
+        if op is not None and is_call(source, quantize_dequantize_op):
+            layer.update_arg(op.source, source.args[0])
 
 
 def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams, is_zero: Tensor) -> QParams:
