@@ -222,10 +222,15 @@ def check_validation(validation: Validation) -> Validation:
 
     Raises:
         OptionError: the minimized cost is unknown or fixed, or the metric cannot be used.
-        CalibrationDataError: top-1 is to be measured, and there are no labels that fit.
+        CalibrationDataError: there are fewer than 16 samples, or top-1 is to be measured without labels that fit.
         InfeasibleBudgetError: the limits besides cannot be met.
     """
     tolerance, inventory = validation.tolerance, validation.prepared.inventory
+    if validation.data.samples < _FEWEST:
+        raise CalibrationDataError(
+            f"{validation.data.samples} validation samples say little about a loss; give at least {_FEWEST}, and better "
+            "some hundreds"
+        )
     check_losses(tolerance, validation.metric)
     read_range(tolerance, inventory, {})
     if tolerance.within is not None:
