@@ -228,8 +228,8 @@ def check_validation(validation: Validation) -> Validation:
     tolerance, inventory = validation.tolerance, validation.prepared.inventory
     if validation.data.samples < _FEWEST:
         raise CalibrationDataError(
-            f"{validation.data.samples} validation samples say little about a loss; give at least {_FEWEST}, and better "
-            "some hundreds"
+            f"{validation.data.samples} validation samples say little about a loss; give at least {_FEWEST}, "
+            "better some hundreds"
         )
     check_losses(tolerance, validation.metric)
     read_range(tolerance, inventory, {})
