@@ -274,12 +274,13 @@ def _symbolic_axes(graph_module: fx.GraphModule, wanted: Mapping[str, tuple[int,
 def _export_module(
     model: nn.Module, example_inputs: ExampleInputs, free_axes: FreeAxes | None = None
 ) -> ExportedProgram:
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
-        raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
-    home = tensors[0].device if tensors else torch.device("cpu")
-    at_home = _in_signature_order(model, _move(example_inputs, home))
     with exporting(), _inference_mode_of(model), _masks_taken_as_given(model):
+        # While another thread exports the same model, its parameters are swapped.
+        tensors = [*model.parameters(), *model.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            raise UnsupportedModelError("the model's parameters are on the meta device: load their values first")
+        home = tensors[0].device if tensors else torch.device("cpu")
+        at_home = _in_signature_order(model, _move(example_inputs, home))
         try:
             return _export_in_own_dtype(model, at_home, free_axes)
         except Exception as error:
