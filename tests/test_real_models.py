@@ -31,6 +31,7 @@ def test_two_calls_keep_the_accuracy_and_onnxruntime_agrees(name, real_models, t
         4.5,
         calibration_data=(train[0][:256], train[1][:256]),
         bits=(3, 4, 6, 8),
+        ignore=["pos_embed"] if name == "vit" else [],  # added, never multiplied: it stays in float
         progress=False,
     )
     path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
