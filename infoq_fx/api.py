@@ -31,6 +31,7 @@ from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.program.sizes import Dynamic
 from infoq_fx.graph.reading_choice import OutputsOption, choose_readings, describe_choice, run_samples
 from infoq_fx.graph.sites import find_sites, warn_of_float_weights
+from infoq_fx.quantization.codebooks import Levels, choose_levels
 from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
@@ -72,6 +73,7 @@ def quantize(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dynamic: Dynamic = "auto",
+    levels: Levels = "auto",
     executor: Executor | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
@@ -154,6 +156,7 @@ def quantize(
         outputs=outputs,
         device=device,
         dynamic=dynamic,
+        levels=levels,
         budget=budget.within if isinstance(budget, Tolerance) else budget,
     )
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
@@ -243,6 +246,7 @@ def prepare(
     outputs: OutputsOption = "auto",
     device: torch.device | str = "cpu",
     dynamic: Dynamic = "auto",
+    levels: Levels = "auto",
     budget: float | Budget | None = None,
 ) -> PreparedModel:
     """Capture a model, insert configurable quantizers and observers, and calibrate them for every bit-width.
@@ -272,7 +276,8 @@ def prepare(
     examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, NORMAL_FORM)
     plan = find_sites(
-        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin, tie=tie
+        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin, tie=tie,
+        has_codebooks=choose_levels(levels, budget),
     )
     warn_of_float_weights(plan, stacklevel=3)
     if budget is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from infoq_fx.core.tabular import align_rows, html_table
+from infoq_fx.core.tabular import align_rows, format_with_error, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
@@ -16,8 +16,10 @@ if TYPE_CHECKING:  # budgets and allocations are read and made without torch
 
 __all__ = [
     "BASELINE_BITS",
+    "CODEBOOK_BITS",
     "FLOAT16_BITS",
     "FLOAT_BITS",
+    "LARGEST_LEVEL",
     "MAX_BITS",
     "MIN_BITS",
     "Allocation",
@@ -47,7 +49,11 @@ BASELINE_BITS = 8
 FLOAT16_BITS = 16
 """The candidate that is no integer: a weight in float16, an activation in float."""
 FLOAT_BITS = 32
-_SMALL = 1e-4  # errors below it are written with an exponent
+CODEBOOK_BITS = 6
+"""The largest bit-width of a weight with a codebook; more levels are nearly uniform."""
+LARGEST_LEVEL = 63
+"""The largest absolute value of a codebook's levels: 16-bit sums of two products with 8-bit activations do not overflow
+on processors that saturate them, and scales may have as many significant bits as for weights of 7 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +66,14 @@ class QuantSpec:
 
     With 16 bits the tensor stays in float: a weight is stored in float16, in units of its scale, and an activation is
     not changed.
+
+    With ``has_codebook`` the integers are any ``2**bits`` levels from -63 to 63, see :attr:`QParams.levels`.
     """
 
     bits: int
     symmetric: bool
     channel_axis: int | None = None
+    has_codebook: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -73,12 +82,16 @@ class QuantSpec:
 
     @property
     def quant_min(self) -> int:
-        """Smallest integer: ``-2**(bits-1)`` when symmetric, else 0."""
+        """Smallest integer: ``-2**(bits-1)`` when symmetric, else 0; -63 with a codebook."""
+        if self.has_codebook:
+            return -LARGEST_LEVEL
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        """Largest integer: ``2**(bits-1) - 1`` when symmetric, else ``2**bits - 1``."""
+        """Largest integer: ``2**(bits-1) - 1`` when symmetric, else ``2**bits - 1``; 63 with a codebook."""
+        if self.has_codebook:
+            return LARGEST_LEVEL
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
 
@@ -87,12 +100,14 @@ class QParams:
     """Quantization parameters of a tensor: scale and zero point under ``spec``.
 
     ``scale`` is float32 and positive, of shape ``[channels]`` (per channel) or ``[]`` (per tensor);
-    ``zero_point`` is int32 of the same shape, within ``quant_min`` and ``quant_max``.
+    ``zero_point`` is int32 of the same shape, within ``quant_min`` and ``quant_max``. ``levels`` are the integers of a
+    codebook, int8 ``[2**bits]`` in ascending order; None for all integers from ``quant_min`` to ``quant_max``.
     """
 
     spec: QuantSpec
     scale: torch.Tensor
     zero_point: torch.Tensor
+    levels: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,8 @@ class QuantSite:
     tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
     convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
     in ``follows`` is: for such a tensor an operand of the convolution that makes it, or the same tensor as another
-    layer reads it; for the input of a single layer its weight.
+    layer reads it; for the input of a single layer its weight. With ``has_codebook``, a weight of up to
+    :data:`CODEBOOK_BITS` bits has a codebook of levels.
     """
 
     name: str
@@ -122,6 +138,7 @@ class QuantSite:
     channel_axis: int | None = None
     is_searched: bool = True
     follows: tuple[str, ...] = ()
+    has_codebook: bool = False
 
     @property
     def numel(self) -> int:
@@ -339,7 +356,7 @@ class MeasuredLoss:
 
     def describe(self) -> str:
         """Return the value with its error and unit."""
-        shown = _with_error(self.value, self.standard_error)
+        shown = format_with_error(self.value, self.standard_error)
         if self.measure == "sqnr_db":
             return f"has an SQNR of {shown} dB"
         of_drop = "points of top-1" if self.metric == "top-1" else f"of {self.metric}"
@@ -350,7 +367,7 @@ class MeasuredLoss:
         if self.smaller_value is None:
             return text
         verb = "has" if self.measure == "sqnr_db" else "loses"
-        return f"{text}; the next smaller {verb} {_with_error(self.smaller_value, self.smaller_error)}"
+        return f"{text}; the next smaller {verb} {format_with_error(self.smaller_value, self.smaller_error)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,16 +437,6 @@ class Allocation:
 def describe_ties(ties: Iterable[tuple[str, ...]]) -> list[str]:
     """Return a line for each group of sites with one bit-width."""
     return [f"tied to one bit-width: {', '.join(tie)}" for tie in ties]
-
-
-def _with_error(value: float, error: float | None) -> str:
-    """A number with as many decimals as its error, which has one digit, or one decimal if it is 1 to 10."""
-    if not error or not (math.isfinite(value) and math.isfinite(error)):
-        return f"{value:.3g}"
-    if error < _SMALL:
-        return f"{value:.3g} ± {error:.1g}"
-    decimals = 0 if error >= 10 else max(1, -math.floor(math.log10(error)))
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def check_bits(bits: Any, option: str) -> tuple[int, ...]:

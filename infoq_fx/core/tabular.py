@@ -1,11 +1,14 @@
-"""Formats rows of cells as aligned text and as an HTML table."""
+"""Formats rows of cells as aligned text and as an HTML table, and numbers with their errors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["align_rows", "html_table"]
+__all__ = ["align_rows", "format_with_error", "html_table"]
+
+_SMALL = 1e-4  # errors below it are written with an exponent
 
 
 def align_rows(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -47,3 +50,13 @@ def html_table(caption: str, rows: Sequence[Sequence[str]], notes: Sequence[str]
         f'<div class="infoq-fx"><table><caption style="text-align:left"><b>{escape(caption)}</b></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}</div>"
     )
+
+
+def format_with_error(value: float, error: float | None) -> str:
+    """Return a number with as many decimals as its error, which has one digit, or one decimal if it is 1 to 10."""
+    if not error or not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.3g}"
+    if error < _SMALL:
+        return f"{value:.3g} ± {error:.1g}"
+    decimals = 0 if error >= 10 else max(1, -math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

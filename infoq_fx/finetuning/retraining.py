@@ -19,10 +19,10 @@ from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tenso
 from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
-from infoq_fx.quantization.histogram import scale_significant_bits, significant_bits_of
+from infoq_fx.quantization.histogram import range_bits, scale_significant_bits, significant_bits_of
 from infoq_fx.quantization.numerics import choose_weight_qparams, quantize
 from infoq_fx.quantization.quantizers import spec_of
-from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
+from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
 
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
@@ -216,15 +216,25 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     source, scale_node, axis, bits, name = arguments
     integers, scale = read_tensor(draft, source), read_tensor(draft, scale_node)
     site = QuantSite(name, "weight", tuple(integers.shape), (bits,), axis)
-    qparams = QParams(spec_of(site, bits), scale, torch.zeros_like(scale, dtype=torch.int32))
+    levels = _find_codebook(integers, bits)
+    spec = replace(spec_of(site, bits), has_codebook=levels is not None)
+    qparams = QParams(spec, scale, torch.zeros_like(scale, dtype=torch.int32), levels)
     write_tensor(draft, str(source.target), dequantize_op(integers, scale, axis, bits, name))
     if qparams.spec.is_float:
         node.replace_all_uses_with(source)
         draft.graph.erase_node(node)
         return
-    terms = max(1, integers.numel() // integers.shape[axis])
-    digits = scale_significant_bits(bits, is_weight=True, terms=terms, of_input=_digits_met(draft, node))
+    terms, width = max(1, integers.numel() // integers.shape[axis]), range_bits(qparams.spec)
+    digits = scale_significant_bits(width, is_weight=True, terms=terms, of_input=_digits_met(draft, node))
     _replace(draft, node, name, LearnedStepQuantizer(site, qparams, digits), (source,))
+
+
+def _find_codebook(integers: Tensor, bits: int) -> Tensor | None:
+    """The levels that a weight uses, if they are not all within the integers of its bit-width."""
+    if not 0 < integers.numel() or bits > CODEBOOK_BITS:
+        return None
+    limit = 1 << (bits - 1)
+    return integers.unique() if int(integers.max()) >= limit or int(integers.min()) < -limit else None
 
 
 def _digits_met(draft: QuantizedModule, node: fx.Node) -> int | None:
@@ -301,7 +311,7 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
             biases.append((input_scale, targets))
     # Channels of zeros keep the step sizes that they were trained with.
     scale = fit_weight_scale(scale, [(values[bias_target], step) for step, (bias_target, _) in biases])
-    write_tensor(result, source, quantize(values[source], QParams(qparams.spec, scale, qparams.zero_point)))
+    write_tensor(result, source, quantize(values[source], replace(qparams, scale=scale)))
     write_tensor(result, scale_node, scale)
     for input_scale, (bias_target, step_target) in biases:
         step = scale * input_scale

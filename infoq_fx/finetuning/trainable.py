@@ -22,7 +22,7 @@ from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import fake_quantize_flat
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
-from infoq_fx.types import QParams, QuantSite
+from infoq_fx.types import LARGEST_LEVEL, QParams, QuantSite
 
 __all__ = [
     "LearnedStepQuantizer",
@@ -30,6 +30,7 @@ __all__ = [
     "float_copy",
     "make_trainable",
     "trainable_copy",
+    "usable_levels",
     "usable_step",
     "weights_by_site",
 ]
@@ -45,6 +46,9 @@ class LearnedStepQuantizer(nn.Module):
     activation) and Q_P the number of levels above zero. The input's gradient passes straight through inside the range.
     A step size is never used below 1/1024 of its initial value, so that it stays positive and can grow again.
 
+    The levels of a codebook are a second parameter, ``levels [n]``; they are used rounded to integers. The gradient of
+    a level is that of all values rounded to it.
+
     Args:
         site: of the quantizer.
         qparams: initial values; all channels have the same zero point.
@@ -52,7 +56,8 @@ class LearnedStepQuantizer(nn.Module):
             :func:`infoq_fx.quantization.histogram.scale_significant_bits`. None does not round it.
 
     Reference:
-        "Learned Step Size Quantization", arXiv 1902.08153, Eq. 1 to 5 and Section 2.2.
+        "Learned Step Size Quantization", arXiv 1902.08153, Eq. 1 to 5 and Section 2.2; levels that are learned for a
+        whole layer are those of "LQ-Nets", arXiv 1807.10029, there as sums of a basis and by least squares.
     """
 
     zero_point: Tensor
@@ -65,11 +70,19 @@ class LearnedStepQuantizer(nn.Module):
         self.scale = nn.Parameter(scale)
         self.register_buffer("zero_point", qparams.zero_point.detach().clone())
         self.register_buffer("smallest", _SMALLEST_SHARE * scale)
+        has_levels = qparams.levels is not None
+        self.levels = nn.Parameter(qparams.levels.detach().to(torch.float32)) if has_levels else None  # type: ignore[union-attr]
         self._read_zero_point()
         self.gradient_scale = 1 / math.sqrt(max(1, site.numel // scale.numel()) * max(1, self._limits[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` (any shape for an activation, the weight's for a weight)."""
+        if self.levels is not None:
+            step = usable_step(self.scale, self.smallest, self.significant_bits)
+            z: Tensor = _RoundToLevels.apply(
+                x, self.scale, step.detach(), self.levels, self.gradient_scale, self.spec.channel_axis
+            )
+            return z
         y: Tensor = _FakeQuantize.apply(
             x,
             self.scale,
@@ -81,10 +94,16 @@ class LearnedStepQuantizer(nn.Module):
         )
         return y
 
+    @property
+    def level_gap(self) -> float:
+        """The mean distance of two neighbouring levels, in step sizes: 1 without a codebook."""
+        return 1.0 if self.levels is None else 2 * LARGEST_LEVEL / max(1, len(self.levels) - 1)
+
     def qparams(self) -> QParams:
         """Return the qparams learned so far, detached."""
         scale = usable_step(self.scale.detach(), self.smallest, self.significant_bits)
-        return QParams(self.spec, scale, self.zero_point.clone())
+        levels = None if self.levels is None else usable_levels(self.levels.detach()).to(torch.int8)
+        return QParams(self.spec, scale, self.zero_point.clone(), levels)
 
     def extra_repr(self) -> str:
         """Return site and bit-width for the printed module."""
@@ -108,6 +127,11 @@ def usable_step(scale: Tensor, smallest: Tensor, significant_bits: int | None) -
     # As numerics.shorten_scale, but on the bits of the float, with half as many operations.
     dropped = 24 - significant_bits
     return ((step.view(torch.int32) + (1 << (dropped - 1))) >> dropped << dropped).view(torch.float32)
+
+
+def usable_levels(levels: Tensor) -> Tensor:
+    """Return learned levels as they are used: integers of the codebook's range, ascending."""
+    return levels.round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).sort().values
 
 
 def float_copy(prepared: PreparedModel) -> fx.GraphModule:
@@ -234,6 +258,36 @@ class _FakeQuantize(torch.autograd.Function):
             slope = torch.round(ratio).clamp_(low, high).mul_(grads[0]).addcmul_(inside, ratio, value=-1)
             slope = slope.sum_to_size(step.shape).reshape(ctx.shape)
         return inside, slope * ctx.gradient_scale, None, None, None, None, None, None
+
+
+class _RoundToLevels(torch.autograd.Function):
+    """Rounds ``x / step`` to the nearest of the :func:`usable_levels`; gradients as :class:`LearnedStepQuantizer` says.
+
+    The step's gradient passes straight through its limit and its rounding to ``scale``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, scale: Any, step: Any, levels: Any, gradient_scale: float, channel_axis: int | None
+    ) -> Any:
+        ctx.shape, ctx.gradient_scale = scale.shape, gradient_scale
+        if channel_axis is not None:
+            step = step.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
+        used, order = levels.round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).sort()
+        place = torch.bucketize((x / step).contiguous(), (used[1:] + used[:-1]) / 2, right=True)
+        q = used[place]
+        ctx.save_for_backward(x, step, q, order[place], used[[0, -1]])
+        ctx.count = len(levels)
+        return q * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, step, q, place, limits = ctx.saved_tensors
+        ratio, grad = x / step, grads[0].contiguous()
+        inside = grad * ((ratio > limits[0]) & (ratio < limits[1]))
+        slope = (grad * q - inside * ratio).sum_to_size(step.shape).reshape(ctx.shape)
+        by_level = grad.new_zeros(ctx.count).index_add_(0, place.flatten(), (grad * step).flatten())
+        return inside, slope * ctx.gradient_scale, None, by_level, None, None
 
 
 def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -> float:

@@ -24,6 +24,7 @@ from infoq_fx.quantization.histogram import (
     Histogram,
     choose_activation_qparams,
     find_activation_scale,
+    range_bits,
     scale_significant_bits,
     significant_bits_of,
 )
@@ -112,7 +113,8 @@ def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: 
     of_input = None if len(met) < len(sources) else max(map(significant_bits_of, scales), default=None)
     site = quantizers[node].site
     terms = max(1, site.numel // site.shape[site.channel_axis or 0])
-    return scale_significant_bits(bits, is_weight=True, terms=terms, of_input=of_input)
+    width = range_bits(spec_of(site, bits))
+    return scale_significant_bits(width, is_weight=True, terms=terms, of_input=of_input)
 
 
 def _widths(quantizer: Quantizer) -> list[int]:

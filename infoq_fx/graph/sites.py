@@ -54,6 +54,7 @@ def find_sites(
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
     tie: Sequence[Sequence[str]] = (),
+    has_codebooks: bool = False,
 ) -> SitePlan:
     """Find the sites of a graph in normal form.
 
@@ -72,6 +73,7 @@ def find_sites(
         pin: fixed bit-widths by glob pattern on module paths (their weights) or site names.
         tie: groups of glob patterns on module paths of layers whose weights get one bit-width; there is one tie for
             each parent module that a group has matches in.
+        has_codebooks: weights of few bits have codebooks of levels.
 
     Raises:
         UnsupportedModelError: there is nothing to quantize, or a weight is not finite.
@@ -91,6 +93,9 @@ def find_sites(
             "no layer to quantize is left: every layer with weights is ignored; take some out of ignore"
         )
     placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
+    if has_codebooks:
+        of_weights = [(p, p.site.kind == "weight") for p in placements]
+        placements = [replace(p, site=replace(p.site, has_codebook=is_weight)) for p, is_weight in of_weights]
     placements = _apply_pins(placements, layers, pin or {}, known)
     _check_patterns("tie", [pattern for group in tie for pattern in group], known)
     ties = _find_ties(layers, tie)

@@ -17,6 +17,7 @@ __all__ = [
     "Histogram",
     "choose_activation_qparams",
     "find_activation_scale",
+    "range_bits",
     "scale_significant_bits",
     "significant_bits_of",
 ]
@@ -127,6 +128,11 @@ def scale_significant_bits(bits: int, is_weight: bool, terms: int | None = None,
     spare = 0 if terms is None else max(0, round(0.5 * math.log2(_MANY_TERMS / terms)))
     spare += 0 if of_input is None else max(0, 4 - of_input)
     return min(_MOST_DIGITS, 10 - bits + spare)
+
+
+def range_bits(spec: QuantSpec) -> int:
+    """Return the bits of the integers' range, for :func:`scale_significant_bits`: 7 for a codebook's levels."""
+    return 1 + spec.quant_max.bit_length() if spec.has_codebook else spec.bits
 
 
 def significant_bits_of(scale: float) -> int:

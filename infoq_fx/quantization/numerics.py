@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
-from infoq_fx.quantization.histogram import scale_significant_bits
+from infoq_fx.quantization.codebooks import choose_codebook, nearest_levels, sum_level_errors, table_of_levels
+from infoq_fx.quantization.histogram import range_bits, scale_significant_bits
 from infoq_fx.quantization.pointwise import (
     fake_quantize_flat,
     fake_quantize_sum,
@@ -40,13 +41,16 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _CHUNK_ELEMENTS = 1 << 15  # small enough that torch uses one thread and the values stay in a core's cache
 _SUM_BLOCK = 1024
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 15, -8  # of a row's largest value, without a scale in float16
+_SMALLEST_SHIFT = -50  # of a row's exponent against the largest, for the choice of a codebook
+_AROUND = 2.0**0.75  # the range of scales that are tried for a codebook, around the fitted one
 _KERNEL_THREADS = 4  # with more threads, torch's own operations (several passes, but parallel) are faster
 
 
 def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bits: int | None = None) -> QParams:
     """Choose the symmetric scales that minimise the squared error of a weight, per channel or per tensor.
 
-    Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong
+    With a codebook its levels are chosen first, see :func:`infoq_fx.quantization.codebooks.choose_codebook`; they are
+    the uniform ones where those have less error, as for a weight that is on a grid already. Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong
     clipping to none. With 16 bits the scale is 1, or a power of two where float16 lacks the range.
 
     Args:
@@ -79,18 +83,19 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     exponent = torch.frexp(largest).exponent.clamp_(-125, 126)
     is_zero = largest == 0
     normal = torch.ldexp(rows, -exponent).masked_fill_(is_zero, 1.0)
-    count = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    digits = scale_significant_bits(spec.bits, is_weight=True) if significant_bits is None else significant_bits
-    scale = torch.cat([_best_scales(chunk, spec.bits, digits) for chunk in torch.split(normal, count)])
+    digits = scale_significant_bits(range_bits(spec), is_weight=True) if significant_bits is None else significant_bits
+    scale, levels = _best_of_uniform(normal, spec.bits, digits), None
+    if spec.has_codebook:
+        scale, levels = _best_of_codebook(normal, exponent, is_zero.flatten(), spec.bits, digits, scale)
     scale = torch.ldexp(scale, exponent).clamp_min_(_SMALLEST_SCALE)
-    return _qparams(spec, torch.where(is_zero, _scale_of_zeros(scale[~is_zero]), scale).flatten())
+    return _qparams(spec, torch.where(is_zero, _scale_of_zeros(scale[~is_zero]), scale).flatten(), levels=levels)
 
 
 def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
     """Quantize a tensor to integers as ONNX QuantizeLinear does.
 
     ``saturate(round_half_even(x / scale) + zero_point)`` to ``quant_min .. quant_max``, with a true division.
-    Infinities saturate; NaN becomes the zero point.
+    Infinities saturate; NaN becomes the zero point. With a codebook, the nearest level of ``x / scale``.
 
     Args:
         x: float, any shape and device.
@@ -103,6 +108,8 @@ def quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
     scale, zero_point = _broadcast(qparams, x)
     if spec.is_float:
         return (x.detach().to(torch.float32) / scale).to(torch.float16)
+    if qparams.levels is not None:
+        return nearest_levels(x.detach().to(torch.float32) / scale, qparams.levels).to(torch.int8)
     q = torch.round(x.detach().to(torch.float32) / scale).nan_to_num_(0.0, math.inf, -math.inf)
     q = q.add_(zero_point).clamp_(spec.quant_min, spec.quant_max)
     return q.to(torch.int8 if spec.symmetric else torch.uint8)
@@ -148,11 +155,14 @@ def fake_quantize(
     spec, x = qparams.spec, x.detach().to(torch.float32)
     if spec.is_float:
         return _keep_float(x, qparams, addend, clip)
-    if spec.channel_axis is None and x.device.type == "cpu" and torch.get_num_threads() <= _KERNEL_THREADS:
+    is_plain = spec.channel_axis is None and qparams.levels is None
+    if is_plain and x.device.type == "cpu" and torch.get_num_threads() <= _KERNEL_THREADS:
         return _fake_quantize_in_one_pass(x, qparams, addend, clip)
     x = x if addend is None else x + addend.detach()
     x = x.clamp(*clip) if clip != (-math.inf, math.inf) else x
     scale, zero_point = _broadcast(qparams, x)
+    if qparams.levels is not None:
+        return nearest_levels(x / scale, qparams.levels).mul_(scale)
     y = torch.round_(x / scale)
     # Comparing scalars would synchronize with the device. Adding the zero point turns -0.0 into 0.0.
     return y.add_(zero_point).clamp_(spec.quant_min, spec.quant_max).sub_(zero_point).mul_(scale)
@@ -318,9 +328,11 @@ def _broadcast(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return qparams.scale.detach().to(x.device).reshape(shape), qparams.zero_point.to(x.device).reshape(shape)
 
 
-def _qparams(spec: QuantSpec, scale: torch.Tensor, zero_point: int = 0) -> QParams:
+def _qparams(spec: QuantSpec, scale: torch.Tensor, levels: torch.Tensor | None = None) -> QParams:
     scale = scale.reshape(()) if spec.channel_axis is None else scale
-    return QParams(spec, scale, torch.full_like(scale, zero_point, dtype=torch.int32))
+    if spec.has_codebook and levels is None:
+        levels = _uniform_levels(spec.bits, scale.device)
+    return QParams(spec, scale, torch.zeros_like(scale, dtype=torch.int32), levels)
 
 
 def _rows(weight: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
@@ -342,6 +354,52 @@ def _scale_of_zeros(others: torch.Tensor) -> torch.Tensor:
     if not len(others):
         return others.new_ones(())
     return torch.exp2(torch.frexp(others.median()).exponent.float() - 1)
+
+
+def _uniform_levels(bits: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device=device)
+
+
+def _best_of_uniform(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:
+    count = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    return torch.cat([_best_scales(chunk, bits, significant_bits) for chunk in torch.split(rows, count)])
+
+
+def _best_of_codebook(
+    rows: torch.Tensor,
+    exponent: torch.Tensor,
+    is_zero: torch.Tensor,
+    bits: int,
+    significant_bits: int,
+    uniform: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales ``[rows, 1]`` and levels of least error: of a codebook, or the ``uniform`` scales.
+
+    ``rows`` are divided by two to their ``exponent``; those of zeros count as 1.
+    """
+    levels = _uniform_levels(bits, rows.device)
+    if bool(is_zero.all()):
+        return uniform, levels
+    alive, power = rows[~is_zero].cpu().contiguous(), exponent[~is_zero].cpu()
+    shift = (power - power.max()).clamp_min(_SMALLEST_SHIFT)
+    chosen, fitted = choose_codebook(torch.ldexp(alive, shift).numpy(), bits, has_zero=bool(is_zero.any()))
+    codebook, around = torch.from_numpy(chosen), torch.ldexp(torch.from_numpy(fitted)[:, None], -shift)
+    candidates = _short_scales(around / _AROUND, around * _AROUND, significant_bits)
+    by_codebook = _level_errors(alive, candidates, codebook)
+    by_uniform = _level_errors(alive, uniform[~is_zero].cpu(), levels.cpu())
+    weight = torch.ldexp(torch.ones_like(by_uniform), 2 * shift)
+    if float((weight * by_uniform).sum()) <= float((weight * by_codebook.amin(1, keepdim=True)).sum()):
+        return uniform, levels
+    found = uniform.clone()
+    found[~is_zero] = candidates.gather(1, by_codebook.argmin(1, keepdim=True)).to(rows.device)
+    return found, codebook.to(rows.device)
+
+
+def _level_errors(rows: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Squared errors of rows at each of their scales ``[rows, n]``, float64; all on the CPU."""
+    errors = np.empty(scales.shape)
+    sum_level_errors(rows.numpy(), scales.contiguous().numpy(), table_of_levels(levels), errors)
+    return torch.from_numpy(errors)
 
 
 def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:

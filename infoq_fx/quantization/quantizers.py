@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from infoq_fx.quantization import numerics
-from infoq_fx.types import BASELINE_BITS, QParams, QuantSite, QuantSpec
+from infoq_fx.types import BASELINE_BITS, CODEBOOK_BITS, QParams, QuantSite, QuantSpec
 
 __all__ = ["Observe", "Quantizer", "spec_of"]
 
@@ -27,17 +27,19 @@ class Quantizer(nn.Module):
         self.calibrated_bits: tuple[int, ...] = ()
 
     def set_qparams(self, qparams: Mapping[int, QParams], device: torch.device) -> None:
-        """Store scale and zero point of every bit-width as buffers."""
+        """Store scale, zero point and levels of every bit-width as buffers."""
         for bits, chosen in qparams.items():
             self.register_buffer(f"scale_{bits}", chosen.scale.to(device))
             self.register_buffer(f"zero_point_{bits}", chosen.zero_point.to(device))
+            if chosen.levels is not None:
+                self.register_buffer(f"levels_{bits}", chosen.levels.to(device))
         self.calibrated_bits = tuple(sorted(qparams))
 
     def qparams_at(self, bits: int) -> QParams:
         """Return the calibrated qparams of one bit-width."""
-        return QParams(
-            spec_of(self.site, bits), self.get_buffer(f"scale_{bits}"), self.get_buffer(f"zero_point_{bits}")
-        )
+        spec = spec_of(self.site, bits)
+        levels = self.get_buffer(f"levels_{bits}") if spec.has_codebook else None
+        return QParams(spec, self.get_buffer(f"scale_{bits}"), self.get_buffer(f"zero_point_{bits}"), levels)
 
     def quantize_at(
         self,
@@ -78,4 +80,6 @@ class Observe(nn.Module):
 def spec_of(site: QuantSite, bits: int) -> QuantSpec:
     """Return how a site is quantized at a bit-width: weights symmetric per channel, activations affine per tensor."""
     is_weight = site.kind == "weight"
-    return QuantSpec(bits=bits, symmetric=is_weight, channel_axis=site.channel_axis if is_weight else None)
+    has_codebook = is_weight and site.has_codebook and bits <= CODEBOOK_BITS
+    axis = site.channel_axis if is_weight else None
+    return QuantSpec(bits=bits, symmetric=is_weight, channel_axis=axis, has_codebook=has_codebook)

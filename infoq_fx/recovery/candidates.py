@@ -15,6 +15,7 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.codebooks import find_levels, table_of_levels
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.input_moments import Inputs, RunningMoments, measure_rows
 from infoq_fx.recovery.layerwise_runner import choose_samples
@@ -32,7 +33,7 @@ from infoq_fx.recovery.unfolding import (
 )
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, map_whole
-from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeight
+from infoq_fx.types import BASELINE_BITS, Plain, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
 
@@ -178,8 +179,7 @@ def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]
 
 def _round_layer(prepared: PreparedModel, layer: Layer, curvature: Curvature, bits: int) -> RoundedWeight:
     rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight)).double()
-    qparams = read_qparams(prepared, layer, bits)
-    spec, choices = qparams.spec, scale_choices(prepared, layer, bits, rows)
-    q, step = round_rows(rows, curvature, choices, spec.quant_min, spec.quant_max, _SWEEPS)
-    found = QParams(spec, step.reshape(qparams.scale.shape), qparams.zero_point)
+    qparams, choices = read_qparams(prepared, layer, bits), scale_choices(prepared, layer, bits, rows)
+    q, step = round_rows(rows, curvature, choices, table_of_levels(find_levels(qparams)), _SWEEPS)
+    found = replace(qparams, scale=step.reshape(qparams.scale.shape))
     return RoundedWeight(rows_to_weight(layer, q).to(torch.int8), found)

@@ -17,14 +17,21 @@ from infoq_fx.core.jit import jit
 __all__ = ["descend", "descend_on_inputs", "find_shares", "pass_errors_on", "pass_errors_on_inputs"]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-Number: TypeAlias = float | np.floating[Any]
 
 _LANES = 64  # rows rounded together so that the compiler vectorizes the loop; with 16 or 32 it did not
 
 
 @jit
+def _round(value: Any, nearest: Floats) -> Any:
+    """The level of the half integer that a value is in; of the first one for NaN."""
+    place = np.floor(value * 2) + 256
+    place = place if place > 0 else 0
+    return nearest[np.int32(place if place < 511 else 511)]
+
+
+@jit
 def pass_errors_on(
-    rows: Floats, factor: Floats, steps: Floats, low: Number, high: Number, q: Floats, errors: Floats
+    rows: Floats, factor: Floats, steps: Floats, nearest: Floats, q: Floats, errors: Floats
 ) -> None:
     """Round column after column; the error of each column is fed back to the later ones.
 
@@ -32,9 +39,8 @@ def pass_errors_on(
         rows: ``[groups, rows, columns]``; not changed.
         factor: upper triangular U of every group, with U^T U the inverse of its second moments.
         steps: scales, ``[groups, rows]``.
-        low: smallest integer.
-        high: largest integer.
-        q: output: the integers, shaped like ``rows``.
+        nearest: the level of every half integer, see :func:`infoq_fx.quantization.codebooks.table_of_levels`.
+        q: output: the levels, shaped like ``rows``.
         errors: output, shaped like ``rows``: what further columns are to be lowered by, times their part of ``factor``.
     """
     groups, count, columns = rows.shape
@@ -50,10 +56,10 @@ def pass_errors_on(
                     values[j, lane] = rows[g, first + lane, j]
             for j in range(columns):
                 pivot = factor[g, j, j]
-                for lane in range(_LANES):
-                    found = np.rint(values[j, lane] / step[lane])
-                    found = low if found < low else found
-                    found = high if found > high else found
+                for lane in range(_LANES):  # written out as in _round: the compiler vectorizes it
+                    place = np.floor(values[j, lane] / step[lane] * np.float32(2)) + np.float32(256)
+                    place = place if place > 0 else np.float32(0)
+                    found = nearest[np.int32(place if place < 511 else np.float32(511))]
                     left[j, lane] = (values[j, lane] - found * step[lane]) / pivot
                     values[j, lane] = found
                 for later in range(j + 1, columns):
@@ -67,16 +73,15 @@ def pass_errors_on(
 
 
 @jit
-def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, low: Number, high: Number, sweeps: int) -> None:
-    """Coordinate descent: set every column to its best integer given all others, in place, until nothing changes.
+def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, nearest: Floats, sweeps: int) -> None:
+    """Coordinate descent: set every column to its best level given all others, in place, until nothing changes.
 
     Args:
-        q: integers, ``[groups, rows, columns]``.
+        q: levels, ``[groups, rows, columns]``.
         gradient: ``(q step - target) second``, shaped like ``q``; overwritten.
         second: second moments, ``[groups, columns, columns]``, symmetric.
         steps: scales, ``[groups, rows]``.
-        low: smallest integer.
-        high: largest integer.
+        nearest: the level of every half integer, see :func:`infoq_fx.quantization.codebooks.table_of_levels`.
         sweeps: largest number of passes over the columns.
     """
     groups, count, columns = q.shape
@@ -86,9 +91,7 @@ def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, low: Num
             for _ in range(sweeps):
                 changed = False
                 for j in range(columns):
-                    best = np.rint(q[g, r, j] - gradient[g, r, j] / (second[g, j, j] * step))
-                    best = low if best < low else best
-                    best = high if best > high else best
+                    best = _round(q[g, r, j] - gradient[g, r, j] / (second[g, j, j] * step), nearest)
                     move = best - q[g, r, j]
                     if move != 0:
                         changed = True
@@ -133,7 +136,7 @@ def find_shares(columns: Floats, ridge: Floats, shares: Floats) -> None:
 
 @jit
 def pass_errors_on_inputs(
-    rows: Floats, columns: Floats, shares: Floats, steps: Floats, low: Number, high: Number, q: Floats
+    rows: Floats, columns: Floats, shares: Floats, steps: Floats, nearest: Floats, q: Floats
 ) -> None:
     """Round column after column as :func:`pass_errors_on` does.
 
@@ -142,18 +145,15 @@ def pass_errors_on_inputs(
         columns: the inputs by column, ``[groups, columns, input rows]``.
         shares: of :func:`find_shares`.
         steps: scales, ``[groups, rows]``.
-        low: smallest integer.
-        high: largest integer.
-        q: output: the integers, shaped like ``rows``.
+        nearest: the level of every half integer, see :func:`infoq_fx.quantization.codebooks.table_of_levels`.
+        q: output: the levels, shaped like ``rows``.
     """
     groups, count, width = rows.shape
     for g in range(groups):
         for r in range(count):
             step, output = steps[g, r], np.zeros(columns.shape[2])
             for j in range(width):
-                found = np.rint((rows[g, r, j] - _dot(shares[g, j], output)) / step)
-                found = low if found < low else found
-                found = high if found > high else found
+                found = _round((rows[g, r, j] - _dot(shares[g, j], output)) / step, nearest)
                 q[g, r, j] = found
                 error = found * step - rows[g, r, j]
                 for i in range(output.size):
@@ -162,18 +162,17 @@ def pass_errors_on_inputs(
 
 @jit
 def descend_on_inputs(
-    q: Floats, target: Floats, columns: Floats, ridge: Floats, steps: Floats, low: Number, high: Number, sweeps: int
+    q: Floats, target: Floats, columns: Floats, ridge: Floats, steps: Floats, nearest: Floats, sweeps: int
 ) -> None:
     """Coordinate descent as :func:`descend` does it, in place.
 
     Args:
-        q: integers, ``[groups, rows, columns]``.
+        q: levels, ``[groups, rows, columns]``.
         target: real values, shaped like ``q``.
         columns: the inputs by column, ``[groups, columns, input rows]``.
         ridge: ``[groups]``.
         steps: scales, ``[groups, rows]``.
-        low: smallest integer.
-        high: largest integer.
+        nearest: the level of every half integer, see :func:`infoq_fx.quantization.codebooks.table_of_levels`.
         sweeps: largest number of passes over the columns.
     """
     groups, count, width = q.shape
@@ -189,9 +188,7 @@ def descend_on_inputs(
                 for j in range(width):
                     gradient = _dot(columns[g, j], output) + ridge[g] * (q[g, r, j] * step - target[g, r, j])
                     curvature = _dot(columns[g, j], columns[g, j]) + ridge[g]
-                    best = np.rint(q[g, r, j] - gradient / (curvature * step))
-                    best = low if best < low else best
-                    best = high if best > high else best
+                    best = _round(q[g, r, j] - gradient / (curvature * step), nearest)
                     if best != q[g, r, j]:
                         changed = True
                         error = (best - q[g, r, j]) * step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from infoq_fx.recovery.error_feedback import (
 
 __all__ = ["Curvature", "DenseCurvature", "LowRankCurvature", "cholesky", "factorize", "factorize_inputs", "round_rows"]
 
+Floats: TypeAlias = NDArray[np.floating[Any]]
+
 _LEAST_RAISE, _MOST_RAISES = 1e-7, 20
 _COLUMNS_AT_ONCE = 1024
 _BLOCK = 128  # columns
@@ -36,35 +38,34 @@ class Curvature(Protocol):
     def order(self) -> Tensor:
         """Of the columns, int64 ``[groups, columns]``."""
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
-        """Round column after column, the error of each fed back to the later ones: integers, shaped like ``rows``."""
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
+        """Round column after column, the error of each fed back to the later ones: levels, shaped like ``rows``."""
 
-    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
-        """Set every column to its best integer given all others, up to ``sweeps`` times."""
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
+        """Set every column to its best level given all others, up to ``sweeps`` times."""
 
     def errors(self, difference: Tensor) -> Tensor:
         """The form of every row, ``[groups, rows]``."""
 
 
 def round_rows(
-    ideal: Tensor, curvature: Curvature, scales: Tensor, quant_min: int, quant_max: int, sweeps: int
+    ideal: Tensor, curvature: Curvature, scales: Tensor, nearest: Floats, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """Round rows to integers ``q`` so that ``E |(V - q scale) x^|^2`` is small, at the best of several scales per row.
+    """Round rows to levels ``q`` so that ``E |(V - q scale) x^|^2`` is small, at the best of several scales per row.
 
     Columns are rounded one after the other, those of large inputs first; the error of each is fed back to the columns
     not yet rounded by the second moments (GPTQ's form of Optimal Brain Surgeon). Then, up to ``sweeps`` times, every
-    column is set to its best integer given all others.
+    column is set to its best level given all others.
 
     Args:
         ideal: V, float64 ``[groups, rows, columns]``.
         curvature: of the error, from :func:`factorize` or :func:`factorize_inputs`.
         scales: candidates, float32 ``[groups, rows, candidates]``.
-        quant_min: smallest integer.
-        quant_max: largest integer.
+        nearest: the levels, as :func:`infoq_fx.quantization.codebooks.table_of_levels` of the weight's qparams.
         sweeps: rounds of coordinate descent.
 
     Returns:
-        Integers as float32, shaped like ``ideal``, and the scales chosen, ``[groups, rows]``.
+        Levels as float32, shaped like ``ideal``, and the scales chosen, ``[groups, rows]``.
     """
     groups, count, columns = ideal.shape
     order = curvature.order[:, None, :].expand(-1, count, -1)
@@ -72,13 +73,13 @@ def round_rows(
     candidates = scales.shape[2]
     repeated = target.repeat_interleave(candidates, dim=1)
     steps = scales.reshape(groups, -1)
-    q = curvature.pass_errors_on(repeated, steps, quant_min, quant_max)
+    q = curvature.pass_errors_on(repeated, steps, nearest)
     errors = curvature.errors(q * steps[..., None] - repeated).view(groups, count, candidates)
     best = errors.argmin(2, keepdim=True)
     q = q.view(groups, count, candidates, columns)
     q = q.gather(2, best[..., None].expand(-1, -1, -1, columns))[:, :, 0]
     step = scales.gather(2, best)[..., 0]
-    q = curvature.descend(q, target, step, quant_min, quant_max, sweeps)
+    q = curvature.descend(q, target, step, nearest, sweeps)
     return q.gather(2, curvature.order.argsort(dim=1)[:, None, :].expand(-1, count, -1)), step
 
 
@@ -90,7 +91,7 @@ class DenseCurvature:
     second: Tensor
     factor: Tensor
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
         """See :class:`Curvature`; errors go to columns beyond a block by a matrix product."""
         columns, values, found = rows.shape[2], rows, []
         for start in range(0, columns, _BLOCK):
@@ -98,17 +99,17 @@ class DenseCurvature:
             part, factor = _array(values[:, :, : end - start]), self.factor[:, start:end]
             q, errors = np.empty_like(part), np.empty_like(part)
             own = _array(factor[:, :, start:end])
-            pass_errors_on(part, own, _array(steps), np.float32(low), np.float32(high), q, errors)
+            pass_errors_on(part, own, _array(steps), nearest, q, errors)
             found.append(torch.from_numpy(q))
             if end < columns:
                 shift = torch.from_numpy(errors).to(rows.device) @ factor[:, :, end:]
                 values = shift.neg_().add_(values[:, :, end - start :])
         return torch.cat(found, 2).to(rows.device)
 
-    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
         found, gradient = _array(q.clone()), _array((q * steps[..., None] - target) @ self.second)
-        descend(found, gradient, _array(self.second), _array(steps), np.float32(low), np.float32(high), sweeps)
+        descend(found, gradient, _array(self.second), _array(steps), nearest, sweeps)
         return torch.from_numpy(found).to(q.device)
 
     def errors(self, difference: Tensor) -> Tensor:
@@ -136,18 +137,17 @@ class LowRankCurvature:
     ridge: Tensor
     shares: Tensor
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
         """See :class:`Curvature`."""
         q = np.empty(rows.shape, np.float32)
         columns = _array(self.inputs.mT)
-        pass_errors_on_inputs(_array(rows), columns, _array(self.shares), _array(steps), float(low), float(high), q)
+        pass_errors_on_inputs(_array(rows), columns, _array(self.shares), _array(steps), nearest, q)
         return torch.from_numpy(q).to(rows.device)
 
-    def descend(self, q: Tensor, target: Tensor, steps: Tensor, low: int, high: int, sweeps: int) -> Tensor:
+    def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
         found, columns = _array(q.clone()), _array(self.inputs.mT)
-        ridge, limits = _array(self.ridge), (float(low), float(high))
-        descend_on_inputs(found, _array(target), columns, ridge, _array(steps), *limits, sweeps)
+        descend_on_inputs(found, _array(target), columns, _array(self.ridge), _array(steps), nearest, sweeps)
         return torch.from_numpy(found).to(q.device)
 
     def errors(self, difference: Tensor) -> Tensor:

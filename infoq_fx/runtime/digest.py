@@ -55,6 +55,7 @@ def digest_run(
         for width in [base, *([] if bits is None else [bits.get(name, base)])]:
             qparams = quantizer.qparams_at(width)
             parts += [name, qparams.scale, qparams.zero_point]
+            parts += [] if qparams.levels is None else [qparams.levels]
     for name, tensor in data.inputs.items() if data is not None else ():
         parts += [name, tensor]
     parts.append("no labels" if data is None or data.labels is None else data.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -116,4 +117,4 @@ def _fit_biases(graph_module: fx.GraphModule, node: fx.Node, qparams: QParams, i
             value = read_tensor(graph_module, bias)
             if value.shape == qparams.scale.shape:
                 biases.append((value, float(source.args[1])))
-    return QParams(qparams.spec, fit_weight_scale(qparams.scale, biases, is_zero), qparams.zero_point)
+    return replace(qparams, scale=fit_weight_scale(qparams.scale, biases, is_zero))

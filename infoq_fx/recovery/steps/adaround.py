@@ -1,4 +1,4 @@
-"""Differentiable rounding (AdaRound): every weight lies between two integers until it is rounded to one of them."""
+"""Differentiable rounding (AdaRound): every weight lies between two levels until it is rounded to one of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels
+from infoq_fx.quantization.codebooks import find_levels, nearest_levels
 from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import draw_share, fake_quantize_but_share
 from infoq_fx.quantization.prepared import PreparedModel
@@ -29,14 +30,16 @@ _FIRST_SHARE = 0.8  # initial share of the integer that a weight is rounded to
 
 @dataclass(frozen=True)
 class SoftWeight:
-    """A weight between the integers ``floor`` and ``floor + 1``, set by ``logit``; all have the weight's shape.
+    """A weight between the levels ``floor`` and ``floor + gap``, set by ``logit``; all have the weight's shape.
 
-    ``scale`` broadcasts to it. Each weight can take two integers: the one that it is rounded to when learning begins,
-    and the next one on the side of the float weight. If the second is out of range, the weight stays at the first.
+    ``scale`` broadcasts to it. Each weight can take two levels: the one that it is rounded to when learning begins,
+    and the next one on the side of the float weight. If there is no second, the weight stays at the first. Levels are
+    all integers of the bit-width, or those of a codebook.
     """
 
     layer: Layer
     floor: Tensor
+    gap: Tensor
     logit: nn.Parameter
     scale: Tensor
     qparams: QParams
@@ -46,13 +49,13 @@ class SoftWeight:
         return (torch.sigmoid(self.logit) * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
 
     def value(self) -> Tensor:
-        """Return the weight at its current place between the integers."""
-        return (self.floor + self.shares()) * self.scale
+        """Return the weight at its current place between the levels."""
+        return (self.floor + self.shares() * self.gap) * self.scale
 
     def rounded(self) -> Tensor:
-        """Return the weight rounded to the nearer integer."""
+        """Return the weight rounded to the nearer level."""
         with torch.no_grad():
-            return (self.floor + (self.shares() >= 0.5)) * self.scale
+            return (self.floor + (self.shares() >= 0.5) * self.gap) * self.scale
 
 
 class SoftBlock(SegmentRunner):
@@ -138,7 +141,7 @@ def begin_soft_block(
 ) -> tuple[dict[str, SoftWeight], dict[str, nn.Parameter]]:
     """Create soft weights by site and learnable biases by path, from their current values.
 
-    A weight starts near the integer that it is rounded to, with a share of 0.2 for the other one. Weights in float
+    A weight starts near the level that it is rounded to, with a share of 0.2 for the other one. Weights in float
     are not learned.
     """
     weights, biases = {}, {}
@@ -152,16 +155,18 @@ def begin_soft_block(
         axis = qparams.spec.channel_axis
         shape = [-1 if i == axis else 1 for i in range(len(layer.site.shape))]
         scale = qparams.scale.reshape(shape)
-        now = (read_tensor(prepared.graph_module, layer.weight) / scale).round()
-        now = now.clamp(qparams.spec.quant_min, qparams.spec.quant_max)
+        levels = find_levels(qparams).float()
+        now = nearest_levels(read_tensor(prepared.graph_module, layer.weight) / scale, levels)
         weight = read_tensor(origin.graph_module, layer.weight)
         is_above = weight / scale < now
-        floor = torch.where(is_above, now - 1, now)
+        place = torch.searchsorted(levels, now.contiguous()) - is_above.long()
+        floor = levels[place.clamp(0, len(levels) - 1)]
+        gap = levels[(place + 1).clamp(0, len(levels) - 1)] - floor
         share = torch.where(is_above, _FIRST_SHARE, 1 - _FIRST_SHARE)
-        # Where the second integer is out of range, the weight cannot move, and a channel of zeros stays its bias.
-        stays_up, stays_down = floor < qparams.spec.quant_min, floor + 1 > qparams.spec.quant_max
+        # Where there is no second level, the weight cannot move, and a channel of zeros stays its bias.
+        stays_up, stays_down = place < 0, place + 1 >= len(levels)
         stays_down |= find_zero_channels(weight, axis).reshape(shape)
         logit = torch.logit((share + _STRETCH) / (1 + 2 * _STRETCH))
         logit = logit.masked_fill(stays_up, 1e3).masked_fill(stays_down, -1e3)
-        weights[layer.site.name] = SoftWeight(layer, floor, nn.Parameter(logit), scale, qparams)
+        weights[layer.site.name] = SoftWeight(layer, floor, gap, nn.Parameter(logit), scale, qparams)
     return weights, biases

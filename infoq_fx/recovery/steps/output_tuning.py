@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -237,7 +237,7 @@ def _put_back(changed: PreparedModel, layers: list[Layer], student: fx.GraphModu
             continue
         weight: Any = student.get_submodule(str(layer.quantizer.target))
         with torch.no_grad():
-            set_qparams(changed, layer, QParams(qparams.spec, weight.usable_scale(), qparams.zero_point))
+            set_qparams(changed, layer, replace(qparams, scale=weight.usable_scale()))
             set_parameter(changed, layer.weight, weight(weight.q).contiguous())
     for layer in layers:
         if layer.bias is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from infoq_fx.core.memory import return_free_memory
 from infoq_fx.core.option_checks import check_count
 from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.codebooks import Floats, find_levels, table_of_levels
 from infoq_fx.quantization.numerics import shorten_scale
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.input_moments import InputMoments, Inputs, average_moments, measure_moments
@@ -24,7 +25,6 @@ from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import StepContext
 from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
-from infoq_fx.types import QParams
 
 __all__ = ["SecondOrderRounding", "scale_choices"]
 
@@ -137,9 +137,8 @@ def _round_layer(
     origin = changed.origin or changed
     rows = weight_to_rows(layer, read_tensor(origin.graph_module, layer.weight)).double()
     qparams = read_qparams(changed, layer, bits)
-    spec, scale = qparams.spec, qparams.scale
-    shaped = scale_choices(changed, layer, spec.bits, rows)
-    problem = _Problem(rows, spec.quant_min, spec.quant_max)
+    scale, shaped = qparams.scale, scale_choices(changed, layer, qparams.spec.bits, rows)
+    problem = _Problem(rows, table_of_levels(find_levels(qparams)))
     is_centred = layer.bias is not None
     shrinkage, damping = _choose_ridges(
         problem, [half.centre() if is_centred else half for half in halves], scale.reshape(*rows.shape[:2], 1)
@@ -152,7 +151,7 @@ def _round_layer(
     q, step = problem.round(used, used.ideal_rows(rows, shrinkage), shaped, damping, options.sweeps)
     rounded = q * step[..., None]
     set_parameter(changed, layer.weight, rows_to_weight(layer, rounded))
-    set_qparams(changed, layer, QParams(spec, step.reshape(scale.shape), qparams.zero_point))
+    set_qparams(changed, layer, replace(qparams, scale=step.reshape(scale.shape)))
     if layer.bias is not None:
         output = (rows @ moments.mean[..., None])[..., 0]
         found = (rounded.double() @ moments.mean_quantized[..., None])[..., 0]
@@ -207,14 +206,13 @@ def _descend_to_least(values: Sequence[float], measure: Callable[[float], float]
 
 @dataclass(frozen=True)
 class _Problem:
-    """Rows of a float weight ``[groups, rows, columns]`` to be rounded to integers of a range."""
+    """Rows of a float weight ``[groups, rows, columns]`` to be rounded to levels; see :func:`round_rows`."""
 
     rows: Tensor
-    quant_min: int
-    quant_max: int
+    nearest: Floats
 
     def round(
         self, moments: Inputs, ideal: Tensor, scales: Tensor, damping: float, sweeps: int
     ) -> tuple[Tensor, Tensor]:
-        """Round the ideal rows: integers ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
-        return round_rows(ideal, moments.factorize(damping), scales, self.quant_min, self.quant_max, sweeps)
+        """Round the ideal rows: levels ``[groups, rows, columns]`` and scales ``[groups, rows]``."""
+        return round_rows(ideal, moments.factorize(damping), scales, self.nearest, sweeps)
