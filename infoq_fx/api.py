@@ -110,6 +110,9 @@ def quantize(
             ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
         seed: of all random numbers but those of criteria and recovery steps given as objects, which have their own.
         device: of the computations and of the result.
+        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for each weight
+            of up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized: hardware that
+            multiplies integers of few bits, QONNX files for it and PT2E kernels need uniform ones.
         dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
             as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
             model's graph does not depend on them; None fixes all to the data's sizes. The data has one size anyway.
@@ -144,6 +147,8 @@ def quantize(
             stacklevel=2,
         )
         chosen = make_criterion("weight_mse", seed=seed)
+    if levels == "auto" and isinstance(budget, Tolerance) and budget.minimize == "bitops":
+        levels = "uniform"
     prepared = prepare(
         model,
         data,
@@ -276,7 +281,13 @@ def prepare(
     examples = name_examples(captured, inputs, home)
     graph_module = run_passes(captured.graph_module, NORMAL_FORM)
     plan = find_sites(
-        graph_module, examples, bits=weight_candidates, activation_bits=candidates, ignore=ignore, pin=pin, tie=tie,
+        graph_module,
+        examples,
+        bits=weight_candidates,
+        activation_bits=candidates,
+        ignore=ignore,
+        pin=pin,
+        tie=tie,
         has_codebooks=choose_levels(levels, budget),
     )
     warn_of_float_weights(plan, stacklevel=3)

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
+from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
 
 __all__ = [
     "COSTS",
@@ -92,12 +92,13 @@ class CostRow:
 def weight_bytes(site: QuantSite, bits: int) -> int:
     """Return the bytes of a weight packed at ``bits``, with its scales (float32, one per channel or one in all).
 
-    A weight of 16 bits, in float16, has none.
+    Levels of a codebook take a byte each. A weight of 16 bits, in float16, has no scales.
     """
     if bits == FLOAT16_BITS:
         return _packed_bytes(site.numel, bits)
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
-    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels
+    levels = 1 << bits if site.has_codebook and bits <= CODEBOOK_BITS else 0
+    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + levels
 
 
 def activation_bytes(site: QuantSite, bits: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
 from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite, describe_ties
+from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite, describe_ties
 
 __all__ = ["FileSize", "Summary", "summarize_allocation"]
 
@@ -98,11 +98,18 @@ def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, f
     if allocation.lost_nats is not None:
         lines.append(f"measured together: {allocation.lost_nats:.4g} nats a sample lost at the output")
     lines += describe_ties(inventory.ties)
+    lines += _describe_codebooks(allocation, inventory)
     if allocation.loss is not None:
         lines.append(f"measured after recovery: {allocation.loss}")
     if allocation.recovered_by:
         lines.append(f"recovered by {', '.join(allocation.recovered_by)}")
     return lines
+
+
+def _describe_codebooks(allocation: Allocation, inventory: Inventory) -> list[str]:
+    weights = [site for site in inventory.sites if site.kind == "weight"]
+    count = sum(site.has_codebook and allocation.bits[site.name] <= CODEBOOK_BITS for site in weights)
+    return [f"{count} of {len(weights)} weights have a codebook of integer levels"] if count else []
 
 
 def _describe_uniform(allocation: Allocation) -> str:

@@ -24,6 +24,7 @@ from infoq_fx.cli.options import (
     ImageSize,
     Json,
     Labels,
+    LevelsOption,
     Mean,
     MemoryLimit,
     Model,
@@ -85,6 +86,7 @@ def audit(
     outputs: Outputs = None,
     pin: Pin = None,
     tie: Tie = None,
+    levels: LevelsOption = "auto",
     device: Device = "cpu",
     cache_dir: CacheDir = None,
     memory_limit: MemoryLimit = None,
@@ -115,6 +117,7 @@ def audit(
             ignore=ignore or (),
             pin=read_pins(pin),
             tie=read_ties(tie),
+            levels=levels,  # type: ignore[arg-type]
             outputs=read_outputs(outputs),
             recovery=recovery.split(",") if "," in recovery else recovery,
             device=device,

@@ -68,8 +68,15 @@ def prepare_model(options: dict[str, Any], samples: Any, budget: Budget | None =
         outputs=read_outputs(options["outputs"]),
         device=options["device"],
         dynamic=read_dynamic(options.get("dynamic")),
+        levels=_choose_levels(options),
         budget=budget,
     )
+
+
+def _choose_levels(options: dict[str, Any]) -> Any:
+    """What --levels says; by default uniform where the target or what is minimized needs it."""
+    needs_uniform = options.get("target") == "qonnx" or options.get("minimize") == "bitops"
+    return "uniform" if options["levels"] == "auto" and needs_uniform else options["levels"]
 
 
 def require_bits(text: str) -> tuple[int, ...]:

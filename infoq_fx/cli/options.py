@@ -31,6 +31,7 @@ __all__ = [
     "ImageSize",
     "Json",
     "Labels",
+    "LevelsOption",
     "MaxDrop",
     "MaxNats",
     "Mean",
@@ -172,6 +173,14 @@ Tie = Annotated[
     typer.Option(
         help="Globs on module paths of layers with one bit-width in each parent module, such as "
         "'*.q_proj,*.k_proj,*.v_proj'; may be repeated.",
+        rich_help_panel=_SEARCH,
+    ),
+]
+LevelsOption = Annotated[
+    str,
+    typer.Option(
+        help="The integers of weights: uniform (all of a bit-width), codebook (levels chosen for each weight), or "
+        "auto: codebook, but uniform for --bitops and --target qonnx.",
         rich_help_panel=_SEARCH,
     ),
 ]

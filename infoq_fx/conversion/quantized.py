@@ -13,16 +13,20 @@ from torch.export import ExportedProgram
 from infoq_fx.allocation.summary import FileSize, Summary, summarize_allocation
 from infoq_fx.core.readings import Ignored, LossFunction, Reading
 from infoq_fx.errors import OptionError
+from infoq_fx.graph.layers import read_tensor
 from infoq_fx.graph.passes.annotate_bits import annotate_bits, read_bits
 from infoq_fx.quantization.call_forms import CallForm
+from infoq_fx.quantization.codebooks import read_codebook
+from infoq_fx.quantization.custom_ops import dequantize_op
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import Allocation, Inventory
+from infoq_fx.types import CODEBOOK_BITS, Allocation, Inventory
 
 __all__ = [
     "Provenance",
     "QuantizedModule",
     "allocation_of",
+    "find_codebooks",
     "plain_graph",
     "provenance_of",
     "summarize",
@@ -161,6 +165,18 @@ def summarize(
     if known is None:
         return Summary(str(allocation), allocation._repr_html_())
     return summarize_allocation(allocation, known, () if provenance is None else provenance.output_notes, file)
+
+
+def find_codebooks(quantized: nn.Module) -> list[str]:
+    """Return the sites of the weights whose integers are levels of a codebook, beyond those of their bit-width."""
+    if not isinstance(quantized, fx.GraphModule):
+        return []
+    found = []
+    for node in quantized.graph.nodes:
+        if node.target is dequantize_op and node.args[3] <= CODEBOOK_BITS:
+            integers = read_tensor(quantized, node.args[0])
+            found += [] if read_codebook(integers, node.args[3]) is None else [str(node.args[4])]
+    return found
 
 
 def provenance_of(quantized: nn.Module | ExportedProgram) -> Provenance | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from infoq_fx.conversion.quantized import QuantizedModule, allocation_of
+from infoq_fx.conversion.quantized import QuantizedModule, allocation_of, find_codebooks
 from infoq_fx.errors import MissingExtraError, OptionError, UnsupportedModelError, nearest_names
 from infoq_fx.graph.clamps import CLAMPS, read_bounds, set_bounds
 from infoq_fx.graph.layers import LAYER_OPS, read_tensor
@@ -148,6 +148,8 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         site = placement.site
         spec = declared = spec_of(site, self.allocation.bits[site.name])
         layer = self._known.layers.get(site.name)
+        if site.name in self._known.codebooks:  # levels of up to 63 in size
+            spec = declared = replace(spec, bits=MAX_BITS)
         weight = read_tensor(model, placement.node)
         qparams = numerics.choose_weight_qparams(weight, spec)
         if layer is not None:
@@ -219,12 +221,15 @@ class _Layer:
 class _Known:
     """Layers by weight site, (scale, zero point) of unsigned activations by site, bounds of clamps in graph order.
 
+    ``codebooks`` are the sites of weights with one.
+
     The weights contain factors from scale equalization, which the bounds of clamps between them must include.
     """
 
     layers: Mapping[str, _Layer]
     activations: Mapping[str, tuple[float, int]]
     bounds: Sequence[tuple[Any, Any]]
+    codebooks: Sequence[str] = ()
 
 
 def _read_quantized(quantized: QuantizedModule) -> _Known:
@@ -241,7 +246,7 @@ def _read_quantized(quantized: QuantizedModule) -> _Known:
                 _bias(quantized, op.bias_of(node)),
             )
     bounds = [read_bounds(node) for node in quantized.graph.nodes if node.target in CLAMPS]
-    return _Known(layers, activations, bounds)
+    return _Known(layers, activations, bounds, find_codebooks(quantized))
 
 
 def _take_bounds(model: fx.GraphModule, bounds: Sequence[tuple[Any, Any]]) -> None:

@@ -18,11 +18,12 @@ from infoq_fx.finetuning.trainable import LearnedStepQuantizer, make_trainable, 
 from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
+from infoq_fx.quantization.codebooks import read_codebook
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import range_bits, scale_significant_bits, significant_bits_of
 from infoq_fx.quantization.numerics import choose_weight_qparams, quantize
 from infoq_fx.quantization.quantizers import spec_of
-from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
+from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
 
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]
 
@@ -216,7 +217,7 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     source, scale_node, axis, bits, name = arguments
     integers, scale = read_tensor(draft, source), read_tensor(draft, scale_node)
     site = QuantSite(name, "weight", tuple(integers.shape), (bits,), axis)
-    levels = _find_codebook(integers, bits)
+    levels = read_codebook(integers, bits)
     spec = replace(spec_of(site, bits), has_codebook=levels is not None)
     qparams = QParams(spec, scale, torch.zeros_like(scale, dtype=torch.int32), levels)
     write_tensor(draft, str(source.target), dequantize_op(integers, scale, axis, bits, name))
@@ -227,14 +228,6 @@ def _learn_weight(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tu
     terms, width = max(1, integers.numel() // integers.shape[axis]), range_bits(qparams.spec)
     digits = scale_significant_bits(width, is_weight=True, terms=terms, of_input=_digits_met(draft, node))
     _replace(draft, node, name, LearnedStepQuantizer(site, qparams, digits), (source,))
-
-
-def _find_codebook(integers: Tensor, bits: int) -> Tensor | None:
-    """The levels that a weight uses, if they are not all within the integers of its bit-width."""
-    if not 0 < integers.numel() or bits > CODEBOOK_BITS:
-        return None
-    limit = 1 << (bits - 1)
-    return integers.unique() if int(integers.max()) >= limit or int(integers.min()) < -limit else None
 
 
 def _digits_met(draft: QuantizedModule, node: fx.Node) -> int | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from infoq_fx.core.jit import jit
 from infoq_fx.errors import unknown_name_error
-from infoq_fx.types import LARGEST_LEVEL, Budget, QParams
+from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, Budget, QParams
 
 __all__ = [
     "Levels",
@@ -24,6 +24,7 @@ __all__ = [
     "choose_levels",
     "find_levels",
     "nearest_levels",
+    "read_codebook",
     "sum_level_errors",
     "table_of_levels",
 ]
@@ -63,6 +64,14 @@ def find_levels(qparams: QParams) -> torch.Tensor:
         return qparams.levels
     spec = qparams.spec
     return torch.arange(spec.quant_min, spec.quant_max + 1, dtype=torch.int8, device=qparams.scale.device)
+
+
+def read_codebook(integers: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """Return the levels that a stored weight uses, ascending; None if all are integers of its bit-width."""
+    limit = 1 << (bits - 1)
+    if bits > CODEBOOK_BITS or not integers.numel():
+        return None
+    return integers.unique() if int(integers.max()) >= limit or int(integers.min()) < -limit else None
 
 
 def table_of_levels(levels: torch.Tensor) -> Floats:

@@ -50,8 +50,10 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     """Choose the symmetric scales that minimise the squared error of a weight, per channel or per tensor.
 
     With a codebook its levels are chosen first, see :func:`infoq_fx.quantization.codebooks.choose_codebook`; they are
-    the uniform ones where those have less error, as for a weight that is on a grid already. Every scale that :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong
-    clipping to none. With 16 bits the scale is 1, or a power of two where float16 lacks the range.
+    the uniform ones where those have less error, as for a weight that is on a grid already. Every scale that
+    :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong clipping to none; around
+    a codebook's fitted one, those within a factor of 1.7. With 16 bits the scale is 1, or a power of two where float16
+    lacks the range.
 
     Args:
         weight: float, any shape.

@@ -30,9 +30,7 @@ def _round(value: Any, nearest: Floats) -> Any:
 
 
 @jit
-def pass_errors_on(
-    rows: Floats, factor: Floats, steps: Floats, nearest: Floats, q: Floats, errors: Floats
-) -> None:
+def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, nearest: Floats, q: Floats, errors: Floats) -> None:
     """Round column after column; the error of each column is fed back to the later ones.
 
     Args:

@@ -51,6 +51,7 @@ def digest_run(
             parts += [name, tensor]
     for quantizer in quantizers:
         name = quantizer.site.name
+        parts.append("codebook" if quantizer.site.has_codebook else "uniform")
         base = quantizer.site.baseline_bits
         for width in [base, *([] if bits is None else [bits.get(name, base)])]:
             qparams = quantizer.qparams_at(width)

@@ -24,11 +24,13 @@ ALL_LEVELS = (LEVELS.ORT_DISABLE_ALL, LEVELS.ORT_ENABLE_BASIC, LEVELS.ORT_ENABLE
 
 @st.composite
 def integer_weights(draw):
-    """An int8 array whose values need a bit-width, with its edges and any shape."""
+    """An int8 array whose values need a bit-width, with its edges and any shape, or has that many levels."""
     width = draw(st.integers(2, 8))
     low, high = -(1 << (width - 1)), (1 << (width - 1)) - 1
     shape = tuple(draw(st.lists(st.integers(1, 7), max_size=4)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        return rng.choice(rng.choice(np.arange(-128, 128), 1 << width, replace=False), shape).astype(np.int8)
     values = rng.integers(low, high, shape, endpoint=True) if draw(st.booleans()) else rng.choice([low, high], shape)
     return np.asarray(values, np.int8)
 
@@ -62,6 +64,7 @@ def test_unpacked_weights_are_those_that_were_packed(weights):
     model = model_of(weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_CHAIN_BYTES", -1000)  # every bit-width that occurs gets operators of its own
+        patch.setattr(packing, "_LEVELS_BYTES", -1000)  # and every weight with few levels a codebook
         packing.pack_weights(model)
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
@@ -80,6 +83,23 @@ def test_a_weight_takes_its_bits(width):
     assert sum(tensor.nbytes for tensor in stored) == 64 * 123 * width // 8
     kept = {t.const_value.nbytes for t in model.graph.initializers.values() if t.dtype == ir.DataType.INT8}
     assert kept == {1 << width}  # the levels
+
+
+@pytest.mark.parametrize("width", range(2, 7))
+def test_a_weight_with_a_codebook_takes_the_bits_of_its_levels(width):
+    rng = np.random.default_rng(width)
+    levels = [np.sort(rng.choice(np.arange(-63, 64), 1 << width, replace=False)).astype(np.int8) for _ in range(2)]
+    weights = [rng.choice(own, (64, count)) for own, count in zip(levels, (33, 90), strict=True)]
+    model = model_of(weights)
+    packing.pack_weights(model)
+    stored = [t.const_value for t in model.graph.initializers.values() if t.dtype == ir.DataType.UINT8]
+    assert sum(tensor.nbytes for tensor in stored) == 64 * 123 * width // 8
+    kept = [t.const_value.numpy() for t in model.graph.initializers.values() if t.dtype == ir.DataType.INT8]
+    assert all(any(np.array_equal(own, found) for found in kept) for own in levels)
+    for level in ALL_LEVELS:
+        session = open_session(ir.serde.serialize_model(model).SerializeToString(), level)
+        for found, weight in zip(session.run(None, {}), weights, strict=True):
+            np.testing.assert_array_equal(found, weight.astype(np.float32))
 
 
 def test_a_few_values_of_a_width_join_the_next_one():

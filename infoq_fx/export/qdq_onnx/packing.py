@@ -2,8 +2,8 @@
 
 A value of b bits is cut into fields of 4, 2 and 1 bits, and equal fields are stored several in a byte: 3 bits are one
 field of 2 and one of 1. Unpacking looks each byte up in a table of its fields, adds the fields, and looks the sum up in
-the 2^b int8 values. onnxruntime and OpenVINO both fold these operators; OpenVINO does not fold bit operations, and
-would then run the layers in float.
+the 2^b int8 values: all integers of b bits, or the levels of this weight (a codebook). onnxruntime and OpenVINO both
+fold these operators; OpenVINO does not fold bit operations, and would then run the layers in float.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -25,23 +26,48 @@ _FIELDS = {4: 1, 2: 2, 1: 3}  # the bits of a field, and log2 of how many a byte
 _GROUP = 8  # values that take whole bytes at any bit-width
 _CHAIN_BYTES = 300  # the operators of one bit-width in the file
 _NODE_BYTES = 40  # the operators of one weight
+_LEVELS_BYTES = 60  # those of its levels, without these
 _WIDTHS = range(1, 8)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An int8 initializer, the bits that its values take, and its levels if these are fewer than its range needs."""
+
+    value: ir.Value
+    width: int
+    levels: Array | None
+
+    @property
+    def size(self) -> int:
+        return int(read_array(self.value).size)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the file besides the packed values."""
+        return _NODE_BYTES if self.levels is None else _NODE_BYTES + _LEVELS_BYTES + len(self.levels)
+
+    def codes(self, width: int) -> Array:
+        """The values as unsigned integers of a bit-width that holds them, flat."""
+        values = read_array(self.value).ravel()
+        if self.levels is not None:
+            return np.searchsorted(self.levels, values)
+        return values.astype(np.int16) + (1 << (width - 1))
 
 
 def pack_weights(model: ir.Model) -> None:
     """Pack the int8 weights of a lowered model, in place, where that makes the file smaller.
 
-    A weight takes the narrowest bit-width that holds its values, or a wider one that others take too if the operators
-    of its own would take more space. Weights of one bit-width are stored together.
+    A weight takes the narrowest bit-width that holds its values or tells its levels apart, or a wider one that others
+    take too if the operators of its own would take more space. Weights of one bit-width are stored together.
     """
-    weights = [value for value in model.graph.initializers.values() if _is_weight(value)]
-    widths = {id(value): _width(read_array(value)) for value in weights}
-    chosen = _choose_widths([(widths[id(value)], read_array(value).size) for value in weights])
-    groups: defaultdict[int, list[ir.Value]] = defaultdict(list)
-    for value in weights:
-        fitting = [width for width in chosen if width >= widths[id(value)]]
-        if fitting and _packed_bytes(read_array(value).size, fitting[0]) < read_array(value).size:
-            groups[fitting[0]].append(value)
+    weights = [_read_weight(value) for value in model.graph.initializers.values() if _is_weight(value)]
+    chosen = _choose_widths(weights)
+    groups: defaultdict[int, list[_Weight]] = defaultdict(list)
+    for weight in weights:
+        fitting = [width for width in chosen if width >= weight.width]
+        if fitting and _packed_bytes(weight.size, fitting[0]) < weight.size:
+            groups[fitting[0]].append(weight)
     start = GraphStart(model)
     for width, group in sorted(groups.items()):
         _store_packed(start, width, group)
@@ -56,61 +82,74 @@ def _is_weight(value: ir.Value) -> bool:
     return is_int8 and not reads_as_zero_point and not value.is_graph_output()
 
 
-def _width(integers: Array) -> int:
-    """The bits of the narrowest two's complement that holds all values."""
+def _read_weight(value: ir.Value) -> _Weight:
+    integers = read_array(value)
     largest = max(int(integers.max()), -int(integers.min()) - 1, 0)
-    return 1 + largest.bit_length()
+    width, levels = 1 + largest.bit_length(), np.unique(integers)
+    by_level = max(1, (len(levels) - 1).bit_length())
+    is_smaller = (width - by_level) * integers.size > 8 * (_LEVELS_BYTES + len(levels))
+    return _Weight(value, by_level, levels) if is_smaller else _Weight(value, width, None)
 
 
 def _packed_bytes(count: int, width: int) -> int:
     return math.ceil(count * width / 8)
 
 
-def _choose_widths(weights: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, ...]:
     """The bit-widths whose operators make the file smallest; each weight takes the next one up, or a byte a value."""
-    counts: defaultdict[int, list[int]] = defaultdict(list)
-    for width, count in weights:
-        counts[width].append(count)
+    held: defaultdict[int, list[_Weight]] = defaultdict(list)
+    for weight in weights:
+        held[weight.width].append(weight)
 
     def total(chosen: tuple[int, ...]) -> int:
         size = _CHAIN_BYTES * len(chosen)
-        for width, held in counts.items():
+        for width, group in held.items():
             taken = next((own for own in chosen if own >= width), 8)
-            size += _packed_bytes(sum(held), taken) + (_NODE_BYTES * len(held) if taken < 8 else 0)
+            size += _packed_bytes(sum(weight.size for weight in group), taken)
+            size += sum(weight.extra_bytes for weight in group) if taken < 8 else 0
         return size
 
-    used = [width for width in _WIDTHS if counts[width]]
+    used = [width for width in _WIDTHS if held[width]]
     every = itertools.chain.from_iterable(itertools.combinations(used, count) for count in range(len(used) + 1))
     return min(every, key=total)
 
 
-def _store_packed(start: GraphStart, width: int, weights: list[ir.Value]) -> None:
+def _store_packed(start: GraphStart, width: int, weights: list[_Weight]) -> None:
     """Store weights in ``width`` bits a value, and compute them where they are read."""
-    joined = np.concatenate([read_array(value).ravel() for value in weights]).astype(np.int16) + (1 << (width - 1))
+    joined = np.concatenate([weight.codes(width) for weight in weights])
     values = np.zeros(-(-joined.size // _GROUP) * _GROUP, np.uint8)
     values[: joined.size] = joined
-    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2))
+    has_levels = any(weight.levels is not None for weight in weights)
+    integers = start.constant(f"int{width}", np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8))
+    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2), None if has_levels else integers)
     flat = start.call("Reshape", unpacked, start.shape([-1]))
-    parts = start.split(f"int{width}", flat, [read_array(value).size for value in weights], values.size)
-    for value, part in zip(weights, parts, strict=True):
-        start.replace(value, start.call("Reshape", part, start.shape(read_array(value).shape)))
+    parts = start.split(f"int{width}", flat, [weight.size for weight in weights], values.size)
+    for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+        shaped = start.call("Reshape", part, start.shape(read_array(weight.value).shape))
+        if has_levels:
+            own = weight.levels
+            levels = integers if own is None else start.constant(f"levels{width}_{index}", own)
+            shaped = start.call("Gather", levels, shaped)
+        start.replace(weight.value, shaped)
 
 
-def _unpack(start: GraphStart, width: int, values: Array) -> ir.Value:
-    """The int8 values as computed from their packed fields; ``values`` are unsigned, ``[groups, 2, 2, 2]``."""
-    levels = start.constant(f"int{width}", np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8))
+def _unpack(start: GraphStart, width: int, values: Array, levels: ir.Value | None) -> ir.Value:
+    """The values as computed from their packed fields: int32, or their levels.
+
+    ``values`` are unsigned, ``[groups, 2, 2, 2]``.
+    """
     fields = [bits for bits in _FIELDS if width & bits]
     parts: list[ir.Value] = []
     for bits, shift in zip(fields, itertools.accumulate(fields, initial=0), strict=False):
         table = _table(start, bits)
         if shift:
             table = start.call_once(f"fields_{bits}_{shift}", "Mul", table, start.number(1 << shift))
-        if len(fields) == 1:
+        if len(fields) == 1 and levels is not None:
             table = start.call("Gather", levels, table)
         stored = start.as_int32(f"int{width}_{bits}", _pack_field(values >> shift, bits))
         parts.append(start.call("Gather", table, stored))
     total = functools.reduce(functools.partial(start.call, "Add"), parts)
-    return total if len(fields) == 1 else start.call("Gather", levels, total)
+    return total if len(fields) == 1 or levels is None else start.call("Gather", levels, total)
 
 
 def _table(start: GraphStart, bits: int) -> ir.Value:
