@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.solver import allocate, check_budget
-from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_other_recovery
+from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_codebooks, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
 from infoq_fx.core.option_checks import check_alpha, check_device, check_memory_limit, check_model, check_patterns
@@ -460,5 +460,6 @@ def convert(prepared: PreparedModel, allocation: Allocation) -> QuantizedModule:
     """
     check_prepared(prepared, "convert")
     check_allocation(prepared, allocation)
+    warn_of_codebooks(prepared, allocation, stacklevel=3)
     warn_of_other_recovery(allocation, [*prepared.recovered_by, *prepared.recovery_tried], stacklevel=3)
     return convert_prepared(prepared, allocation, None)

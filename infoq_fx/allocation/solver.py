@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -147,13 +146,6 @@ def _propose(
     check_table(table)
     inventory = pin_sites(table.inventory, pin)
     limits = check_budget(inventory, budget)
-    if limits.bitops is not None and any(site.has_codebook for site in inventory.sites):
-        warnings.warn(
-            "the budget limits BitOps, and weights have codebooks of levels, which hardware that multiplies integers "
-            "of few bits cannot take: prepare with levels='uniform'",
-            UserWarning,
-            stacklevel=4,
-        )
     candidates = {site.name: _read_scores(table, site, float(alpha)) for site in inventory.sites}
 
     def solve(inventory: Inventory, scores: CandidateScores) -> float:

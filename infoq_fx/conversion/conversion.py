@@ -15,9 +15,9 @@ from infoq_fx.graph.passes.quantize_biases import quantize_biases
 from infoq_fx.graph.passes.remove_observers import remove_observers
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.table import SensitivityTable
-from infoq_fx.types import BASELINE_BITS, Allocation
+from infoq_fx.types import BASELINE_BITS, CODEBOOK_BITS, Allocation
 
-__all__ = ["check_allocation", "convert_prepared", "warn_of_other_recovery"]
+__all__ = ["check_allocation", "convert_prepared", "warn_of_codebooks", "warn_of_other_recovery"]
 
 # Recovery steps that leave the rounding of weights as it is.
 _NO_ROUNDING = {"range_equalization", "bias_correction", "output_tuning"}
@@ -72,6 +72,19 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
         given = {name: allocation.bits[name] for name in tie}
         if len(set(given.values())) > 1:
             raise OptionError(f"the allocation gives tied sites {given} bits; give them one, or prepare without tie")
+
+
+def warn_of_codebooks(prepared: PreparedModel, allocation: Allocation, *, stacklevel: int) -> None:
+    """Warn if an allocation was found for BitOps and weights have codebooks, for which BitOps say nothing."""
+    counts_bitops = allocation.budget is not None and allocation.budget.bitops is not None
+    weights = [site for site in prepared.inventory.sites if site.has_codebook]
+    if counts_bitops and any(allocation.bits[site.name] <= CODEBOOK_BITS for site in weights):
+        warnings.warn(
+            "the budget of this allocation limits BitOps, and weights have codebooks of levels, which hardware that "
+            "multiplies integers of few bits cannot take: prepare with levels='uniform', and score again",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def warn_of_other_recovery(allocation: Allocation, tried: Iterable[str], *, stacklevel: int) -> None:

@@ -19,6 +19,7 @@ from infoq_fx.errors import unknown_name_error
 from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, Budget, QParams
 
 __all__ = [
+    "CODEBOOK_VERSION",
     "Levels",
     "choose_codebook",
     "choose_levels",
@@ -33,6 +34,9 @@ Floats: TypeAlias = NDArray[np.floating[Any]]
 Integers: TypeAlias = NDArray[np.integer[Any]]
 Levels: TypeAlias = Literal["auto", "uniform", "codebook"]
 """The integers that weights may have: ``"uniform"`` for all of a bit-width, or ``"codebook"``."""
+
+CODEBOOK_VERSION = 1
+"""Raised when the same weight gets other levels; part of the keys of caches."""
 
 _HALVES = 2 * 128  # the table of nearest levels has an entry for every half integer from -128 to 127.5
 _SAMPLED = 1 << 15  # values that the levels are fitted to

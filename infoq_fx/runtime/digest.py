@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.version import __version__
+from infoq_fx.quantization.codebooks import CODEBOOK_VERSION
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import Plain
 
@@ -51,7 +52,7 @@ def digest_run(
             parts += [name, tensor]
     for quantizer in quantizers:
         name = quantizer.site.name
-        parts.append("codebook" if quantizer.site.has_codebook else "uniform")
+        parts.append(f"codebook {CODEBOOK_VERSION}" if quantizer.site.has_codebook else "uniform")
         base = quantizer.site.baseline_bits
         for width in [base, *([] if bits is None else [bits.get(name, base)])]:
             qparams = quantizer.qparams_at(width)

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of qonnx and hls4ml
 
 
 def quantize(model, data, widths, activation_bits):
-    prepared = infoq_fx.prepare(model.eval(), data, bits=sorted({*widths}), activation_bits=activation_bits)
+    prepared = infoq_fx.prepare(
+        model.eval(), data, bits=sorted({*widths}), activation_bits=activation_bits, levels="uniform"
+    )
     names = [site.name for site in prepared.inventory.sites if site.kind == "weight"]
     bits = {site.name: site.bits[0] for site in prepared.inventory.sites}
     return infoq_fx.convert(

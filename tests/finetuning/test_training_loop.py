@@ -73,12 +73,16 @@ def test_reaches_are_in_units_that_suit_a_parameter():
     steps = {f"{name}.scale": m for name, m in student.named_modules() if isinstance(m, LearnedStepQuantizer)}
     for name, learned in named.items():
         assert learned.is_step == (name in steps)
+        if name.endswith(".levels"):
+            gap = 126 / (learned.parameter.numel() - 1)
+            assert float(learned.reach) == pytest.approx(0.1 * 0.05 * gap)
         if learned.is_step:
             torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
     weight = named["conv.weight"]
-    scale = steps["quantizers.conv.weight.quantizer.scale"].qparams().scale
+    quantizer = steps["quantizers.conv.weight.quantizer.scale"]
     rms = float(weight.parameter.detach().square().mean().sqrt())
-    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(float(s), rms) for s in scale])
+    gaps = quantizer.level_gap * quantizer.qparams().scale  # between neighbouring levels
+    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(float(s), rms) for s in gaps])
     norm = named["norm.weight"]
     assert float(norm.reach) == pytest.approx(0.03 * float(norm.parameter.detach().abs().mean()))
 

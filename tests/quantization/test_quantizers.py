@@ -19,7 +19,7 @@ def quantized_and_images():
 
     torch.manual_seed(1)
     model, images = randomise_norms(ResidualNet()).eval(), torch.randn(48, 1, 8, 8)
-    prepared = infoq_fx.prepare(model, images)
+    prepared = infoq_fx.prepare(model, images, levels="uniform")
     bits = {s.name: 3 + i % 4 if s.kind == "weight" else 8 for i, s in enumerate(prepared.inventory.sites)}
     return infoq_fx.convert(prepared, Allocation(bits=bits, criterion="by hand")), images
 

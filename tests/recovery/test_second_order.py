@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infoq_fx.quantization.codebooks import table_of_levels
 from infoq_fx.recovery.input_moments import InputMoments, InputSamples
 from infoq_fx.recovery.second_order import factorize, factorize_inputs, round_rows
 
@@ -19,6 +20,11 @@ def random_problem(seed, groups=2, rows=3, columns=5, correlated=True):
     ideal = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
     second = x.mT @ x / 40 + 0.01 * torch.eye(columns, dtype=torch.float64)
     return ideal, second
+
+
+def within(low, high):
+    """All integers of a range, as the levels that are rounded to."""
+    return table_of_levels(torch.arange(low, high + 1))
 
 
 def quadratic_error(difference, second):
@@ -38,7 +44,7 @@ def test_rounding_comes_near_the_best_of_all_integers(seed):
     ideal, second = random_problem(seed)
     scales = torch.full((2, 3, 1), 0.8)
     nearest = torch.round(ideal / 0.8).clamp(-2, 1) * 0.8
-    q, step = round_rows(ideal, factorize(second), scales, -2, 1, sweeps=8)
+    q, step = round_rows(ideal, factorize(second), scales, within(-2, 1), sweeps=8)
     assert set(q.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
     assert torch.equal(step, scales[..., 0])
     found = quadratic_error(q.double() * 0.8 - ideal, second)
@@ -55,13 +61,13 @@ def test_rounding_properties(seed, rows, columns, bits):
     ideal, second = random_problem(seed, 1, rows, columns)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     scales = torch.tensor([0.3, 0.6]).expand(1, rows, 2)
-    q, step = round_rows(ideal, factorize(second), scales, low, high, sweeps=2)
+    q, step = round_rows(ideal, factorize(second), scales, within(low, high), sweeps=2)
     assert bool((q == q.round()).all())
     assert low <= float(q.min())
     assert float(q.max()) <= high
     found = quadratic_error(q.double() * step[..., None] - ideal, second)
     for scale in (0.3, 0.6):
-        one, _ = round_rows(ideal, factorize(second), torch.full((1, rows, 1), scale), low, high, sweeps=0)
+        one, _ = round_rows(ideal, factorize(second), torch.full((1, rows, 1), scale), within(low, high), sweeps=0)
         error = quadratic_error(one.double() * scale - ideal, second)
         assert bool((found <= error * (1 + 1e-4) + 1e-6).all())
 
@@ -71,7 +77,7 @@ def test_rounding_follows_its_definition(rows):
     """Optimal Brain Surgeon literally: round a column, spread its error over the rest, take the column out."""
     ideal, second = random_problem(7, 2, rows, 9)
     scales = torch.rand(2, rows, 1, generator=torch.Generator().manual_seed(1)) + 0.5
-    found, _ = round_rows(ideal, factorize(second), scales, -4, 3, sweeps=0)
+    found, _ = round_rows(ideal, factorize(second), scales, within(-4, 3), sweeps=0)
     step = scales[..., 0].double()
     for group in range(2):
         left, values = second[group].diagonal().argsort(descending=True, stable=True).tolist(), ideal[group].clone()
@@ -87,7 +93,7 @@ def test_rounding_follows_its_definition(rows):
 def test_descent_ends_where_no_single_change_helps():
     ideal, second = random_problem(8, 2, 40, 12)
     scales = torch.full((2, 40, 1), 0.7)
-    q, step = round_rows(ideal, factorize(second), scales, -4, 3, sweeps=50)
+    q, step = round_rows(ideal, factorize(second), scales, within(-4, 3), sweeps=50)
     reached = quadratic_error(q.double() * step[..., None] - ideal, second)
     for column in range(12):
         for move in (-1, 1):
@@ -97,10 +103,29 @@ def test_descent_ends_where_no_single_change_helps():
             assert bool((error >= reached - 1e-4).all())
 
 
+@pytest.mark.parametrize("rows_are_few", [False, True])
+def test_descent_among_levels_ends_where_no_other_level_helps(rows_are_few):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 6, 12, generator=generator, dtype=torch.float64)
+    ridge = torch.full((2,), 0.3, dtype=torch.float64)
+    second = x.mT @ x + 0.3 * torch.eye(12, dtype=torch.float64)
+    ideal, levels = torch.randn(2, 20, 12, generator=generator, dtype=torch.float64), torch.tensor([-63, -11, 4, 40])
+    curvature = factorize_inputs(x, ridge) if rows_are_few else factorize(second)
+    scales = torch.full((2, 20, 1), 0.03)
+    q, step = round_rows(ideal, curvature, scales, table_of_levels(levels), sweeps=50)
+    assert set(q.unique().tolist()) <= set(levels.tolist())
+    reached = quadratic_error(q.double() * step[..., None] - ideal, second)
+    for column in range(12):
+        for level in levels:
+            other = q.double().clone()
+            other[..., column] = float(level)
+            assert bool((quadratic_error(other * step[..., None] - ideal, second) >= reached - 1e-4).all())
+
+
 def test_independent_columns_are_rounded_to_nearest():
     ideal, _ = random_problem(3)
     second = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.1)
-    q, _ = round_rows(ideal, factorize(second), torch.full((2, 3, 1), 0.5), -4, 3, sweeps=3)
+    q, _ = round_rows(ideal, factorize(second), torch.full((2, 3, 1), 0.5), within(-4, 3), sweeps=3)
     assert torch.equal(q, torch.round(ideal / 0.5).clamp(-4, 3).float())
 
 
@@ -139,7 +164,7 @@ def test_few_input_rows_give_what_their_moments_give(seed, centred):
     assert torch.allclose(ideal, dense.ideal_rows(rows, 0.3))
     assert few.output_error(rows, ideal) == pytest.approx(dense.output_error(rows, ideal))
     scales = torch.tensor([0.2, 0.3, 0.5]).expand(2, 7, 3)
-    found, expected = (round_rows(ideal, x.factorize(0.1), scales, -8, 7, sweeps=20) for x in (few, dense))
+    found, expected = (round_rows(ideal, x.factorize(0.1), scales, within(-8, 7), sweeps=20) for x in (few, dense))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -162,5 +187,5 @@ def test_few_input_rows_are_rounded_by_the_definition():
 def test_a_constant_input_keeps_its_ridge_positive():
     curvature = factorize_inputs(torch.zeros(1, 2, 9, dtype=torch.float64), torch.tensor([1e-6], dtype=torch.float64))
     ideal = torch.linspace(-1, 1, 9, dtype=torch.float64).expand(1, 1, 9)
-    q, _ = round_rows(ideal, curvature, torch.full((1, 1, 1), 0.25), -4, 3, sweeps=2)
+    q, _ = round_rows(ideal, curvature, torch.full((1, 1, 1), 0.25), within(-4, 3), sweeps=2)
     assert torch.equal(q, torch.round(ideal / 0.25).clamp(-4, 3).float())

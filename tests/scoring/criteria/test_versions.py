@@ -18,6 +18,7 @@ from torch import nn
 import infoq_fx
 from infoq_fx.api import prepare
 from infoq_fx.core.data import read_data
+from infoq_fx.quantization.codebooks import CODEBOOK_VERSION, choose_codebook
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions
@@ -26,7 +27,7 @@ from infoq_fx.scoring.sensitivity import Resources, describe_measurements, measu
 
 GOLDEN = Path(__file__).with_name("golden.json")
 WRITES = bool(os.environ.get("INFOQ_FX_WRITE_GOLDEN"))
-ROUNDING = "rounding to second order"
+ROUNDING, CODEBOOKS = "rounding to second order", "codebooks"
 SLICED = "infoq with observers"
 
 
@@ -45,7 +46,7 @@ def case():
         x = wave(64, 1, 6, 6, step=0.31)
         model[3].bias -= model(x).mean(0)
         labels = model(x).argmax(1)
-    prepared = prepare(model, (x, labels), bits=(2, 4))
+    prepared = prepare(model, (x, labels), bits=(2, 4), levels="uniform")
     return prepared, read_data((x, labels)).named(prepared.input_names)
 
 
@@ -57,6 +58,12 @@ def criterion_of(name):
 
 def measure(name, prepared, data):
     """The version, and the numbers by site, bit-width and name."""
+    if name == CODEBOOKS:
+        found = {bits: choose_codebook(wave(8, 36, step=0.7).numpy(), bits) for bits in (2, 4)}
+        values = {
+            str(bits): {"levels": float(abs(q).sum()), "scales": float(s.sum())} for bits, (q, s) in found.items()
+        }
+        return CODEBOOK_VERSION, values
     if name == ROUNDING:
         candidates = Candidates(prepared, data)
         rounded = candidates.round(prepared.inventory.sites, RunOptions()).rounded
@@ -88,7 +95,7 @@ def differences(wanted, found):
     ]
 
 
-@pytest.mark.parametrize("name", [*CRITERIA, SLICED, ROUNDING])
+@pytest.mark.parametrize("name", [*CRITERIA, SLICED, ROUNDING, CODEBOOKS])
 def test_numbers_change_only_with_their_version(name, case):
     version, found = measure(name, *case)
     golden = read_golden()
