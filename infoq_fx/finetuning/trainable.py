@@ -47,7 +47,7 @@ class LearnedStepQuantizer(nn.Module):
     A step size is never used below 1/1024 of its initial value, so that it stays positive and can grow again.
 
     The levels of a codebook are a second parameter, ``levels [n]``; they are used rounded to integers. The gradient of
-    a level is that of all values rounded to it.
+    a level is that of all values rounded to it, divided like that of the step size.
 
     Args:
         site: of the quantizer.
@@ -287,7 +287,7 @@ class _RoundToLevels(torch.autograd.Function):
         inside = grad * ((ratio > limits[0]) & (ratio < limits[1]))
         slope = (grad * q - inside * ratio).sum_to_size(step.shape).reshape(ctx.shape)
         by_level = grad.new_zeros(ctx.count).index_add_(0, place.flatten(), (grad * step).flatten())
-        return inside, slope * ctx.gradient_scale, None, by_level, None, None
+        return inside, slope * ctx.gradient_scale, None, by_level * ctx.gradient_scale, None, None
 
 
 def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -> float:

@@ -136,7 +136,8 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
             unit = torch.minimum(of_weights[name].level_gap * qparams.scale.reshape(shape), unit)
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
-        learned.append(Learned(parameter, learning_rate * unit, id(parameter) in steps))
+        is_step = id(parameter) in steps or id(parameter) in levels
+        learned.append(Learned(parameter, learning_rate * unit, is_step))
     return learned
 
 

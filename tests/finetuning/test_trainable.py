@@ -187,6 +187,37 @@ def test_step_gradients_of_a_weight_are_the_papers(bits):
         assert x.grad[c].tolist() == pytest.approx(passed)
 
 
+def test_gradients_of_a_codebook_are_those_of_its_values():
+    generator = torch.Generator().manual_seed(0)
+    weight, outer = (torch.randn(3, 40, generator=generator) for _ in range(2))
+    spec = QuantSpec(bits=2, symmetric=True, channel_axis=0, has_codebook=True)
+    qparams = numerics.choose_weight_qparams(weight, spec)
+    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, has_codebook=True), qparams)
+    x = weight.clone().requires_grad_()
+    y = module(x)
+    assert torch.equal(y, numerics.fake_quantize(weight, qparams))
+    (y * outer).sum().backward()
+    q, step = numerics.quantize(weight, qparams), qparams.scale[:, None]
+    by_level = [float((outer * step)[q == level].sum()) for level in qparams.levels]
+    assert module.levels.grad.tolist() == pytest.approx([module.gradient_scale * g for g in by_level], rel=1e-4)
+    ratio, limits = weight / step, (int(qparams.levels[0]), int(qparams.levels[-1]))
+    is_inside = (ratio > limits[0]) & (ratio < limits[1])
+    torch.testing.assert_close(x.grad, outer * is_inside)
+    slope = torch.where(is_inside, q - ratio, q.float())
+    torch.testing.assert_close(module.scale.grad, module.gradient_scale * (outer * slope).sum(1))
+
+
+def test_learned_levels_are_integers_in_order():
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(bits=2, symmetric=True, channel_axis=0, has_codebook=True)
+    qparams = numerics.choose_weight_qparams(weight, spec)
+    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, has_codebook=True), qparams)
+    with torch.no_grad():
+        module.levels.copy_(torch.tensor([3.4, -70.0, 62.6, 0.2]))
+    assert module.qparams().levels.tolist() == [-63, 0, 3, 63]
+    assert torch.equal(module(weight), numerics.fake_quantize(weight, module.qparams()))
+
+
 def test_step_gradient_of_an_activation_counts_the_values_of_one_sample():
     spec = QuantSpec(bits=4, symmetric=False)
     qparams = QParams(spec, torch.tensor(0.5), torch.tensor(5, dtype=torch.int32))

@@ -72,11 +72,12 @@ def test_reaches_are_in_units_that_suit_a_parameter():
     named = {name: o for (name, _), o in zip(student.named_parameters(), loop.list_learned(student, 0.1), strict=True)}
     steps = {f"{name}.scale": m for name, m in student.named_modules() if isinstance(m, LearnedStepQuantizer)}
     for name, learned in named.items():
-        assert learned.is_step == (name in steps)
-        if name.endswith(".levels"):
+        is_levels = name.endswith(".levels")
+        assert learned.is_step == (name in steps or is_levels)
+        if is_levels:
             gap = 126 / (learned.parameter.numel() - 1)
             assert float(learned.reach) == pytest.approx(0.1 * 0.05 * gap)
-        if learned.is_step:
+        elif learned.is_step:
             torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
     weight = named["conv.weight"]
     quantizer = steps["quantizers.conv.weight.quantizer.scale"]
