@@ -29,7 +29,7 @@ from infoq_fx.types import (
     check_bits,
 )
 
-__all__ = ["allocate", "check_budget", "find_uniform", "pin_sites", "propose"]
+__all__ = ["allocate", "check_budget", "find_uniform", "move_allocation", "pin_sites", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
@@ -101,6 +101,24 @@ def propose(
         if all(allocation.bits != other.bits for other in found):
             found.append(allocation)
     return found
+
+
+def move_allocation(
+    table: SensitivityTable, allocation: Allocation, bits: Mapping[str, int], alpha: float = 1.0
+) -> Allocation:
+    """Return an allocation of the same table and budget with other bit-widths, and their score and cost.
+
+    Args:
+        table: the scores.
+        allocation: what :func:`allocate` found.
+        bits: bit-width of every site, within the budget.
+        alpha: factor on the scores of activations.
+    """
+    assert allocation.budget is not None
+    sites = [replace(site, bits=(bits[site.name],)) for site in table.inventory.sites]
+    candidates = {site.name: _read_scores(table, site, alpha) for site in sites}
+    uniform = allocation.uniform_bits, allocation.uniform_score
+    return _describe(table, table.inventory, allocation.budget, candidates, dict(bits), alpha, uniform)
 
 
 def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:

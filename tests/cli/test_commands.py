@@ -80,7 +80,7 @@ def test_the_seed_reaches_the_criterion_and_the_steps(command, folder, tmp_path,
         raise Asked
 
     monkeypatch.setattr("infoq_fx.api.score", score)
-    monkeypatch.setattr("infoq_fx.api.quantize_prepared", quantize_prepared)
+    monkeypatch.setattr("infoq_fx.pipeline.quantize_prepared", quantize_prepared)
     limit = ["--budget", 5] if command == "quantize" else []
     output = ["-o", tmp_path / "x.onnx", "--seed", 7, "--criterion", "hawq_v2", "--recovery", "best", *limit]
     found = run(command, folder / "model.pt2", folder / "data.npz", *output, "--bits", "4,8", "--no-progress")
