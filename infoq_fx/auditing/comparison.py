@@ -60,6 +60,7 @@ DEFAULT_CRITERIA = (
     "ompq",
 )
 _LOW_BITS = 4
+_OPTIONAL = ("samples", "choose_bits", "scores_float", "runs_pairs", "score_pairs")  # of a criterion
 
 
 def audit(
@@ -255,6 +256,9 @@ class _Timed:
         self.name, self.needs_data, self.kinds = criterion.name, criterion.needs_data, criterion.kinds
         self.runs_weights = runs_weights(criterion)
         self.describe, self.score = criterion.describe, criterion.score
+        for name in _OPTIONAL:
+            if hasattr(criterion, name):
+                setattr(self, name, getattr(criterion, name))
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions
