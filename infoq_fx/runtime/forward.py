@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import OutputLoss
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.held_outputs import HeldOutputs, OutputHolder
@@ -115,7 +114,7 @@ def measure_lost_nats(
     data: CalibrationData,
     bits: Mapping[str, int],
     reference: HeldOutputs,
-    loss: OutputLoss,
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
     *,
     batch_size: int,
     run_options: RunOptions,
@@ -129,7 +128,8 @@ def measure_lost_nats(
         data: by the model's input names.
         bits: bit-width by site; sites that are not named are at 8 bits.
         reference: the float model's outputs for the same samples.
-        loss: what the outputs say.
+        loss: compares outputs of the float model with those of the run, nats ``[samples]``, as
+            :class:`infoq_fx.core.readings.OutputLoss` does.
         batch_size: samples per run.
         run_options: threads.
     """

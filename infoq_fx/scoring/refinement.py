@@ -17,6 +17,7 @@ from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
 from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
+from infoq_fx.scoring.output_measure import LossOverPairs
 from infoq_fx.scoring.search import improve_allocation, neighbours
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, QuantSite
@@ -38,7 +39,7 @@ class LossRuns:
     prepared: PreparedModel
     samples: CalibrationData
     reference: HeldOutputs
-    loss: OutputLoss
+    loss: OutputLoss | LossOverPairs
     candidates: Candidates | None
     batch_size: int
     run_options: RunOptions
@@ -66,6 +67,11 @@ class LossRuns:
         if self.candidates is None:
             return self
         return replace(self, prepared=self.candidates.round(sites, self.run_options))
+
+    def over_pairs(self) -> LossRuns:
+        """Return these runs with the loss over pairs of samples, which is less noisy; see :class:`LossOverPairs`."""
+        assert isinstance(self.loss, OutputLoss)
+        return replace(self, loss=LossOverPairs.begin(self.loss, self.reference))
 
     def __call__(self, bits: Mapping[str, int]) -> Tensor:
         """Return the nats lost at the bit-widths of all sites, float64 ``[samples]``."""
@@ -102,8 +108,10 @@ def choose_allocation(
     weights are searched. The uniform allocation is among them, so that the result is never worse by this measure.
 
     With ``search_passes``, the best proposal is then improved by :func:`infoq_fx.scoring.search.improve_allocation` on
-    at most 512 other samples. Every step of the search is judged on ``data``, which it has not seen; the best
-    proposal stays unless a step loses less there.
+    at most 512 other samples, by :class:`LossOverPairs`: nats themselves are means of a few large values, and do not
+    distinguish neighbours on so few samples (on ResNet-20 at 2.5 bits, nats of 36 neighbours on 512 samples correlate
+    at 0.23 with those on 1,000 others, the loss over pairs at 0.81). Every step of the search is judged on ``data``,
+    which it has not seen; the best proposal stays unless a step loses less there, over pairs and in nats.
 
     Cost: one forward pass per proposal (at most six) and one of the float model; no labels. The search adds
     ``search_passes`` forward passes at most, one of the float model, and one over ``data`` for each step.
@@ -134,13 +142,29 @@ def choose_allocation(
         if search_passes:
             other = data if search_data is None else search_data
             seen = LossRuns.begin(prepared, other, candidates, batch_size=batch_size, run_options=run_options)
-            seen = seen.rounded(neighbours(table.inventory, best.bits, _REACH))
-            steps = improve_allocation(
-                table, best, lambda bits: float(seen(bits).mean()), search_passes, alpha=alpha, pin=pin
-            )
-            moved = [move_allocation(table, best, bits, alpha) for bits in steps[1:]]
-            best = _best_of([best, *(_measure(runs, allocation) for allocation in moved)])
+            steps = _search(table, best, seen, search_passes, alpha, pin)
+            judged = runs.over_pairs()
+            for bits in sorted(steps, key=lambda bits: float(judged(bits).mean())):
+                if bits is steps[0]:
+                    break
+                moved = _measure(runs, move_allocation(table, best, bits, alpha))
+                if _best_of([best, moved]) is moved:
+                    best = moved
+                    break
     return best
+
+
+def _search(
+    table: SensitivityTable,
+    start: Allocation,
+    runs: LossRuns,
+    passes: int,
+    alpha: float,
+    pin: Mapping[str, int] | None,
+) -> list[dict[str, int]]:
+    """The steps of the search from a proposal; most weights that it needs are rounded together."""
+    paired = runs.rounded(neighbours(table.inventory, start.bits, _REACH)).over_pairs()
+    return improve_allocation(table, start, lambda bits: float(paired(bits).mean()), passes, alpha=alpha, pin=pin)
 
 
 def _measure(runs: LossRuns, allocation: Allocation) -> Allocation:

@@ -93,7 +93,7 @@ def test_a_local_search_is_near_the_optimum_of_a_larger_positive_form(monkeypatc
     factor[1::2] /= 4
     form = factor @ factor.T
     options = [(f"w{i}", b) for i in range(12) for b in widths[:2]]
-    scores = {f"w{i}": {b: 0.0 for b in widths} for i in range(12)}
+    scores = {f"w{i}": dict.fromkeys(widths, 0.0) for i in range(12)}
     pairs = {}
     for row, (i, a) in enumerate(options):
         scores[i][a] = form[row, row] / 2
