@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,6 +33,7 @@ __all__ = ["DifferentiableSearch"]
 
 _SAMPLES = 512
 _LEAST_NATS = 1e-6
+_LEAST_SLOPE = 1e-9
 _FIRST_PRICE = 1.4  # per bit of the mean: rounding noise has the power 4^-b, and 2 log 2 is 1.4
 
 _Shares = Mapping[tuple[str, int], Tensor]
@@ -44,8 +46,9 @@ class DifferentiableSearch:
     Between two candidates, a tensor is the mean of its two quantized versions, weighted by where the bit-width is
     between them; the loss is thus differentiable in the bit-widths. Weights are not trained. What is minimized is the
     logarithm of the loss plus a price for every relative excess over a limit; the prices rise while a limit is exceeded
-    and fall while it is not. In the end, the integer program finds the allocation within the budget that is closest to
-    the learned bit-widths. Float (16 bits) is not searched.
+    and fall while it is not. In the end, the integer program finds the best allocation within the budget by what was
+    learned: the slope of the loss at the learned bit-width of every site, continued by the power 4^-b of rounding
+    noise. Float (16 bits) is not searched.
 
     Cost: ``steps`` forward and backward passes of ``batch_size`` samples for each budget; no scores, no labels.
 
@@ -74,7 +77,7 @@ class DifferentiableSearch:
     def __call__(
         self, prepared: PreparedModel, data: CalibrationData, limits: Budget, candidates: Candidates | None
     ) -> dict[str, int]:
-        """Return the bits of every site of the allocation that is closest to what was learned."""
+        """Return the bits of every site of the best allocation by what was learned."""
         chosen = spread_samples(self.name, prepared, data, _SAMPLES)
         with one_torch_thread() as threads:
             run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
@@ -88,11 +91,11 @@ class DifferentiableSearch:
             module = copy_with(prepared, _make_mixtures(prepared, widths))
             reference = float_copy(prepared)
             self._learn(prepared, module, reference, loss, chosen, widths, _read_rows(prepared.inventory, limits))
-        learned = widths.bits()
-        scores = {
-            site.name: {b: Score((b - learned[prepared.inventory.leaders[site.name]]) ** 2) for b in site.bits}
-            for site in prepared.inventory.sites
-        }
+        scores = {site.name: dict.fromkeys(site.bits, Score(0.0)) for site in prepared.inventory.sites}
+        for name, found in widths.bits().items():
+            # Noise of the power 4^-b falls by 2 log 2 of itself per bit.
+            lost = widths.slopes[name] / (2 * math.log(2))
+            scores[name] = {b: Score(lost * 4.0 ** (found - b)) for b in scores[name]}
         table = SensitivityTable(criterion=self.name, inventory=prepared.inventory, scores=scores)
         return dict(allocate(table, limits).bits)
 
@@ -118,9 +121,10 @@ class DifferentiableSearch:
             found = [flatten_tensors(module(*inputs))[index] for index in read]
             excess = [_measure_excess(row, widths.shares()) for row in rows]
             nats = loss(wanted, found).mean().clamp_min(_LEAST_NATS)
-            total = nats.log() + sum(price * over for price, over in zip(prices, excess, strict=True))
             optimizer.zero_grad()
-            total.backward()
+            nats.log().backward()
+            widths.keep_slopes()
+            sum(price * over for price, over in zip(prices, excess, strict=True)).backward()  # type: ignore[union-attr]
             optimizer.step()
             widths.clamp()
             prices = [max(0.0, price + float(over.detach())) for price, over in zip(prices, excess, strict=True)]
@@ -149,6 +153,7 @@ class _Widths(nn.Module):
             is_over = any(float(_measure_excess(row, self.shares()).detach()) > 0 for row in rows)
             low, high = (low, share) if is_over else (share, high)
         self.place.data = low * self._most
+        self._slopes = torch.zeros(len(self.choices))
 
     def shares(self) -> _Shares:
         """The weight of every candidate of every site; at most two of a site are above 0."""
@@ -172,6 +177,20 @@ class _Widths(nn.Module):
         for name in self.choices:
             low, high, share = self.at(name)
             found[name] = low + (high - low) * float(share.detach())
+        return found
+
+    def keep_slopes(self) -> None:
+        """Average the gradients of the loss over about the last 20 steps."""
+        assert self.place.grad is not None
+        self._slopes = 0.95 * self._slopes + 0.05 * self.place.grad
+
+    @property
+    def slopes(self) -> dict[str, float]:
+        """How fast the loss falls with the bits of a site, per bit; at least a little."""
+        found = {}
+        for name, index in self._index.items():
+            low, high, _ = self.at(name)
+            found[name] = max(_LEAST_SLOPE, -float(self._slopes[index]) / max(1, high - low))
         return found
 
     def mean_bits(self) -> float:

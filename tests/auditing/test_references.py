@@ -61,7 +61,7 @@ def every_fitting(prepared, budget):
 
 def test_an_evolution_of_enough_evaluations_finds_the_best_of_all_that_spend_the_budget(small):
     prepared, data = small
-    budget, runs = infoq_fx.Budget(weight_bits=2.6), loss_runs(prepared, data)
+    budget, runs = infoq_fx.Budget(weight_bits=3.0), loss_runs(prepared, data)
     fitting = list(every_fitting(prepared, budget))
 
     def spends(bits):
@@ -70,12 +70,12 @@ def test_an_evolution_of_enough_evaluations_finds_the_best_of_all_that_spend_the
     losses = [float(runs(bits).mean()) for bits in fitting if spends(bits)]
     found = EvolutionarySearch(evaluations=60, population=12, mutation=0.3)(prepared, data, budget, None)
     assert float(runs(found).mean()) == pytest.approx(min(losses))
-    assert len(losses) > 5
+    assert len(losses) > 3
 
 
-def test_learned_bits_lose_less_than_most_allocations(small):
+def test_learned_bits_lose_less_than_nine_of_ten_allocations(small):
     prepared, data = small
-    budget, runs = infoq_fx.Budget(weight_bits=2.6), loss_runs(prepared, data)
+    budget, runs = infoq_fx.Budget(weight_bits=3.0), loss_runs(prepared, data)
     losses = [float(runs(bits).mean()) for bits in every_fitting(prepared, budget)]
     found = DifferentiableSearch(steps=120)(prepared, data, budget, None)
     assert np.mean(np.array(losses) < float(runs(found).mean())) < 0.1
