@@ -1,4 +1,4 @@
-"""The sensitivity criteria, one per file, registered by name in ``CRITERIA``; those of other papers in a folder."""
+"""The sensitivity criteria, one per file, registered by name in ``CRITERIA``; those of papers in ``literature``."""
 
 from __future__ import annotations
 

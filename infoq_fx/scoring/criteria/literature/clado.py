@@ -103,7 +103,7 @@ class CLADO:
             raise OptionError(
                 f"criterion {self.name!r} would run the model {runs:,} times, for all pairs of {len(sites)} layers at "
                 f"their bit-widths below {BASELINE_BITS}; at most {self.most_runs:,} are allowed: give fewer bits=, "
-                f"pin layers, take criterion='infoq', or CLADO(most_runs={runs})"
+                f"pin layers, take criterion='infoq', or infoq_fx.scoring.criteria.CLADO(most_runs={runs})"
             )
         base = hold_outputs(prepared, data, batch_size=batch_size, run_options=run_options)
         outputs = read_outputs(prepared, data, base, batch_size=batch_size, run_options=run_options)
