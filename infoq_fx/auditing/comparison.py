@@ -93,8 +93,8 @@ def audit(
     top-1 accuracy of its allocation at every budget, the nats lost there, and its cost. Accuracy is that of the
     quantized model, by default with weights rounded to nearest, on samples that no criterion saw; without labels it is
     agreement with the float model. Nats are the mean KL divergence from the float model's outputs on the same samples.
-    There are also rows for the uniform allocation, for searches in ``references``, and, if ``"infoq"`` is among the criteria, for the allocation that
-    :func:`infoq_fx.quantize` makes by default.
+    There are also rows for the uniform allocation, for the searches in ``references`` and, if ``"infoq"`` is among the
+    criteria, for the allocation that :func:`infoq_fx.quantize` makes by default.
 
     Results are deterministic, except for the CPU times. With ``cache_dir`` an interrupted audit resumes, and for
     another criterion or budget only what is new is measured.
