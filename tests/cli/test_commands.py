@@ -324,7 +324,7 @@ def errors(folder):
         "no budget": (["allocate", scores], 1, "there is no budget; give --budget"),
         "bits": ([*files, "--budget", 4, "--bits", "two"], 1, "--bits is 'two'; give bit-widths"),
         "out of range": ([*files, "--budget", 4, "--bits", "1,4"], 1, "give integers from 2 to 8"),
-        "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 13: 'infoq'"),
+        "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 14: 'infoq'"),
         "recovery": ([*files, "--budget", 4, "--recovery", "fsat"], 1, "'fast'"),
         "pin": (["allocate", scores, "--budget", 4, "--pin", "head"], 1, "--pin is 'head'; give a glob"),
         "two tolerances": ([*files, "--max-drop", 1, "--max-nats", 1], 1, "drop and nats; give exactly one"),
