@@ -337,6 +337,11 @@ def errors(folder):
         "no scores": (["allocate", folder / "no.json", "--budget", 4], 1, "No such file"),
         "no model": (["quantize", "no.pt2", *files[2:], "--budget", 4], 1, "save one with torch.export.save"),
         "no quantized": (["export", folder / "model.pt2", "-o", folder / "x.onnx"], 1, "save_quantized"),
+        "search of nothing": (
+            [*files, "--budget", 4, "--no-refine", "--search-passes", 9],
+            1,
+            "leave --no-refine out",
+        ),
         "both": ([*files, "--scores", scores, "--allocation", scores], 1, "give one"),
         "usage": (["allocate"], 2, "Missing argument"),
         "no such option": (["allocate", scores, "--bugdet", 4], 2, "No such option"),
