@@ -93,6 +93,7 @@ FACTS = {
     "ompq": ("similarity of layers' outputs", "no", "one", "none", "not used"),
     "limpq": (LOCAL, "yes: its step sizes", "bits + 1 per step", "bits + 1 per step", GUESSED),
     "alps": (GLOBAL, "yes: each (layer, bits)", "steps per (layer, bits)", "steps per (layer, bits)", GUESSED),
+    "clado": ("pairs of layers", "no", "one per pair of (layer, bits)", "none", "not used"),
 }
 
 

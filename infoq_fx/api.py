@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from infoq_fx.allocation.solver import allocate, check_budget
+from infoq_fx.allocation.solver import check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_codebooks, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.core.option_checks import check_alpha, check_device, check_memory_limit, check_model, check_patterns
+from infoq_fx.core.option_checks import (
+    check_alpha,
+    check_count,
+    check_device,
+    check_memory_limit,
+    check_model,
+    check_patterns,
+    read_search_passes,
+)
 from infoq_fx.core.readings import Metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
@@ -31,12 +39,12 @@ from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.program.sizes import Dynamic
 from infoq_fx.graph.reading_choice import OutputsOption, choose_readings, describe_choice, run_samples
 from infoq_fx.graph.sites import find_sites, warn_of_float_weights
+from infoq_fx.pipeline import quantize_prepared
 from infoq_fx.quantization.codebooks import Levels, choose_levels
 from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
-from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.forward import choose_batch_size
-from infoq_fx.scoring.criteria import AnyCriterion, Criterion, make_criterion
+from infoq_fx.scoring.criteria import AnyCriterion, make_criterion
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
@@ -45,7 +53,7 @@ from infoq_fx.tolerance.search import divide_samples, quantize_within
 from infoq_fx.tolerance.tolerance import Tolerance
 from infoq_fx.types import Allocation, Budget, Observer, check_bits
 
-__all__ = ["convert", "prepare", "quantize", "quantize_prepared", "recover", "refine", "score"]
+__all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -64,7 +72,8 @@ def quantize(
     observers: Sequence[Observer | str] | Literal["auto"] | None = None,
     encoder: Encoder | str | None = None,
     alpha: float = 1.0,
-    refine: bool = True,
+    refine: bool | Literal["search"] = True,
+    search_passes: int | None = None,
     recovery: AnyRecovery = "fast",
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
@@ -99,7 +108,9 @@ def quantize(
         observers: where sliced mutual information is measured, see :class:`infoq_fx.InfoQPaper`.
         encoder: X -> X_E for SMI(X_E; L), see :func:`infoq_fx.scoring.information.encoders.encode_inputs`.
         alpha: factor on activation scores relative to weight scores (Eq. 5).
-        refine: run a few allocations and choose the best, see :func:`refine`; needs data.
+        refine: run a few allocations and choose the best, see :func:`refine`; needs data. ``"search"`` then improves it
+            by measured changes of its bit-widths.
+        search_passes: forward passes over at most 512 samples that the search may take; None for 150.
         recovery: how accuracy is recovered at the chosen bit-widths, see :func:`recover`; needs data.
         ignore: glob patterns on module paths of layers to leave in float (everything below a matching module).
         pin: fixed bit-widths by glob pattern on module paths or site names.
@@ -110,9 +121,9 @@ def quantize(
             ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
         seed: of all random numbers but those of criteria and recovery steps given as objects, which have their own.
         device: of the computations and of the result.
-        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for each weight
-            of up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized: hardware that
-            multiplies integers of few bits, QONNX files for it and PT2E kernels need uniform ones.
+        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for a weight of
+            up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized. Hardware
+            that multiplies integers of few bits, and QONNX files for it, need uniform ones.
         dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
             as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
             model's graph does not depend on them; None fixes all to the data's sizes. The data has one size anyway.
@@ -138,6 +149,7 @@ def quantize(
     check_device(device)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
+    passes = read_search_passes(refine, search_passes)
     chosen, steps = make_criterion(criterion, observers, encoder, seed), find_steps(recovery, seed)
     data, judged = divide_samples(calibration_data, validation_data, budget, metric, find_arguments(model))
     if data is None and chosen.needs_data:
@@ -166,76 +178,10 @@ def quantize(
     )
     resources = Resources(executor=executor, cache_dir=cache_dir, memory_limit=memory_limit, progress=progress)
     fitting = None if data is None else fit_data(prepared, data)
+    search: dict[str, Any] = {"alpha": alpha, "refine": bool(refine), "search_passes": passes}
     if isinstance(budget, Tolerance):
-        judging = metric, judged, fitting
-        return quantize_within(prepared, budget, judging, chosen, steps, resources, alpha=alpha, refine=refine)
-    return quantize_prepared(prepared, budget, fitting, chosen, steps, resources, alpha=alpha, refine=refine)
-
-
-def quantize_prepared(
-    prepared: PreparedModel,
-    budget: float | Budget,
-    data: CalibrationData | None,
-    scores: Criterion | SensitivityTable,
-    steps: Sequence[RecoveryStep],
-    resources: Resources,
-    *,
-    alpha: float = 1.0,
-    refine: bool = True,
-    keep_scores: Callable[[SensitivityTable], None] | None = None,
-) -> QuantizedModule:
-    """Score, allocate, refine, recover and convert: the steps of :func:`quantize` after :func:`prepare`.
-
-    Weights are rounded once, for both scoring and refinement.
-
-    Args:
-        prepared: calibrated.
-        budget: mean weight bit-width, or a :class:`Budget`.
-        data: by the model's input names, on its device (:func:`infoq_fx.graph.model_inputs.fit_data`); None for a
-            criterion that needs no data, without refinement and recovery.
-        scores: a criterion, or a table of scores of this model.
-        steps: of recovery, in order.
-        resources: of scoring; its ``cache_dir`` and ``progress`` also apply to recovery.
-        alpha: factor on activation scores relative to weight scores (Eq. 5).
-        refine: run a few allocations and choose the best.
-        keep_scores: called with the table as soon as scoring is done.
-
-    Raises:
-        OptionError: an argument is invalid.
-        InfeasibleBudgetError: a limit cannot be met.
-    """
-    check_alpha(alpha)
-    limit = resources.memory_limit
-    candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=limit)
-    measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
-    if isinstance(scores, SensitivityTable):
-        table = scores
-    else:
-        table, _ = measure_sensitivity(prepared, measured, scores, resources, candidates)
-    if keep_scores is not None:
-        keep_scores(table)
-    if refine and held is not None:
-        allocation = choose_allocation(
-            prepared, table, budget, held, alpha=alpha, candidates=candidates, memory_limit=limit
-        )
-    else:
-        allocation = allocate(table, budget, alpha=alpha)
-    if isinstance(scores, SensitivityTable):
-        warn_of_other_recovery(allocation, [step.name for step in steps], stacklevel=3)
-    if data is None:
-        return convert_prepared(prepared, allocation, table)
-    del candidates, measured, held  # copies of the data and rounded weights, which recovery does not need
-    folder = None if resources.cache_dir is None else Path(resources.cache_dir)
-    better = recover_accuracy(
-        prepared,
-        allocation.bits,
-        data,
-        steps,
-        cache_dir=folder,
-        memory_limit=limit,
-        progress=resources.progress,
-    )
-    return convert_prepared(better, allocation, table)
+        return quantize_within(prepared, budget, (metric, judged, fitting), chosen, steps, resources, **search)
+    return quantize_prepared(prepared, budget, fitting, chosen, steps, resources, **search)
 
 
 def prepare(
@@ -361,6 +307,7 @@ def refine(
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
     recovery: AnyRecovery = "fast",
+    search_passes: int = 0,
 ) -> Allocation:
     """Choose the best of a few allocations within the budget by running them on calibration data.
 
@@ -372,6 +319,9 @@ def refine(
     Weights are rounded as by :func:`score` for the same ``recovery``. Cost: at most seven forward passes over at most
     512 samples, without labels, and the rounding of weights.
 
+    With ``search_passes``, a search then changes a few bit-widths at a time, as measured on other samples, as long as
+    less is lost. Its result is taken only if it also loses less on the samples that the proposals were judged on.
+
     Args:
         prepared: the prepared model of the table.
         table: scores of any criterion.
@@ -380,6 +330,7 @@ def refine(
         alpha: factor on activation scores relative to weight scores (Eq. 5).
         pin: fixed bit-widths by site name.
         recovery: planned for the chosen bit-widths, see :func:`score`.
+        search_passes: forward passes over at most 512 samples that the search may take; 0 for no search.
 
     Raises:
         OptionError: an argument is invalid, or a candidate has no score.
@@ -389,12 +340,23 @@ def refine(
     check_prepared(prepared, "refine")
     check_table(table)
     check_alpha(alpha)
+    check_count("search_passes", search_passes, 0)
     steps = find_steps(recovery)
     arguments = ForwardArguments.exactly(prepared.input_names)
     data = fit_data(prepared, read_data(calibration_data, arguments))
     candidates = find_candidates(prepared, data, steps)
-    held = data.hold_back(prepared.batch_size or 1)[1]
-    return choose_allocation(prepared, table, budget, held, alpha=alpha, pin=pin, candidates=candidates)
+    measured, held = data.hold_back(prepared.batch_size or 1)
+    return choose_allocation(
+        prepared,
+        table,
+        budget,
+        held,
+        alpha=alpha,
+        pin=pin,
+        candidates=candidates,
+        search_passes=search_passes,
+        search_data=measured,
+    )
 
 
 def recover(

@@ -13,11 +13,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from infoq_fx.api import convert, prepare, quantize_prepared
+from infoq_fx.api import convert, prepare
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import read_data
 from infoq_fx.export.qdq_onnx.exporter import export_onnx
 from infoq_fx.graph.model_inputs import fit_data
+from infoq_fx.pipeline import quantize_prepared
 from infoq_fx.recovery.ladder import find_steps
 from infoq_fx.scoring.criteria import make_criterion
 from infoq_fx.scoring.sensitivity import Resources

@@ -8,14 +8,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from infoq_fx.core.atomic_files import read_json, write_atomically
 from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import Inventory, Operation, QuantSite, Score
 
-__all__ = ["SensitivityTable", "check_table"]
+__all__ = ["PairScores", "SensitivityTable", "check_table"]
+
+PairScores: TypeAlias = Mapping[tuple[str, str], Mapping[tuple[int, int], float]]
+"""Scores of two sites at two bit-widths, by the sites' names and by their bits in the same order."""
 
 _FORMAT = "infoq_fx.SensitivityTable"
 _VERSION = 1
@@ -31,15 +34,18 @@ class SensitivityTable:
         scores: site name to bit-width to score; sites with a single candidate may be absent.
         settings: how the scores were measured: named values that JSON can store. ``"recovery"`` is the recovery that
             they are for, if they were measured with rounded weights; see :attr:`scored_for`.
+        pairs: what two sites at two bit-widths lose beyond the sum of their scores, if the criterion says so; pairs
+            that are not there lose nothing beyond it. :func:`infoq_fx.allocate` adds them to the total.
 
     Raises:
-        OptionError: a scored site is not in the inventory, or a score is not finite.
+        OptionError: a scored site or one of a pair is not in the inventory, or a score is not finite.
     """
 
     criterion: str
     inventory: Inventory
     scores: Mapping[str, Mapping[int, Score]]
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    pairs: PairScores = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [site.name for site in self.inventory.sites]
@@ -50,6 +56,13 @@ class SensitivityTable:
             for bits, score in by_bits.items():
                 if not (math.isfinite(score.value) and math.isfinite(score.standard_error)):
                     raise OptionError(f"the score of {name!r} at {bits} bits is not finite: {score}; fix the criterion")
+        for pair, by_bits_of_both in self.pairs.items():
+            for name in pair:
+                if name not in known:
+                    raise unknown_name_error("site of a pair", name, names)
+            for widths, value in by_bits_of_both.items():
+                if not math.isfinite(value):
+                    raise OptionError(f"the score of {pair} at {widths} bits is not finite: {value}; fix the criterion")
 
     @property
     def scored_for(self) -> str | None:
@@ -166,8 +179,16 @@ def _encode(table: SensitivityTable) -> dict[str, Any]:
         "criterion": table.criterion,
         "settings": dict(table.settings),
         "scores": scores,
+        **({"pairs": _encode_pairs(table.pairs)} if table.pairs else {}),
         "inventory": asdict(table.inventory),
     }
+
+
+def _encode_pairs(pairs: PairScores) -> list[dict[str, Any]]:
+    return [
+        {"sites": list(pair), "scores": [[*map(int, bits), float(value)] for bits, value in by_bits.items()]}
+        for pair, by_bits in pairs.items()
+    ]
 
 
 def _decode(document: dict[str, Any]) -> SensitivityTable:
@@ -180,6 +201,11 @@ def _decode(document: dict[str, Any]) -> SensitivityTable:
         inventory=_decode_inventory(document["inventory"]),
         scores=scores,
         settings=dict(document["settings"]),
+        pairs={
+            (str(first), str(second)): {(int(a), int(b)): float(value) for a, b, value in found["scores"]}
+            for found in document.get("pairs", ())
+            for first, second in [found["sites"]]
+        },
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from infoq_fx.core.tabular import align_rows, format_with_error, html_table
+from infoq_fx.core.tabular import align_rows, describe_ties, format_with_error, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 
 if TYPE_CHECKING:  # budgets and allocations are read and made without torch
@@ -37,7 +37,6 @@ __all__ = [
     "RoundedWeight",
     "Score",
     "check_bits",
-    "describe_ties",
 ]
 
 Plain = str | int | float | bool | None
@@ -52,8 +51,7 @@ FLOAT_BITS = 32
 CODEBOOK_BITS = 6
 """The largest bit-width of a weight with a codebook; more levels are nearly uniform."""
 LARGEST_LEVEL = 63
-"""The largest absolute value of a codebook's levels: 16-bit sums of two products with 8-bit activations do not overflow
-on processors that saturate them, and scales may have as many significant bits as for weights of 7 bits."""
+"""The largest size of a codebook's levels: 16-bit sums of two products with 8-bit activations do not overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,11 +430,6 @@ class Allocation:
         if self.loss is not None:
             notes.append(str(self.loss))
         return notes
-
-
-def describe_ties(ties: Iterable[tuple[str, ...]]) -> list[str]:
-    """Return a line for each group of sites with one bit-width."""
-    return [f"tied to one bit-width: {', '.join(tie)}" for tie in ties]
 
 
 def check_bits(bits: Any, option: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ ROOMS = [
     "recovery",
     "scoring",
     "tolerance",
+    "pipeline",
     "api",
     "auditing",
     "export",

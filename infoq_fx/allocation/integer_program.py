@@ -11,6 +11,7 @@ import pulp
 from infoq_fx.allocation.cost import CostRow, broken_limits, build_cost_row, measure_cost
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
 from infoq_fx.errors import InfoqError
+from infoq_fx.table import PairScores
 from infoq_fx.types import Budget, Inventory
 
 __all__ = ["build_rows", "solve_with_highs"]
@@ -33,18 +34,21 @@ _HIGHS_OPTIONS: dict[str, Any] = {
 }
 
 
-def solve_with_highs(inventory: Inventory, budget: Budget, scores: CandidateScores) -> dict[str, int] | None:
+def solve_with_highs(
+    inventory: Inventory, budget: Budget, scores: CandidateScores, pairs: PairScores | None = None
+) -> dict[str, int] | None:
     """Find one candidate per site with the least total score within every limit; None if no allocation meets them.
 
     Args:
         inventory: of the prepared model.
         budget: the limits.
         scores: of every candidate, by site and bits; of a tie only its first site.
+        pairs: scores of two sites' candidates that are added; missing ones are 0.
 
     Raises:
         InfoqError: the solver did not run, or did not finish.
     """
-    problem, x, grows = _build_program(inventory, budget, scores)
+    problem, x, grows = _build_program(inventory, budget, scores, pairs or {})
     while (status := _run_highs(problem)) == pulp.LpSolutionOptimal:
         bits = {n: max(by, key=lambda b: x[n, b].value() if (n, b) in x else 1.0) for n, by in scores.items()}
         if not broken_limits(measure_cost(inventory, inventory.spread(bits), budget.costs), budget):
@@ -66,7 +70,7 @@ def build_rows(inventory: Inventory, budget: Budget, scores: CandidateScores) ->
 
 
 def _build_program(
-    inventory: Inventory, budget: Budget, scores: CandidateScores
+    inventory: Inventory, budget: Budget, scores: CandidateScores, pairs: PairScores
 ) -> tuple[Any, dict[tuple[str, int], Any], bool]:
     """The 0-1 program, its x[site, bits] for sites with several candidates, and whether all costs grow with bits."""
     choices = {name: tuple(by_bits) for name, by_bits in scores.items()}
@@ -78,13 +82,35 @@ def _build_program(
         for index, (name, by_bits) in enumerate(free.items())
         for b in by_bits
     }
-    problem += pulp.LpAffineExpression([(v, scores[name][b]) for (name, b), v in x.items()])
     for name, by_bits in free.items():
         problem += pulp.LpAffineExpression([(x[name, b], 1) for b in by_bits]) == 1
-    z = _add_products(problem, {pair for row in rows for pair in (*row.pairs, *row.products)}, choices, x)
+    counted = {pair for row in rows for pair in (*row.pairs, *row.products)}
+    z = _add_products(problem, counted | {pair for pair in pairs if set(pair) <= free.keys()}, choices, x)
+    problem += pulp.LpAffineExpression(
+        [(v, scores[name][b]) for (name, b), v in x.items()] + _objective_of_pairs(pairs, choices, x, z)
+    )
     for row in rows:
         _add_row(problem, row, x, z)
     return problem, x, all(row.grows_with_bits for row in rows)
+
+
+def _objective_of_pairs(
+    pairs: PairScores,
+    choices: Mapping[str, tuple[int, ...]],
+    x: Mapping[tuple[str, int], Any],
+    z: Mapping[tuple[str, str], Mapping[tuple[int, int], Any]],
+) -> list[tuple[Any, float]]:
+    """The terms of pairs; one with a fixed site is a score of the other, and one of two fixed sites is constant."""
+    terms: list[tuple[Any, float]] = []
+    for pair, by_bits in pairs.items():
+        for (i, j), value in by_bits.items():
+            if i not in choices.get(pair[0], ()) or j not in choices.get(pair[1], ()):
+                continue
+            if pair in z:
+                terms.append((z[pair][i, j], value))
+            else:
+                terms += [(x[item], value) for item in ((pair[0], i), (pair[1], j)) if item in x]
+    return terms
 
 
 def _add_variable(problem: Any, name: str, category: str) -> Any:

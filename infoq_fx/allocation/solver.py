@@ -14,6 +14,7 @@ from infoq_fx.allocation.cost import bound_own_cost, broken_limits, build_cost_r
 from infoq_fx.allocation.float_candidates import drop_idle_floats, widest_integer
 from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
+from infoq_fx.allocation.pairwise_program import join_pairs, minimize_pairs, total_of_pairs
 from infoq_fx.core.option_checks import check_alpha
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
 from infoq_fx.table import SensitivityTable, check_table
@@ -29,7 +30,7 @@ from infoq_fx.types import (
     check_bits,
 )
 
-__all__ = ["allocate", "check_budget", "find_uniform", "pin_sites", "propose"]
+__all__ = ["allocate", "check_budget", "find_uniform", "move_allocation", "pin_sites", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
 _LOGGER = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def allocate(
     """Return the allocation with the least total score among all that meet every limit of the budget.
 
     If two bit-widths of a site have equal scores, the larger one is taken as far as the budget reaches, but not float
-    (16). Where no limit counts activations, one stays in float only if that gains much, see
+    (16). Scores of pairs, if the table has some, are added; such a program is solved exactly if it is small, and by a
+    local search otherwise. Where no limit counts activations, one stays in float only if that gains much, see
     ``infoq_fx.allocation.float_candidates``. The result is deterministic.
 
     Args:
@@ -101,6 +103,24 @@ def propose(
         if all(allocation.bits != other.bits for other in found):
             found.append(allocation)
     return found
+
+
+def move_allocation(
+    table: SensitivityTable, allocation: Allocation, bits: Mapping[str, int], alpha: float = 1.0
+) -> Allocation:
+    """Return an allocation of the same table and budget with other bit-widths, and their score and cost.
+
+    Args:
+        table: the scores.
+        allocation: what :func:`allocate` found.
+        bits: bit-width of every site, within the budget.
+        alpha: factor on the scores of activations.
+    """
+    assert allocation.budget is not None
+    sites = [replace(site, bits=(bits[site.name],)) for site in table.inventory.sites]
+    candidates = {site.name: _read_scores(table, site, alpha) for site in sites}
+    uniform = allocation.uniform_bits, allocation.uniform_score
+    return _describe(table, table.inventory, allocation.budget, candidates, dict(bits), alpha, uniform)
 
 
 def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
@@ -156,7 +176,7 @@ def _propose(
     candidates = _scores_of(inventory, candidates)
     known = _find_known(inventory, limits)
     uniform_bits, uniform = find_uniform(inventory, limits)
-    of_uniform = None if uniform is None else _total_score(candidates, uniform)
+    of_uniform = None if uniform is None else _total_score(candidates, uniform) + total_of_pairs(table.pairs, uniform)
 
     def describe(bits: _Bits) -> Allocation:
         return _describe(table, inventory, limits, candidates, bits, float(alpha), (uniform_bits, of_uniform))
@@ -165,6 +185,12 @@ def _propose(
         joined = _join_ties(inventory, scores)
         return inventory.spread(_spend(inventory, limits, joined, _minimize_score(inventory, limits, joined, known)))
 
+    if table.pairs:
+        leading = [_leading(inventory, bits) for bits in (minimize(candidates), *known)]
+        single, pairs = join_pairs(inventory.leaders, _join_ties(inventory, candidates), table.pairs)
+        best = minimize_pairs(inventory, limits, single, pairs, leading, lambda bits: _fits(inventory, limits, bits))
+        yield describe(inventory.spread(best))
+        powers = [power for power in powers if power != 1]
     for power in powers:
         # A user-defined criterion may have scores below 0; their order is kept.
         raised = {n: {b: math.copysign(abs(v) ** power, v) for b, v in d.items()} for n, d in candidates.items()}
@@ -206,7 +232,7 @@ def _describe(
         bits=shown,
         criterion=table.criterion,
         budget=limits,
-        score=_total_score(candidates, bits),
+        score=_total_score(candidates, bits) + total_of_pairs(table.pairs, bits),
         standard_error=math.hypot(*(weights[name] * score.standard_error for name, score in chosen.items())),
         cost=measure_cost(inventory, shown, limits.costs),
         uniform_bits=uniform[0],
@@ -274,6 +300,11 @@ def _join_ties(inventory: Inventory, scores: CandidateScores) -> dict[str, dict[
     for tie in inventory.ties:
         joined[tie[0]] = {b: math.fsum(scores[name][b] for name in tie) for b in joined[tie[0]]}
     return joined
+
+
+def _leading(inventory: Inventory, bits: Mapping[str, int]) -> _Bits:
+    """The bits of the first sites of all ties, and of the sites in none."""
+    return {name: bits[name] for name, leader in inventory.leaders.items() if name == leader}
 
 
 def _total_score(candidates: CandidateScores, bits: Mapping[str, int]) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infoq_fx.allocation.cost import measure_cost, weight_bytes
-from infoq_fx.core.tabular import align_rows, html_table
-from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite, describe_ties
+from infoq_fx.core.tabular import align_rows, describe_ties, html_table
+from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite
 
 __all__ = ["FileSize", "Summary", "summarize_allocation"]
 

@@ -24,6 +24,7 @@ from infoq_fx.allocation.allocation_file import decode_allocation, describe_allo
 from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, prepare
 from infoq_fx.auditing.judge import Judge
+from infoq_fx.auditing.references import AnyReference, Reference, find_references
 from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.core.data import CalibrationData, read_data
 from infoq_fx.core.option_checks import check_model, check_patterns
@@ -61,6 +62,7 @@ DEFAULT_CRITERIA = (
     "ompq",
 )
 _LOW_BITS = 4
+_OPTIONAL = ("samples", "choose_bits", "scores_float", "runs_pairs", "score_pairs")  # of a criterion
 
 
 def audit(
@@ -69,6 +71,7 @@ def audit(
     criteria: Sequence[AnyCriterion] = DEFAULT_CRITERIA,
     budgets: Sequence[float | Budget] = (5.0, 4.0, 3.0),
     *,
+    references: Sequence[AnyReference] = (),
     evaluation_data: Any = None,
     correlate: bool = True,
     bits: int | Sequence[int] = DEFAULT_BITS,
@@ -92,8 +95,8 @@ def audit(
     top-1 accuracy of its allocation at every budget, the nats lost there, and its cost. Accuracy is that of the
     quantized model, by default with weights rounded to nearest, on samples that no criterion saw; without labels it is
     agreement with the float model. Nats are the mean KL divergence from the float model's outputs on the same samples.
-    There are also rows for the uniform allocation and, if ``"infoq"`` is among the criteria, for the allocation that
-    :func:`infoq_fx.quantize` makes by default.
+    There are also rows for the uniform allocation, for the searches in ``references`` and, if ``"infoq"`` is among the
+    criteria, for the allocation that :func:`infoq_fx.quantize` makes by default.
 
     Results are deterministic, except for the CPU times. With ``cache_dir`` an interrupted audit resumes, and for
     another criterion or budget only what is new is measured.
@@ -105,6 +108,10 @@ def audit(
             those that need labels (``"loss"``, ``"accuracy"``); of the default ones, those that cannot judge the
             model, such as ``"hawq_v2"`` without classes, are left out with a warning in the log.
         budgets: mean weight bit-widths or :class:`infoq_fx.Budget` values.
+        references: searches without scores that get a row each, in minutes for every budget: ``"evolutionary"``,
+            ``"differentiable"``, or objects with options,
+            :class:`~infoq_fx.auditing.evolutionary.EvolutionarySearch` and
+            :class:`~infoq_fx.auditing.differentiable.DifferentiableSearch`.
         evaluation_data: the data that accuracy is measured on; None sets every second calibration sample aside for it.
         correlate: measure the accuracy drop of every layer at 4 bits and fewer and correlate scores with it; this takes
             about half as long as scoring.
@@ -127,8 +134,8 @@ def audit(
         progress: show progress bars on standard error.
 
     Raises:
-        OptionError: an argument cannot be used, a criterion is given twice, or activations are searched that a
-            criterion does not score.
+        OptionError: an argument cannot be used, a criterion or reference is given twice, or activations are searched
+            that a criterion does not score.
         CalibrationDataError: the data cannot be used.
         InfeasibleBudgetError: a budget is out of reach.
     """
@@ -137,7 +144,7 @@ def audit(
     check_metric(metric)
     if not isinstance(budgets, list | tuple):
         raise OptionError(f"budgets={budgets!r}; give a list, such as [4.0, 3.0]")
-    chosen, steps = _read_criteria(criteria), find_steps(recovery)
+    chosen, steps, searches = _read_criteria(criteria), find_steps(recovery), find_references(references)
     arguments = find_arguments(model)
     held_back = None if evaluation_data is None else read_data(evaluation_data, arguments)
     calibration, evaluation = _split(read_data(calibration_data, arguments), held_back)
@@ -193,6 +200,10 @@ def audit(
                 for name, limit in limits.items()
             }
             rows.append(judge("infoq, refined", refined))
+        rows += [
+            _judge_reference(judge, reference, prepared, limits, calibration, candidates, folder)
+            for reference in searches
+        ]
     return Audit(
         rows=tuple(rows),
         budgets=tuple(limits),
@@ -248,6 +259,36 @@ def _refine(
     return found
 
 
+def _judge_reference(
+    judge: Judge,
+    reference: Reference,
+    prepared: PreparedModel,
+    limits: Mapping[str, Budget],
+    data: CalibrationData,
+    candidates: Candidates | None,
+    folder: Path,
+) -> AuditRow:
+    """The row of a search; what it finds is kept."""
+    found, total = {}, 0.0
+    for name, limit in limits.items():
+        settings: dict[str, Plain] = {"measure": "reference", "search": repr(reference), "limits": str(limit)}
+        if limit.costs:  # user-defined costs are known by the allocation that is found under them
+            uniform = find_uniform(prepared.inventory, limit)[1]
+            settings["fits"] = json.dumps(uniform, sort_keys=True)
+        if candidates is not None:
+            settings |= candidates.describe()
+        path = result_path(folder, digest_run(prepared, data, settings, batch_size=choose_batch_size(prepared)))
+        kept = load_result(path)
+        bits, seconds = kept.get("bits"), kept.get("seconds")
+        if not isinstance(bits, dict) or not isinstance(seconds, float):
+            start = time.process_time()
+            bits = dict(reference(prepared, data, limit, candidates))
+            seconds = time.process_time() - start
+            store_result(path, {"bits": bits, "seconds": seconds})
+        found[name], total = Allocation(bits=bits), total + seconds
+    return replace(judge(reference.name, found), cpu_seconds=total)
+
+
 class _Timed:
     """A criterion that reports the CPU seconds since its measurements began: 0 if all of them were cached.
 
@@ -259,6 +300,9 @@ class _Timed:
         self.name, self.needs_data, self.kinds = criterion.name, criterion.needs_data, criterion.kinds
         self.runs_weights = runs_weights(criterion)
         self.describe, self.score = criterion.describe, criterion.score
+        for name in _OPTIONAL:
+            if hasattr(criterion, name):
+                setattr(self, name, getattr(criterion, name))
 
     def begin(
         self, prepared: PreparedModel, data: CalibrationData | None, *, batch_size: int, run_options: RunOptions

@@ -29,10 +29,10 @@ class AuditRow:
     ``hits`` says which evaluation samples are predicted correctly, by budget. ``nats`` is the divergence of their
     outputs from the float model's, which distinguishes allocations of equal top-1. ``correlation`` is Pearson's r
     between score and accuracy drop over layers and low bits, with its standard error; ``rank_correlation`` is
-    Spearman's. ``cpu_seconds`` is the time of scoring over all runs (without killed ones and workers); ``images`` is
-    the number of samples that scoring used. These five are None for rows without a criterion of their own. ``metrics``
-    are values of the user's metric by budget; ``sqnr_db`` has the signal-to-quantization-noise ratio of every output
-    that is read, in dB, by budget and name.
+    Spearman's. ``cpu_seconds`` is the time of scoring over all runs (without killed ones and workers), or of a search
+    for all budgets; ``images`` is the number of samples that scoring used. These five are None for other rows without a
+    criterion of their own. ``metrics`` are values of the user's metric by budget; ``sqnr_db`` has the
+    signal-to-quantization-noise ratio of every output that is read, in dB, by budget and name.
     """
 
     name: str
@@ -69,7 +69,7 @@ class AuditRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The result of an audit: a row per criterion, then ``"uniform"`` and, with InfoQ, ``"infoq, refined"``.
+    """The result of an audit: a row per criterion, ``"uniform"``, with InfoQ ``"infoq, refined"``, then all searches.
 
     ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
     ``float_top1`` is the float model's top-1 in percent.

@@ -61,6 +61,13 @@ def audit(
     budgets: Annotated[
         str, typer.Option(help="Mean weight bit-widths, separated by commas.", rich_help_panel="Search")
     ] = "5,4,3",
+    references: Annotated[
+        str,
+        typer.Option(
+            help="Searches to compare with, separated by commas: evolutionary, differentiable.",
+            rich_help_panel="Search",
+        ),
+    ] = "",
     evaluation_data: Annotated[
         Path | None,
         typer.Option(
@@ -110,6 +117,7 @@ def audit(
             read,
             criteria.split(","),
             budgets=limits,
+            references=[name.strip() for name in references.split(",") if name.strip()],
             evaluation_data=None if evaluation_data is None else read_samples(ctx.params, evaluation_data),
             correlate=correlate,
             bits=require_bits(bits or DEFAULT_BITS),

@@ -22,10 +22,12 @@ __all__ = [
     "check_model",
     "check_patterns",
     "check_rate",
+    "read_search_passes",
     "with_seed",
 ]
 
 _T = TypeVar("_T")
+_SEARCH_PASSES = 150
 
 
 def check_count(option: str, value: int, least: int) -> None:
@@ -56,6 +58,24 @@ def check_alpha(alpha: Any) -> None:
     """
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= float(alpha) < math.inf:
         raise OptionError(f"alpha={alpha!r} must be a finite number, 0 or more; give 1.0 to weigh both kinds alike")
+
+
+def read_search_passes(refine: Any, passes: Any) -> int:
+    """Return the number of passes that a search for better bit-widths may take: 0 unless ``refine`` is ``"search"``.
+
+    Raises:
+        OptionError: ``refine`` is neither a bool nor ``"search"``, or passes are given for no search or below 1.
+    """
+    if not isinstance(refine, bool) and refine != "search":
+        raise OptionError(f"refine={refine!r}; give True, False, or 'search' to improve the best proposal too")
+    if refine != "search":
+        if passes is not None:
+            raise OptionError(f"search_passes={passes!r} is for a search; give refine='search' too, or leave it out")
+        return 0
+    if passes is None:
+        return _SEARCH_PASSES
+    check_count("search_passes", passes, 1)
+    return int(passes)
 
 
 def check_device(device: Any) -> torch.device:

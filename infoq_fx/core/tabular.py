@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["align_rows", "format_with_error", "html_table"]
+__all__ = ["align_rows", "describe_ties", "format_with_error", "html_table"]
 
 _SMALL = 1e-4  # errors below it are written with an exponent
 
@@ -50,6 +50,11 @@ def html_table(caption: str, rows: Sequence[Sequence[str]], notes: Sequence[str]
         f'<div class="infoq-fx"><table><caption style="text-align:left"><b>{escape(caption)}</b></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}</div>"
     )
+
+
+def describe_ties(ties: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a line for each group of sites with one bit-width."""
+    return [f"tied to one bit-width: {', '.join(tie)}" for tie in ties]
 
 
 def format_with_error(value: float, error: float | None) -> str:

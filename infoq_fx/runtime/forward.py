@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import OutputLoss
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.held_outputs import HeldOutputs, OutputHolder
@@ -34,6 +33,7 @@ __all__ = [
     "hold_outputs",
     "map_whole",
     "measure_lost_nats",
+    "run_pairs",
     "run_perturbed",
     "run_whole",
 ]
@@ -114,7 +114,7 @@ def measure_lost_nats(
     data: CalibrationData,
     bits: Mapping[str, int],
     reference: HeldOutputs,
-    loss: OutputLoss,
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
     *,
     batch_size: int,
     run_options: RunOptions,
@@ -128,7 +128,8 @@ def measure_lost_nats(
         data: by the model's input names.
         bits: bit-width by site; sites that are not named are at 8 bits.
         reference: the float model's outputs for the same samples.
-        loss: what the outputs say.
+        loss: compares outputs of the float model with those of the run, nats ``[samples]``, as
+            :class:`infoq_fx.core.readings.OutputLoss` does.
         batch_size: samples per run.
         run_options: threads.
     """
@@ -228,6 +229,56 @@ def run_perturbed(
             own().run_plan(plan, known, bits=bits, read=read, is_stopped=run_options.stop.is_set)
 
         part = share * len(next(iter(batch.values()))) / data.samples
+        for _ in spread(perturb, runs):
+            run_options.advance(part)
+
+
+def run_pairs(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    sites: Sequence[QuantSite],
+    partners: Mapping[str, Sequence[QuantSite]],
+    observed: Iterable[fx.Node],
+    make_reader: Callable[[tuple[tuple[str, int], ...], int], ReadValue],
+    *,
+    batch_size: int,
+    run_options: RunOptions,
+    spread: ThreadMap,
+) -> None:
+    """Run every site at each of its candidates except 8, alone and with each partner at each of its own except 8.
+
+    All other sites are at 8 bits. Each run of a pair starts at the partner, from the values of the run of the site
+    alone. ``make_reader`` takes the (site, bit-width) of one or two sites and the batch's first sample index. The
+    progress bar advances by 1 for each (site, bit-width) of ``sites``.
+    """
+    wanted, integers = set(observed), find_integer_nodes(prepared)
+    others = {site.name: site for site in sites} | {site.name: site for found in partners.values() for site in found}
+    plans = {name: plan_perturbed_run(prepared, name, wanted, integers) for name in others}
+    starts = {s.name: set[fx.Node]().union(*(plans[p.name].boundary for p in partners[s.name])) for s in sites}
+    first = {s.name: plan_perturbed_run(prepared, s.name, wanted, integers, starts[s.name]) for s in sites}
+    boundary = set().union(*(plan.boundary for plan in (*plans.values(), *first.values())))
+    base = prepared.inventory.complete_floats({})
+    baseline_plan = plan_whole_run(prepared, boundary, integers, base)
+    interpreter = SiteInterpreter(prepared, integers)
+    interpreter.quantize_weights(others.values())
+    own = _ForkPerThread(interpreter)
+    runs = [(site, bits) for site in sites for bits in site.bits if bits != site.baseline_bits]
+    for start, batch in _number_batches(data, batch_size):
+        known = interpreter.run_plan(baseline_plan, {}, inputs=batch, bits=base, is_stopped=run_options.stop.is_set)
+
+        def perturb(run: tuple[QuantSite, int], start: int = start, known: Mapping[fx.Node, Any] = known) -> None:
+            fork, is_stopped, (site, bits) = own(), run_options.stop.is_set, run
+            read, given = make_reader(((site.name, bits),), start), {**base, site.name: bits}
+            found = fork.run_plan(first[site.name], known, bits=given, read=read, is_stopped=is_stopped)
+            for partner in partners[site.name]:
+                values = {node: found.get(node, known[node]) for node in plans[partner.name].boundary}
+                for width in partner.bits:
+                    if width != partner.baseline_bits and not is_stopped():
+                        pair = (site.name, bits), (partner.name, width)
+                        read, both = make_reader(pair, start), {**given, partner.name: width}
+                        fork.run_plan(plans[partner.name], values, bits=both, read=read, is_stopped=is_stopped)
+
+        part = len(next(iter(batch.values()))) / data.samples
         for _ in spread(perturb, runs):
             run_options.advance(part)
 

@@ -65,16 +65,21 @@ def plan_whole_run(
 
 
 def plan_perturbed_run(
-    prepared: PreparedModel, site: str, observed: Iterable[fx.Node], integers: frozenset[fx.Node] = frozenset()
+    prepared: PreparedModel,
+    site: str,
+    observed: Iterable[fx.Node],
+    integers: frozenset[fx.Node] = frozenset(),
+    keep: Iterable[fx.Node] = (),
 ) -> RunPlan:
     """Plan only what must run again for the ``observed`` nodes when one site's bit-width changes.
 
     Only nodes downstream of the site's quantizer and upstream of an observed node are in the plan; it is empty
-    if no observed node is downstream. The run ends with the last observed node.
+    if no observed node is downstream. The run ends with the last observed node. Nodes to ``keep`` are observed too, and
+    their values stay.
     """
-    moved = {site, *prepared.inventory.complete_floats({site: FLOAT16_BITS})}
+    kept, moved = set(keep), {site, *prepared.inventory.complete_floats({site: FLOAT16_BITS})}
     start = {node for node, module in prepared.quantizer_nodes() if module.site.name in moved}
-    return _plan(prepared, set(observed), set(), start, integers, _BASELINE)
+    return _plan(prepared, set(observed) | kept, kept, start, integers, _BASELINE)
 
 
 def _plan(

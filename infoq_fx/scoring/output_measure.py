@@ -32,6 +32,7 @@ __all__ = [
     "LOSS_OVER_PAIRS",
     "NOISE_TO_SIGNAL",
     "ClassLabels",
+    "LossOverPairs",
     "OutputMeasure",
     "OutputRecord",
     "Outputs",
@@ -126,15 +127,10 @@ class Outputs:
         return torch.stack([nats, over_pairs, divergence, noise, loss, 100 * lost])
 
     def _compare_over_pairs(self, reference: Sequence[Encoded], found: Sequence[Encoded]) -> Tensor:
-        """The nats of all outputs, those in ``paired`` by :func:`_diverge_over_pairs`; zeros if there are none."""
-        total = torch.zeros(reference[0].samples, dtype=torch.float64)
+        """The nats of all outputs, those in ``paired`` over pairs; zeros if there are none."""
         if not self.is_paired:
-            return total
-        each = self.loss.compare_each(reference, found)
-        for nats, others, reading, p, q in zip(each, self.paired, self.loss.readings, reference, found, strict=True):
-            weight = getattr(reading, "weight", 0.0)
-            total += nats if others is None else weight * _diverge_over_pairs(others, p.rows, q.rows)
-        return total
+            return torch.zeros(reference[0].samples, dtype=torch.float64)
+        return _lose_over_pairs(self.loss, self.paired, reference, found)
 
     @property
     def is_paired(self) -> bool:
@@ -172,6 +168,29 @@ class Outputs:
                 values[key] = float(rows.mean())
                 values[f"{key}:standard_error"] = float(rows.std(correction=0)) / math.sqrt(len(rows))
         return values
+
+
+@dataclass(frozen=True)
+class LossOverPairs:
+    """The nats of all outputs, those with few positions over pairs of samples, which has a tenth of the noise.
+
+    The change that a run makes to a sample's log-probabilities is applied to the float model's outputs for other
+    samples. It ranks runs, and is not in the unit of other losses: changes may be larger where decisions are near.
+    """
+
+    loss: OutputLoss
+    paired: tuple[Tensor | None, ...]
+
+    @classmethod
+    def begin(cls, loss: OutputLoss, reference: HeldOutputs) -> LossOverPairs:
+        """Choose the samples that every sample is paired with."""
+        return cls(loss, _read_paired(loss, reference))
+
+    def __call__(self, reference: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+        """Sum the nats of all outputs, float64 ``[samples]``; outputs of both runs in order, the same samples."""
+        if all(others is None for others in self.paired):
+            return self.loss(reference, found)
+        return _lose_over_pairs(self.loss, self.paired, self.loss.encode(reference), self.loss.encode(found))
 
 
 class OutputRecord:
@@ -312,6 +331,18 @@ def _read_paired(loss: OutputLoss, reference: HeldOutputs) -> tuple[Tensor | Non
         rows = torch.arange(count) * len(x) // count
         paired.append(Encoded(reading, x[rows]).probabilities.transpose(0, 1).contiguous())
     return tuple(paired)
+
+
+def _lose_over_pairs(
+    loss: OutputLoss, paired: Sequence[Tensor | None], reference: Sequence[Encoded], found: Sequence[Encoded]
+) -> Tensor:
+    """The nats of all outputs, those in ``paired`` by :func:`_diverge_over_pairs`."""
+    total = torch.zeros(reference[0].samples, dtype=torch.float64)
+    each = loss.compare_each(reference, found)
+    for nats, others, reading, p, q in zip(each, paired, loss.readings, reference, found, strict=True):
+        weight = getattr(reading, "weight", 0.0)
+        total += nats if others is None else weight * _diverge_over_pairs(others, p.rows, q.rows)
+    return total
 
 
 def _diverge_over_pairs(others: Tensor, reference: Tensor, found: Tensor) -> Tensor:

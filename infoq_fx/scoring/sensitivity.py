@@ -145,10 +145,12 @@ def measure_sensitivity(
             if missing:
                 if candidates is not None:
                     bar.set_description("rounding weights")
-                    prepared = _round(candidates, missing, prepared)
+                    also = sites if getattr(found, "runs_pairs", False) else missing
+                    prepared = _round(candidates, also, prepared)
                     bar.set_description(title)
                 _measure(prepared, data, found, missing, given, limit, batch_size, finished)
     ordered = [measured[site.name, bits] for site in sites for bits in site.bits if (site.name, bits) in measured]
+    score_pairs = getattr(found, "score_pairs", None)
     table = SensitivityTable(
         criterion=found.name,
         inventory=prepared.inventory,
@@ -159,6 +161,7 @@ def measure_sensitivity(
             "samples": None if data is None else data.samples,
             "outputs": "; ".join(prepared.output_notes),
         },
+        pairs={} if score_pairs is None else score_pairs(prepared, ordered),
     )
     return table, ordered
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from infoq_fx.allocation.solver import check_budget
 from infoq_fx.conversion.conversion import convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.core.option_checks import check_alpha, check_memory_limit
+from infoq_fx.core.option_checks import check_alpha, check_memory_limit, read_search_passes
 from infoq_fx.core.readings import Metric, check_metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.model_inputs import fit_data
@@ -45,7 +45,8 @@ def search_tolerance(
     metric: Metric | None = None,
     alpha: float = 1.0,
     pin: Mapping[str, int] | None = None,
-    refine: bool = True,
+    refine: bool | Literal["search"] = True,
+    search_passes: int | None = None,
     recovery: AnyRecovery = "fast",
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -74,7 +75,9 @@ def search_tolerance(
             tenth of the samples at a time, for the standard error, so labels must come from its arguments.
         alpha: factor on activation scores relative to weight scores (Eq. 5).
         pin: fixed bit-widths by site name.
-        refine: run a few allocations at every step and take the best, see :func:`infoq_fx.refine`.
+        refine: run a few allocations at every step and take the best, see :func:`infoq_fx.refine`; ``"search"`` then
+            improves it.
+        search_passes: forward passes that the search may take at every step, see :func:`infoq_fx.quantize`.
         recovery: see :func:`infoq_fx.recover`.
         seed: of recovery steps made from a name.
         cache_dir: folder that keeps every measured step, so that an interrupted or repeated search, or one with
@@ -93,6 +96,7 @@ def search_tolerance(
     check_memory_limit(memory_limit)
     if not isinstance(tolerance, Tolerance):
         raise OptionError(f"tolerance={tolerance!r}; give a Tolerance, such as Tolerance(drop=1.0)")
+    passes = read_search_passes(refine, search_passes)
     steps, arguments = find_steps(recovery, seed), ForwardArguments.exactly(prepared.input_names)
     data, judged = (fit_data(prepared, read_data(x, arguments)) for x in (calibration_data, validation_data))
     search = Search(
@@ -103,7 +107,8 @@ def search_tolerance(
         candidates=find_candidates(prepared, data, steps, memory_limit=memory_limit),
         alpha=alpha,
         pin=dict(pin or {}),
-        refine=refine,
+        refine=bool(refine),
+        search_passes=passes,
         resources=Resources(cache_dir=cache_dir, memory_limit=memory_limit, progress=progress),
     )
     return _run(search)
@@ -119,6 +124,7 @@ def quantize_within(
     *,
     alpha: float = 1.0,
     refine: bool = True,
+    search_passes: int = 0,
     keep_scores: Callable[[SensitivityTable], None] | None = None,
 ) -> QuantizedModule:
     """Score, search and convert: the steps of :func:`infoq_fx.quantize` with a tolerance after calibration.
@@ -130,11 +136,12 @@ def quantize_within(
         tolerance: what may be lost, and what is minimized.
         judging: the metric of a drop, None for top-1; the samples to validate with, and those to score and recover
             with, as :func:`divide_samples` returns them or by the model's input names.
-        scores: this and all following arguments are as for :func:`infoq_fx.api.quantize_prepared`.
+        scores: this and all following arguments are as for :func:`infoq_fx.pipeline.quantize_prepared`.
         steps: of recovery, in order.
         resources: of scoring; its ``cache_dir`` keeps steps too.
         alpha: factor on activation scores.
         refine: run a few allocations at every step.
+        search_passes: number of forward passes in which the best is then improved.
         keep_scores: called with the table as soon as scoring is done.
 
     Raises:
@@ -157,6 +164,7 @@ def quantize_within(
         alpha=alpha,
         pin={},
         refine=refine,
+        search_passes=search_passes,
         resources=resources,
     )
     found = _run(search)

@@ -57,6 +57,7 @@ class Search:
     pin: Mapping[str, int]
     refine: bool
     resources: Resources
+    search_passes: int = 0
 
     @property
     def prepared(self) -> PreparedModel:
@@ -69,9 +70,9 @@ class Search:
         return None if self.resources.cache_dir is None else Path(self.resources.cache_dir)
 
     @functools.cached_property
-    def held(self) -> CalibrationData:
-        """The samples that refinement judges by."""
-        return self.data.hold_back(self.prepared.batch_size or 1)[1]
+    def divided(self) -> tuple[CalibrationData, CalibrationData]:
+        """The samples that a search of refinement sees, and those that refinement judges by."""
+        return self.data.hold_back(self.prepared.batch_size or 1)
 
     @functools.cached_property
     def key(self) -> str:
@@ -85,6 +86,7 @@ class Search:
             "fitted": digest_run(self.prepared, self.data, {}, batch_size=size),
             "recovery": ", ".join(map(repr, self.steps)),
             "refine": self.refine,
+            "search passes": self.search_passes,
             "table": self.table.to_json(),
         }
         if self.candidates is not None and self.refine:
@@ -187,15 +189,18 @@ def _allocate_at_most(search: Search, budget: Budget, most: int | None) -> Alloc
 
 
 def _refine(search: Search, budget: Budget) -> Allocation:
+    measured, held = search.divided
     return choose_allocation(
         search.prepared,
         search.table,
         budget,
-        search.held,
+        held,
         alpha=search.alpha,
         pin=search.pin,
         candidates=search.candidates,
         memory_limit=search.resources.memory_limit,
+        search_passes=search.search_passes,
+        search_data=measured,
     )
 
 

@@ -1,6 +1,7 @@
 """Compare criteria on pretrained models: correlation, top-1 of their allocations, CPU time; means over seeds.
 
     python tests/benchmarks/audit.py [resnet20] [vit] [mobilenet_v2] [--seeds 3] [--criteria infoq hawq_v2 ...]
+                                     [--references evolutionary differentiable] [--budgets 4 3 2.5]
                                      [--bits 2 3 4 5 6 8] [--recovery fast] [--cache-dir FOLDER]
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). Weights are rounded to nearest
@@ -83,6 +84,8 @@ def main():
     parser.add_argument("models", nargs="*", default=["resnet20", "vit", "mobilenet_v2"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", nargs="+", default=list(infoq_fx.CRITERIA))
+    parser.add_argument("--references", nargs="+", default=[], help="evolutionary, differentiable")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="mean weight bits")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="candidate bit-widths")
     parser.add_argument("--recovery", default="none", help="none (weights rounded to nearest), fast or best")
     parser.add_argument("--cache-dir")
@@ -96,7 +99,8 @@ def main():
                 model,
                 calibration,
                 arguments.criteria,
-                BUDGETS,
+                arguments.budgets,
+                references=arguments.references,
                 evaluation_data=evaluation,
                 bits=arguments.bits,
                 recovery=arguments.recovery,

@@ -80,7 +80,7 @@ def test_the_seed_reaches_the_criterion_and_the_steps(command, folder, tmp_path,
         raise Asked
 
     monkeypatch.setattr("infoq_fx.api.score", score)
-    monkeypatch.setattr("infoq_fx.api.quantize_prepared", quantize_prepared)
+    monkeypatch.setattr("infoq_fx.pipeline.quantize_prepared", quantize_prepared)
     limit = ["--budget", 5] if command == "quantize" else []
     output = ["-o", tmp_path / "x.onnx", "--seed", 7, "--criterion", "hawq_v2", "--recovery", "best", *limit]
     found = run(command, folder / "model.pt2", folder / "data.npz", *output, "--bits", "4,8", "--no-progress")
@@ -324,7 +324,7 @@ def errors(folder):
         "no budget": (["allocate", scores], 1, "there is no budget; give --budget"),
         "bits": ([*files, "--budget", 4, "--bits", "two"], 1, "--bits is 'two'; give bit-widths"),
         "out of range": ([*files, "--budget", 4, "--bits", "1,4"], 1, "give integers from 2 to 8"),
-        "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 13: 'infoq'"),
+        "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 14: 'infoq'"),
         "recovery": ([*files, "--budget", 4, "--recovery", "fsat"], 1, "'fast'"),
         "pin": (["allocate", scores, "--budget", 4, "--pin", "head"], 1, "--pin is 'head'; give a glob"),
         "two tolerances": ([*files, "--max-drop", 1, "--max-nats", 1], 1, "drop and nats; give exactly one"),
@@ -337,6 +337,11 @@ def errors(folder):
         "no scores": (["allocate", folder / "no.json", "--budget", 4], 1, "No such file"),
         "no model": (["quantize", "no.pt2", *files[2:], "--budget", 4], 1, "save one with torch.export.save"),
         "no quantized": (["export", folder / "model.pt2", "-o", folder / "x.onnx"], 1, "save_quantized"),
+        "search of nothing": (
+            [*files, "--budget", 4, "--no-refine", "--search-passes", 9],
+            1,
+            "leave --no-refine out",
+        ),
         "both": ([*files, "--scores", scores, "--allocation", scores], 1, "give one"),
         "usage": (["allocate"], 2, "Missing argument"),
         "no such option": (["allocate", scores, "--bugdet", 4], 2, "No such option"),

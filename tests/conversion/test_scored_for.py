@@ -9,9 +9,9 @@ import torch
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
-from infoq_fx.api import quantize_prepared
 from infoq_fx.core.data import read_data
 from infoq_fx.graph.model_inputs import fit_data
+from infoq_fx.pipeline import quantize_prepared
 from infoq_fx.recovery.ladder import find_steps
 from infoq_fx.scoring.sensitivity import Resources
 

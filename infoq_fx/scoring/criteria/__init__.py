@@ -1,4 +1,4 @@
-"""The sensitivity criteria, one per file, registered by name in ``CRITERIA``."""
+"""The sensitivity criteria, one per file, registered by name in ``CRITERIA``; those of papers in ``literature``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Literal
 from infoq_fx.core.option_checks import check_count, with_seed
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criteria.alps import ALPS
-from infoq_fx.scoring.criteria.eagl import EAGL
 from infoq_fx.scoring.criteria.function import FunctionCriterion, ScoreFunction
-from infoq_fx.scoring.criteria.hawq_v2 import HAWQv2
 from infoq_fx.scoring.criteria.infoq import InfoQ
 from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
-from infoq_fx.scoring.criteria.limpq import LIMPQ
-from infoq_fx.scoring.criteria.mpqco import MPQCO
-from infoq_fx.scoring.criteria.ompq import OMPQ
+from infoq_fx.scoring.criteria.literature.alps import ALPS
+from infoq_fx.scoring.criteria.literature.clado import CLADO
+from infoq_fx.scoring.criteria.literature.eagl import EAGL
+from infoq_fx.scoring.criteria.literature.hawq_v2 import HAWQv2
+from infoq_fx.scoring.criteria.literature.limpq import LIMPQ
+from infoq_fx.scoring.criteria.literature.mpqco import MPQCO
+from infoq_fx.scoring.criteria.literature.ompq import OMPQ
 from infoq_fx.scoring.criteria.output_change import Accuracy, Loss, OutputKL, OutputSQNR
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
 from infoq_fx.scoring.criterion import Criterion, Kind, Measure
@@ -25,6 +26,7 @@ from infoq_fx.types import Observer, Plain
 
 __all__ = [
     "ALPS",
+    "CLADO",
     "CRITERIA",
     "EAGL",
     "LIMPQ",
@@ -66,6 +68,7 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
     "ompq": OMPQ,
     "limpq": LIMPQ,
     "alps": ALPS,
+    "clado": CLADO,
 }
 """Criteria by name, each with its default options."""
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criteria.alps import ALPS, Finetuning
+from infoq_fx.scoring.criteria.literature.alps import ALPS, Finetuning
 from infoq_fx.scoring.gradients import read_labelled
 
 

@@ -12,11 +12,11 @@ from torch.nn import functional
 from infoq_fx.core.data import read_data
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criteria.alps import ALPS
-from infoq_fx.scoring.criteria.hawq_v2 import HAWQv2
-from infoq_fx.scoring.criteria.limpq import LIMPQ
-from infoq_fx.scoring.criteria.mpqco import MPQCO
-from infoq_fx.scoring.criteria.ompq import OMPQ
+from infoq_fx.scoring.criteria.literature.alps import ALPS
+from infoq_fx.scoring.criteria.literature.hawq_v2 import HAWQv2
+from infoq_fx.scoring.criteria.literature.limpq import LIMPQ
+from infoq_fx.scoring.criteria.literature.mpqco import MPQCO
+from infoq_fx.scoring.criteria.literature.ompq import OMPQ
 from infoq_fx.scoring.gradients import read_labelled, shuffled_batches
 
 QUICK = {

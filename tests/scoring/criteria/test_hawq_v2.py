@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import infoq_fx
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.scoring.criteria.hawq_v2 import HAWQv2
+from infoq_fx.scoring.criteria.literature.hawq_v2 import HAWQv2
 
 
 def exact_average_trace(model, x, labels, site):

@@ -7,7 +7,7 @@ import torch
 from differentiated import WEIGHTS, measure, net, prepare
 from torch.nn import functional
 
-from infoq_fx.scoring.criteria.limpq import LIMPQ
+from infoq_fx.scoring.criteria.literature.limpq import LIMPQ
 from infoq_fx.scoring.gradients import shuffled_batches
 
 

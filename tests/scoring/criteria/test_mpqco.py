@@ -9,7 +9,7 @@ from differentiated import WEIGHTS, measure, prepare, weight_error
 from torch import nn
 from torch.nn import functional
 
-from infoq_fx.scoring.criteria.mpqco import MPQCO
+from infoq_fx.scoring.criteria.literature.mpqco import MPQCO
 
 
 def test_mpqco_is_half_the_mean_squared_projection(small):

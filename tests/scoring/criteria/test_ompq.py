@@ -6,7 +6,7 @@ import torch
 from differentiated import measure, prepare
 from torch import nn
 
-from infoq_fx.scoring.criteria.ompq import OMPQ, orthogonality
+from infoq_fx.scoring.criteria.literature.ompq import OMPQ, orthogonality
 
 
 def orm_by_definition(f, g):
@@ -34,7 +34,7 @@ def test_ompq_is_the_definition(is_centred, monkeypatch):
         for bits in (2, 4, 8):
             # The 8-bit model's outputs are not quite the float model's.
             assert scores[site][bits].value == pytest.approx((8 - bits) * expected, rel=0.02)
-    monkeypatch.setattr("infoq_fx.scoring.criteria.ompq._GROUP_BYTES", 1)
+    monkeypatch.setattr("infoq_fx.scoring.criteria.literature.ompq._GROUP_BYTES", 1)
     assert measure(OMPQ(beta=beta, is_centred=is_centred), prepared, data) == scores
 
 

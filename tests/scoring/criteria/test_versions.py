@@ -126,7 +126,7 @@ def test_a_raised_version_is_measured_again(case, tmp_path, monkeypatch):
     table = infoq_fx.score(prepared, data, **options)
     kept = {path.parent.name for path in tmp_path.rglob("*bit-*.json")}
     assert infoq_fx.score(prepared, data, **options) == table
-    monkeypatch.setattr("infoq_fx.scoring.criteria.eagl._ALGORITHM_VERSION", 2)
+    monkeypatch.setattr("infoq_fx.scoring.criteria.literature.eagl._ALGORITHM_VERSION", 2)
     again = infoq_fx.score(prepared, data, **options)
     assert again.scores == table.scores
     assert again.settings["algorithm_version"] == 2

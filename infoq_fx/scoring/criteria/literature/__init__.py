@@ -1,0 +1,1 @@
+"""Criteria that other papers propose, one per file."""
