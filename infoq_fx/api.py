@@ -121,8 +121,8 @@ def quantize(
             ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
         seed: of all random numbers but those of criteria and recovery steps given as objects, which have their own.
         device: of the computations and of the result.
-        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for a weight of
-            up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized. Hardware
+        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for a weight
+            of up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized. Hardware
             that multiplies integers of few bits, and QONNX files for it, need uniform ones.
         dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
             as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
