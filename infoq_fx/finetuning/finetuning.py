@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from infoq_fx.core.option_checks import check_count, check_memory_limit, check_r
 from infoq_fx.core.readings import Categorical, OutputLoss, Reading
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import OptionError
+from infoq_fx.finetuning.augmentation import Augment, find_augment, name_augment
 from infoq_fx.finetuning.retraining import TrainableModule, to_quantized, to_trainable
 from infoq_fx.finetuning.trainable import float_copy
 from infoq_fx.finetuning.training_data import Form, Samples, Source, digest_tensors, open_source
@@ -52,7 +53,7 @@ from infoq_fx.runtime.outputs import find_labelled
 __all__ = ["finetune"]
 
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
-_FORMAT, _VERSION = "infoq_fx.finetune", 4
+_FORMAT, _VERSION = "infoq_fx.finetune", 5
 
 
 def finetune(
@@ -66,6 +67,7 @@ def finetune(
     batch_size: int = 32,
     label_weight: float = 0.0,
     temperature: float = 4.0,
+    augment: Augment | Literal["images"] | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     memory_limit: int | None = None,
@@ -102,7 +104,12 @@ def finetune(
         temperature: divisor of both models' outputs in the loss, which is multiplied by its square. Above 1, the float
             model's probabilities of the less likely classes have more influence, which helps if there are few samples
             per class. The loss on held-out samples always uses 1.
-        seed: of the order of samples, and of a loader's random numbers from torch.
+        augment: changes the inputs of every batch at random, and the float model says what comes out of them: a
+            training on few samples can then be longer. ``"images"`` crops, mirrors and mixes images, see
+            :func:`infoq_fx.finetuning.augmentation.augment_images`; a function of your own takes the inputs by name and
+            a ``torch.Generator``, and returns inputs of the same shapes. Not with labels. The float model then runs for
+            every batch.
+        seed: of the order of samples, of the augmentation, and of a loader's random numbers from torch.
         checkpoint: file that is written after every epoch; the same call resumes from it. It is valid only for the same
             parameters of both models, the same data (of a loader: the held-out samples) and the same options.
         memory_limit: bytes that batches may take besides model, optimizer and data, for each thread about half of it:
@@ -130,6 +137,7 @@ def finetune(
     check_rate("learning_rate", learning_rate)
     if isinstance(label_weight, bool) or not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
         raise OptionError(f"label_weight={label_weight!r}; give a number from 0 (no labels) to 1 (only labels)")
+    changed = find_augment(augment, label_weight)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise OptionError(
@@ -147,6 +155,7 @@ def finetune(
         form = Form(provenance.example_inputs, needs_labels=label_weight > 0)
         whole = provenance.batch_size or 1
         source = open_source(data, validation_data, form, batch_size=batch_size, seed=seed, whole=whole)
+        source = replace(source, augment=changed)
         file = None if path is None else _File(path, _digest_call(student, float_model, source, settings, provenance))
         with thread_map(threads, threading.Event()) as spread:
             run_bytes = choose_gradient_bytes(memory_limit)
@@ -204,6 +213,7 @@ def _digest_call(
         "the quantized model": digest_tensors([*sorted(student.state_dict().items()), *bits]),
         "the float model": digest_tensors(sorted(of_teacher.items())),
         "the data": digest_tensors(source.tensors()),
+        "the augmentation": name_augment(source.augment),
         **dataclasses.asdict(settings),
     }
 
@@ -236,7 +246,7 @@ def _prepare(
         held, kept = hold_reference(source.held_back, ask, size, spread), source.training
         assert held.reference is not None
         variances = measure_variances(readings, HeldOutputs(held.reference))
-        if kept is not None:
+        if kept is not None and source.augment is None:
             kept = hold_reference(kept, ask, size, spread)
         source = replace(source, held_back=held, training=kept)
     loss = OutputLoss(readings, variances, provenance.loss_function)

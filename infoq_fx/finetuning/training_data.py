@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.data import CalibrationData, ForwardArguments, read_data
-from infoq_fx.errors import CalibrationDataError
+from infoq_fx.errors import CalibrationDataError, OptionError
+from infoq_fx.finetuning.augmentation import Augment
 
 __all__ = ["Form", "Samples", "Source", "digest_tensors", "open_source"]
 
@@ -21,6 +22,7 @@ _SHARE = 5  # every fifth sample is held out
 _FEWEST, _ENOUGH = 16, 64
 _MOST_OF_LOADER = 2048
 _EPOCHS_APART = 1_000_003
+_OF_AUGMENTATION = 0x5EED
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,21 @@ class Form:
         labels = named.labels if self.needs_labels else None
         return Samples(named.inputs, labels, by_name=not found.is_positional)
 
+    @staticmethod
+    def check_alike(inputs: Any, before: Mapping[str, Tensor]) -> None:
+        """Check that augmented inputs have the form of those before.
+
+        Raises:
+            OptionError: they do not.
+        """
+        is_alike = isinstance(inputs, Mapping) and set(inputs) == set(before)
+        if not is_alike or any(
+            not isinstance(inputs[name], Tensor) or (inputs[name].shape, inputs[name].dtype) != (x.shape, x.dtype)
+            for name, x in before.items()
+        ):
+            wanted = ", ".join(f"{name!r} {x.dtype} {list(x.shape)}" for name, x in before.items())
+            raise OptionError(f"augment must return inputs like those that it gets, {wanted}; got something else")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -97,6 +114,7 @@ class Source:
 
     ``steps`` is the number of batches per epoch. If the graph is fixed to ``whole`` samples per run, every batch has a
     multiple of it. Every ``stride``-th sample of a loader is held out; None if there is other validation data.
+    ``augment`` changes the inputs of every batch, whose reference outputs are then not known.
     """
 
     form: Form
@@ -108,6 +126,7 @@ class Source:
     batch_size: int
     seed: int
     whole: int
+    augment: Augment | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors held in memory, with their names."""
@@ -118,6 +137,16 @@ class Source:
 
     def batches(self, epoch: int) -> Iterator[Samples]:
         """Yield the batches of an epoch, which do not depend on earlier epochs."""
+        generator = torch.Generator().manual_seed((self.seed * _EPOCHS_APART + epoch) ^ _OF_AUGMENTATION)
+        for samples in self._plain_batches(epoch):
+            if self.augment is None:
+                yield samples
+            else:
+                inputs = self.augment(samples.inputs, generator)
+                self.form.check_alike(inputs, samples.inputs)
+                yield replace(samples, inputs=inputs, reference=None)
+
+    def _plain_batches(self, epoch: int) -> Iterator[Samples]:
         seed = self.seed * _EPOCHS_APART + epoch
         if self.training is not None:
             order = torch.randperm(self.training.count, generator=torch.Generator().manual_seed(seed))
