@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,15 @@ from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_
 from infoq_fx.quantization.quantizers import spec_of
 from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, check_bits
 
+_TORCH_LOG = logging.getLogger("torch.utils._pytree")
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Whether a line is not what torch logs as torchao, not its user, registers an Enum."""
+    return "is an Enum subclass" not in str(record.msg)
+
+
+_TORCH_LOG.addFilter(_is_of_others)
 try:
     from torchao.quantization.pt2e.observer import HistogramObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import (
@@ -37,6 +47,8 @@ try:
     from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 except ImportError as missing:
     raise MissingExtraError(f'InfoqQuantizer needs torchao ({missing}): pip install "infoq-fx[torchao]"') from missing
+finally:
+    _TORCH_LOG.removeFilter(_is_of_others)
 
 __all__ = ["InfoqQuantizer"]
 

@@ -1,5 +1,6 @@
 import builtins
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -197,7 +198,7 @@ def test_all_kinds_of_weights_are_taken_over(kind):
     converted = through_torchao(model, infoq_fx.InfoqQuantizer(quantized), x)
     with torch.no_grad():
         assert torch.equal(converted(x), quantized(x))
-        assert 0 < (quantized(x) - model(x)).abs().max()
+        assert (quantized(x) - model(x)).abs().max() > 0
     bits = infoq_fx.allocation_of(quantized).bits
     found = [node for node in converted.graph.nodes if str(node.target) == DEQUANTIZE_WEIGHT]
     weights = [site for site in infoq_fx.prepare(model, x).inventory.sites if site.kind == "weight"]
@@ -241,6 +242,12 @@ def test_what_cannot_be_used_is_refused(case):
     other = Allocation(bits={**allocation.bits, "tail.weight": 4})
     with pytest.raises(infoq_fx.OptionError, match=r"as 'tail\.weight'; give one of this model; nearest there"):
         prepare_pt2e(exported(model), infoq_fx.InfoqQuantizer(other))
+
+
+def test_importing_it_prints_nothing():
+    """A new process, as torchao is imported once only."""
+    done = subprocess.run([sys.executable, "-c", "import infoq_fx; infoq_fx.InfoqQuantizer"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
