@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from infoq_fx.errors import unknown_name_error
 
 __all__ = [
+    "CHAIN_BYTES",
     "CONTAINERS",
     "DEFAULT_TARGET",
     "IR_VERSION",
+    "NODE_BYTES",
     "OPSET_VERSION",
     "TARGETS",
     "Container",
@@ -21,6 +23,11 @@ __all__ = [
 
 
 OPSET_VERSION, IR_VERSION = 18, 8  # of every file
+
+CHAIN_BYTES = 300
+"""Bytes of the operators that unpack the weights of one bit-width in container ``exact``."""
+NODE_BYTES = 40
+"""Bytes of those of one weight."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from infoq_fx.errors import InfeasibleBudgetError, OptionError
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Budget, Operation
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
     inventory = table.inventory

@@ -17,14 +17,13 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from infoq_fx.core.targets import CHAIN_BYTES, NODE_BYTES
 from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
 
 __all__ = ["pack_weights"]
 
 _FIELDS = {4: 1, 2: 2, 1: 3}  # the bits of a field, and log2 of how many a byte holds
 _GROUP = 8  # values that take whole bytes at any bit-width
-_CHAIN_BYTES = 300  # the operators of one bit-width in the file
-_NODE_BYTES = 40  # the operators of one weight
 _WIDTHS = range(1, 8)
 
 
@@ -73,10 +72,10 @@ def _choose_widths(weights: Iterable[tuple[int, int]]) -> tuple[int, ...]:
         counts[width].append(count)
 
     def total(chosen: tuple[int, ...]) -> int:
-        size = _CHAIN_BYTES * len(chosen)
+        size = CHAIN_BYTES * len(chosen)
         for width, held in counts.items():
             taken = next((own for own in chosen if own >= width), 8)
-            size += _packed_bytes(sum(held), taken) + (_NODE_BYTES * len(held) if taken < 8 else 0)
+            size += _packed_bytes(sum(held), taken) + (NODE_BYTES * len(held) if taken < 8 else 0)
         return size
 
     used = [width for width in _WIDTHS if counts[width]]
