@@ -438,7 +438,7 @@ def check_bits(bits: Any, option: str) -> tuple[int, ...]:
     Raises:
         OptionError: there are none, or one is neither an integer from 2 to 8 nor 16 (float).
     """
-    given = tuple(bits) if isinstance(bits, Iterable) else (bits,)
+    given = tuple(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else (bits,)
     known = f"integers from {MIN_BITS} to {MAX_BITS}, or {FLOAT16_BITS} for float"
     if not given:
         raise OptionError(f"{option} is empty; give {known}")

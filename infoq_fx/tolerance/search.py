@@ -26,7 +26,7 @@ from infoq_fx.tolerance.bisection import find_smallest
 from infoq_fx.tolerance.measurement import Validation
 from infoq_fx.tolerance.result import ToleranceResult, choose_step
 from infoq_fx.tolerance.steps import Search, StepTaker, explain_failure
-from infoq_fx.tolerance.tolerance import Tolerance, read_range
+from infoq_fx.tolerance.tolerance import Tolerance, check_tolerance, read_range
 from infoq_fx.types import Budget
 
 __all__ = ["divide_samples", "quantize_within", "search_tolerance"]
@@ -91,8 +91,7 @@ def search_tolerance(
     check_table(table)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
-    if not isinstance(tolerance, Tolerance):
-        raise OptionError(f"tolerance={tolerance!r}; give a Tolerance, such as Tolerance(drop=1.0)")
+    check_tolerance(tolerance)
     steps, arguments = find_steps(recovery, seed), ForwardArguments.exactly(prepared.input_names)
     data, judged = (fit_data(prepared, read_data(x, arguments)) for x in (calibration_data, validation_data))
     search = Search(
@@ -180,6 +179,8 @@ def divide_samples(
         OptionError: ``validation_data`` or ``metric`` is given for a budget that is not a tolerance.
         CalibrationDataError: there is no data, or too little to hold some back.
     """
+    if isinstance(budget, type) and issubclass(budget, Tolerance):
+        check_tolerance(budget)
     calibration = None if calibration_data is None else read_data(calibration_data, arguments)
     if not isinstance(budget, Tolerance):
         for name, value in (("validation_data", validation_data), ("metric", metric)):
