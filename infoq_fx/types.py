@@ -112,7 +112,7 @@ class QuantSite:
     tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
     convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
     in ``follows`` is: for such a tensor an operand of the convolution that makes it, or the same tensor as another
-    layer reads it; for the input of a single layer its weight.
+    layer reads it; for the input of a single layer its weight; for the second operand of a product the first.
     """
 
     name: str

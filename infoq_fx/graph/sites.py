@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.graph.inventory import find_float_weights, take_inventory
-from infoq_fx.graph.layers import LAYER_OPS, module_path, read_tensor
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, module_path, read_tensor
 from infoq_fx.graph.operands import (
     MultiplyingLayer,
     Placement,
@@ -98,7 +98,7 @@ def find_sites(
     ties = _find_ties(layers, tie)
     placements = _share_candidates(placements, ties)
     if activation_bits is not None and activation_bits != (FLOAT16_BITS,):
-        placements = _follow_weights(placements)
+        placements = _follow_operands(_follow_weights(placements))
         placements += _place_fused(graph_module, all_layers, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
@@ -295,6 +295,22 @@ def _follow_weights(placements: Sequence[Placement]) -> list[Placement]:
     for p in placements:
         weight = floats.get(p.users[0]) if p.site.kind == "activation" and len(p.users) == 1 else None
         found.append(p if weight is None else replace(p, site=replace(p.site, follows=(weight,))))
+    return found
+
+
+def _follow_operands(placements: Sequence[Placement]) -> list[Placement]:
+    """Let the second operand of a product of activations follow the first: a float operand leaves no integer kernel.
+
+    Two operands that both lose much are then measured together. One that something else reads too is left alone.
+    """
+    first: dict[fx.Node, str] = {}
+    found = []
+    for p in placements:
+        is_product = p.site.kind == "activation" and p.users[0].target in (*MATMUL_OPS, ATTENTION)
+        before = first.get(p.users[0]) if is_product and len(p.users) == 1 else None
+        if is_product and FLOAT16_BITS in p.site.bits:
+            first.setdefault(p.users[0], p.site.name)
+        found.append(p if before is None else replace(p, site=replace(p.site, follows=(before,))))
     return found
 
 
