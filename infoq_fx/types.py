@@ -248,7 +248,7 @@ class Budget:
         compression: float32 bits over bits of all weights (the paper's W-C); those that stay in float, as of
             ignored layers, count 32 bits.
         size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container
-            ``"exact"`` stores them, their scales (4 bytes per channel) and all other parameters (biases and ignored
+            ``"exact"`` stores them (a byte each where they are too few for that), their scales (4 bytes per channel) and all other parameters (biases and ignored
             layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;
             :func:`infoq_fx.summarize` says both for a file.
         bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2); a tensor
