@@ -247,10 +247,10 @@ class Budget:
         weight_bits: mean bit-width over the weights of all quantized layers.
         compression: float32 bits over bits of all weights (the paper's W-C); those that stay in float, as of
             ignored layers, count 32 bits.
-        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container
-            ``"exact"`` stores them (a byte each where they are too few for that), their scales (4 bytes per channel) and all other parameters (biases and ignored
-            layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;
-            :func:`infoq_fx.summarize` says both for a file.
+        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container ``"exact"``
+            stores them (a byte each where they are too few for that), their scales (4 bytes per channel) and all
+            other parameters (biases and ignored layers, 4 bytes each). A file stores most scales and biases in less,
+            and has the graph besides; :func:`infoq_fx.summarize` says both for a file.
         bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2); a tensor
             left in float by the bit-width 16 counts 16 bits, one that is not quantized at all 32.
         activation_bytes: sum of the bytes of all searched activation sites, for one sample.

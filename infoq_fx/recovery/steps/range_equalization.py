@@ -58,19 +58,20 @@ class RangeEqualization:
 
         f_c = 2^round(log2(k r2_c^(1-s) / r1_c^s)),  at least 2^-6, at most 2^6, s = 1/2 or 1
 
-    with r1_c its largest absolute value over the data, r2_c the largest absolute weight of channel c in the layers that
-    read it, and k such that the tensor's largest range is kept, up to the rounding; f_c is 1 if either is zero. Row c of
-    the first weight and its bias are multiplied by f_c, and the second weight's values for channel c are divided by it.
-    Powers of two are exact: the float model's outputs do not change by a bit (except for subnormal numbers), nor do the
-    integers of the first weight, whose scales are multiplied too.
+    with r1_c its largest absolute value over the data, r2_c the largest absolute weight of channel c in the layers
+    that read it, and k such that the tensor's largest range is kept, up to the rounding; f_c is 1 if either is zero.
+    Row c of the first weight and its bias are multiplied by f_c, and the second weight's values for channel c are
+    divided by it. Powers of two are exact: the float model's outputs do not change by a bit (except for subnormal
+    numbers), nor do the integers of the first weight, whose scales are multiplied too.
 
-    The first may also be a layer norm, an RMS norm or a product with a parameter per channel, and several linear layers
-    may read the tensor. Between them there may only be ReLU, leaky ReLU, PReLU, pooling, means over space, products with
-    another tensor (gates) and quantizers, and nothing else may read the values: factors cannot pass a clamp such as ReLU6
-    or a residual addition. Behind GELU, SiLU and other curves, which no factor passes, a product with the factors is
-    added to the graph. A pair is equalized only if ``E |W x - W^ x^|^2``, the squared error of the readers' outputs with
-    weights and input quantized at their bit-widths, falls by more than 1 % on the float model's x, and by more than
-    20 % for a product that is added. The better s is taken. Pairs are processed in graph order.
+    The first may also be a layer norm, an RMS norm or a product with a parameter per channel, and several linear
+    layers may read the tensor. Between them there may only be ReLU, leaky ReLU, PReLU, pooling, means over space,
+    products with another tensor (gates) and quantizers, and nothing else may read the values: factors cannot pass a
+    clamp such as ReLU6 or a residual addition. Behind GELU, SiLU and other curves, which no factor passes, a product
+    with the factors is added to the graph. A pair is equalized only if ``E |W x - W^ x^|^2``, the squared error of
+    the readers' outputs with weights and input quantized at their bit-widths, falls by more than 1 % on the float
+    model's x, and by more than 20 % for a product that is added. The better s is taken. Pairs are processed in graph
+    order.
 
     The result has a different float model as its ``origin``, which later steps build on: this step must come first. The
     qparams of the weights and of the tensors between are recomputed for all bit-widths.
