@@ -87,7 +87,7 @@ def check_tolerance(tolerance: Any) -> Tolerance:
     """
     if not isinstance(tolerance, Tolerance):
         found = "the class Tolerance" if tolerance is Tolerance else repr(tolerance)
-        raise OptionError(f"the tolerance is {found}; give a Tolerance, such as Tolerance(drop=1.0)")
+        raise OptionError(f"tolerance={found}; give a Tolerance, such as Tolerance(drop=1.0)")
     return tolerance
 
 
