@@ -125,8 +125,8 @@ class QuantSite:
     tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
     convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
     in ``follows`` is: for such a tensor an operand of the convolution that makes it, or the same tensor as another
-    layer reads it; for the input of a single layer its weight. With ``has_codebook``, a weight of up to
-    :data:`CODEBOOK_BITS` bits has a codebook of levels.
+    layer reads it; for the input of a single layer its weight; for the second operand of a product the first. With
+    ``has_codebook``, a weight of up to :data:`CODEBOOK_BITS` bits has a codebook of levels.
     """
 
     name: str
@@ -262,10 +262,10 @@ class Budget:
         weight_bits: mean bit-width over the weights of all quantized layers.
         compression: float32 bits over bits of all weights (the paper's W-C); those that stay in float, as of
             ignored layers, count 32 bits.
-        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container
-            ``"exact"`` stores them, their scales (4 bytes per channel) and all other parameters (biases and ignored
-            layers, 4 bytes each). A file stores most scales and biases in less, and has the graph besides;
-            :func:`infoq_fx.summarize` says both for a file.
+        size_bytes: bytes of everything the model stores: weights packed at their bit-widths, as container ``"exact"``
+            stores them (a byte each where they are too few for that), their scales (4 bytes per channel) and all
+            other parameters (biases and ignored layers, 4 bytes each). A file stores most scales and biases in less,
+            and has the graph besides; :func:`infoq_fx.summarize` says both for a file.
         bitops: sum over multiply-accumulates of weight bits times activation bits, for one sample (Eq. 2); a tensor
             left in float by the bit-width 16 counts 16 bits, one that is not quantized at all 32.
         activation_bytes: sum of the bytes of all searched activation sites, for one sample.
@@ -438,7 +438,7 @@ def check_bits(bits: Any, option: str) -> tuple[int, ...]:
     Raises:
         OptionError: there are none, or one is neither an integer from 2 to 8 nor 16 (float).
     """
-    given = tuple(bits) if isinstance(bits, Iterable) else (bits,)
+    given = tuple(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else (bits,)
     known = f"integers from {MIN_BITS} to {MAX_BITS}, or {FLOAT16_BITS} for float"
     if not given:
         raise OptionError(f"{option} is empty; give {known}")

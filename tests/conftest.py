@@ -63,3 +63,12 @@ def images():
     """64 images [64, 1, 8, 8] and labels [64]."""
     generator = torch.Generator().manual_seed(2)
     return torch.randn(64, 1, 8, 8, generator=generator), torch.randint(0, 5, (64,), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def free_unpacking():
+    """Weights of any size are counted at their bits, as if the operators that unpack them took no bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infoq_fx.allocation.cost.CHAIN_BYTES", -1)
+        patch.setattr("infoq_fx.allocation.cost.NODE_BYTES", -1)
+        yield

@@ -111,7 +111,7 @@ PROVOKED = {
         lambda c: infoq_fx.search_tolerance(
             c.prepared,
             c.table,
-            infoq_fx.Tolerance(sqnr_db=200.0),
+            infoq_fx.Tolerance(sqnr_db=200.0, minimize="weight_bits"),
             torch.randn(16, 4),
             validation_data=torch.randn(16, 4),
             recovery="none",
@@ -122,7 +122,11 @@ PROVOKED = {
     "drop_without_labels": (
         "CalibrationDataError",
         lambda c: infoq_fx.search_tolerance(
-            c.prepared, c.table, infoq_fx.Tolerance(drop=1.0), torch.randn(16, 4), validation_data=torch.randn(16, 4)
+            c.prepared,
+            c.table,
+            infoq_fx.Tolerance(drop=1.0, minimize="weight_bits"),
+            torch.randn(16, 4),
+            validation_data=torch.randn(16, 4),
         ),
         ["labels", "nats="],
     ),
@@ -132,6 +136,12 @@ PROVOKED = {
     "alpha": ("OptionError", lambda c: infoq_fx.allocate(c.table, 3.0, alpha=-1.0), ["alpha=-1.0", "1.0"]),
     "pin": ("OptionError", lambda c: infoq_fx.allocate(c.table, 3.0, pin={"0.wieght": 4}), ["0.wieght", "0.weight"]),
     "bits": ("OptionError", lambda c: check_bits((1, 2), "bits"), ["1", "2 to 8"]),
+    "bits_as_text": ("OptionError", lambda c: check_bits("16", "bits"), ["holds '16'; give integers", "16 for float"]),
+    "a_class": (
+        "OptionError",
+        lambda c: infoq_fx.quantize(nn.Linear(4, 3), infoq_fx.Tolerance, calibration_data=torch.randn(32, 4)),
+        ["the class Tolerance", "Tolerance(drop=1.0)"],
+    ),
     "criterion": ("OptionError", lambda c: infoq_fx.score(c.prepared, criterion="info"), ["'info'", "'infoq'"]),
     "criterion_without_data": (
         "CalibrationDataError",

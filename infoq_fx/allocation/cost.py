@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -11,8 +12,20 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
+from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, NODE_BYTES
 from infoq_fx.errors import OptionError, unknown_name_error
-from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, FLOAT_BITS, Budget, Cost, Inventory, Operation, QuantSite
+from infoq_fx.types import (
+    CODEBOOK_BITS,
+    FLOAT16_BITS,
+    FLOAT_BITS,
+    MAX_BITS,
+    MIN_BITS,
+    Budget,
+    Cost,
+    Inventory,
+    Operation,
+    QuantSite,
+)
 
 __all__ = [
     "COSTS",
@@ -24,6 +37,7 @@ __all__ = [
     "build_cost_row",
     "measure_cost",
     "operation_bitops",
+    "packs_weights",
     "weight_bytes",
 ]
 
@@ -89,16 +103,32 @@ class CostRow:
         return sum(low.values()) + sum(min(table.values()) for table in self.products.values())
 
 
-def weight_bytes(site: QuantSite, bits: int) -> int:
-    """Return the bytes of a weight packed at ``bits``, with its scales (float32, one per channel or one in all).
+def weight_bytes(site: QuantSite, bits: int, *, is_packed: bool = True) -> int:
+    """Return the bytes of a weight at ``bits``, with its scales (float32, one per channel or one in all).
 
-    Levels of a codebook take a byte each. A weight of 16 bits, in float16, has no scales.
+    Levels of a codebook take a byte each. A weight of 16 bits, in float16, has no scales. A weight of fewer than 8 bits
+    takes a byte a value where it is so small that the operators that unpack it take more than packing saves.
+
+    Args:
+        site: of the weight.
+        bits: its bit-width.
+        is_packed: whether the file packs weights, see :func:`packs_weights`.
     """
     if bits == FLOAT16_BITS:
         return _packed_bytes(site.numel, bits)
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
-    levels = 1 << bits if site.has_codebook and bits <= CODEBOOK_BITS else 0
-    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + levels
+    if not is_packed or _saved_bytes(site, bits) <= 0:
+        return _packed_bytes(site.numel, max(bits, MAX_BITS)) + _SCALE_BYTES * channels
+    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + _count_levels(site, bits)
+
+
+def packs_weights(inventory: Inventory) -> bool:
+    """Return whether weights of few bits take less in a file: not in a network of a few hundred weights.
+
+    The operators that unpack the weights of one bit-width then take more than packing all of them saves.
+    """
+    saved = (_saved_bytes(site, MIN_BITS) for site in inventory.sites if site.kind == "weight")
+    return sum(max(0, each) for each in saved) > CHAIN_BYTES
 
 
 def activation_bytes(site: QuantSite, bits: int) -> int:
@@ -141,10 +171,12 @@ def measure_cost(inventory: Inventory, bits: Mapping[str, int], names: Iterable[
     total_bits = sum(site.numel * _look_up(bits, site.name) for site in weights)
     float_bits = FLOAT_BITS * (numel + inventory.ignored_weights)
     stored_bits = total_bits + FLOAT_BITS * inventory.ignored_weights
+    is_packed = packs_weights(inventory)
     return Cost(
         weight_bits=total_bits / numel if numel else float(FLOAT_BITS),
         compression=float_bits / stored_bits if stored_bits else 1.0,
-        size_bytes=sum(weight_bytes(site, bits[site.name]) for site in weights) + inventory.float_bytes,
+        size_bytes=sum(weight_bytes(site, bits[site.name], is_packed=is_packed) for site in weights)
+        + inventory.float_bytes,
         bitops=sum(
             operation_bitops(operation, _operand_bits(bits, operation.left), _operand_bits(bits, operation.right))
             for operation in inventory.operations
@@ -179,6 +211,8 @@ def build_cost_row(
         _count_bitops(inventory, choices, costs, pairs)
     else:
         kind, measure = _SITE_COSTS[name]
+        if name == "size_bytes":
+            measure = functools.partial(weight_bytes, is_packed=packs_weights(inventory))
         leaders = inventory.leaders
         for site in inventory.sites:
             if site.kind == kind and (site.is_searched or kind == "weight"):
@@ -217,6 +251,16 @@ _SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
     "size_bytes": ("weight", weight_bytes),
     "activation_bytes": ("activation", activation_bytes),
 }
+
+
+def _saved_bytes(site: QuantSite, bits: int) -> int:
+    """What packing a weight saves beside a byte a value, less its own operators."""
+    levels = _count_levels(site, bits)
+    return site.numel - _packed_bytes(site.numel, bits) - NODE_BYTES - (LEVELS_BYTES + levels if levels else 0)
+
+
+def _count_levels(site: QuantSite, bits: int) -> int:
+    return 1 << bits if site.has_codebook and bits <= CODEBOOK_BITS else 0
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

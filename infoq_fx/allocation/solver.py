@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from numbers import Real
 from typing import Any
 
@@ -33,6 +34,8 @@ from infoq_fx.types import (
 __all__ = ["allocate", "check_budget", "find_uniform", "move_allocation", "pin_sites", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
+_NAMED = 3  # sites in a message
+_DIGITS = 6
 _LOGGER = logging.getLogger(__name__)
 
 # The objective is the excess of a score over its site's best, scaled so that the best known allocation has this value:
@@ -246,6 +249,8 @@ def _describe(
 def _read_budget(budget: Any) -> Budget:
     if isinstance(budget, Budget):
         return budget
+    if isinstance(budget, type):
+        raise OptionError(f"budget={budget.__name__} is a class; give an instance, such as Budget(weight_bits=3.0)")
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise OptionError(
             f"budget={budget!r} is neither a number nor a Budget; give mean weight bits, such as 3.0, or a Budget"
@@ -319,15 +324,30 @@ def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str,
     if name in own:
         how = "every operation at its cheapest bits"
     asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
-    remedy = (
-        "lower it to that, or allow fewer bits" if name == "compression" else "raise it to that, or allow fewer bits"
-    )
-    return f"budget {name}={_exact_text(asked)} is {side} reachable {_exact_text(reachable)} ({how}); {remedy}"
+    remedy = "lower it to that" if name == "compression" else "raise it to that"
+    pinned = _describe_pinned(inventory, kinds)
+    shown = _round_text(reachable, down=name == "compression")
+    advice = f"{remedy}, allow fewer bits, or pin fewer" if pinned else f"{remedy}, or allow fewer bits"
+    return f"budget {name}={asked:.12g} is {side} reachable {shown} ({how}{pinned}); {advice}"
 
 
-def _exact_text(value: float) -> str:
-    """A number as text that reads back exactly, so that the reachable value can be copied into a budget."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+def _describe_pinned(inventory: Inventory, kinds: Iterable[str]) -> str:
+    """The sites of one bit-width among others that have a choice, and those of more bits than the others need."""
+    sites = [site for site in inventory.sites if site.kind in kinds and site.is_searched]
+    free = [site.bits[0] for site in sites if len(site.bits) > 1]
+    fixed = [site for site in sites if len(site.bits) == 1 and free and site.bits[0] > min(free)]
+    named = ", ".join(f"{site.name!r} pinned to {site.bits[0]}" for site in fixed[:_NAMED])
+    more = f" and {len(fixed) - _NAMED} more" if len(fixed) > _NAMED else ""
+    return f", {named}{more}" if fixed else ""
+
+
+def _round_text(value: float, *, down: bool) -> str:
+    """A number in few digits, rounded so that it can be copied into a budget: up, or down for a lower limit."""
+    if float(f"{value:.{_DIGITS}g}") == value:
+        return f"{value:.{_DIGITS}g}"
+    digits = _DIGITS - 1 - math.floor(math.log10(abs(value)))
+    exact = Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR if down else ROUND_CEILING)
+    return f"{exact.normalize():f}"
 
 
 def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:

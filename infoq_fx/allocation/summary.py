@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from infoq_fx.allocation.cost import measure_cost, weight_bytes
+from infoq_fx.allocation.cost import measure_cost, packs_weights, weight_bytes
 from infoq_fx.core.tabular import align_rows, describe_ties, html_table
 from infoq_fx.types import CODEBOOK_BITS, FLOAT16_BITS, MAX_BITS, Allocation, Cost, Inventory, QuantSite
 
@@ -65,16 +65,18 @@ def summarize_allocation(
     """
     cost = allocation.cost or measure_cost(inventory, allocation.bits)
     shown = [s for s in inventory.sites if s.kind == "weight" or (s.is_searched and len(s.bits) > 1)]
-    rows = [_HEAD, *(_describe_site(site, allocation, cost) for site in shown)]
+    is_packed = packs_weights(inventory)
+    rows = [_HEAD, *(_describe_site(site, allocation, cost, is_packed) for site in shown)]
     notes = [*_describe_totals(allocation, inventory, cost, file), *outputs]
     text = "\n".join([*align_rows(rows, left=_TEXT_COLUMNS), *notes])
     caption = "Bit-widths" if allocation.budget is None else f"Bit-widths within {allocation.budget}"
     return Summary(text, html_table(caption, rows, notes, left=_TEXT_COLUMNS))
 
 
-def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost) -> tuple[str, ...]:
+def _describe_site(site: QuantSite, allocation: Allocation, cost: Cost, is_packed: bool) -> tuple[str, ...]:
     bits, score = allocation.bits[site.name], allocation.scores.get(site.name)
-    share = f"{100 * weight_bytes(site, bits) / cost.size_bytes:.1f} %" if site.kind == "weight" else "-"
+    size = weight_bytes(site, bits, is_packed=is_packed) if site.kind == "weight" else 0
+    share = f"{100 * size / cost.size_bytes:.1f} %" if site.kind == "weight" else "-"
     value, error = ("-", "-") if score is None else (f"{score.value:.3g}", f"{score.standard_error:.2g}")
     width = "16 (float)" if bits == FLOAT16_BITS else str(bits)
     return site.name, site.kind, f"{site.numel:,}", width, value, error, share

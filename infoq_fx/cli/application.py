@@ -6,6 +6,7 @@ import enum
 import functools
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -25,6 +26,7 @@ from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError
 __all__ = ["ExitCode", "Result", "app", "check_output", "command", "main", "say"]
 
 _ORDER = ["demo", "score", "allocate", "quantize", "export", "verify", "audit", "report"]
+_ARGUMENTS = {"drop": "max_drop", "nats": "max_nats", "sqnr_db": "min_sqnr", "weight_bits": "budget"}
 _JSON, _DEBUG = "infoq_fx.json", "infoq_fx.debug"
 
 
@@ -86,9 +88,9 @@ class _Commands(TyperGroup):
             kept = str(interrupt).replace("the same call with cache_dir=", "the same command with --cache-dir ")
             _fail(ctx, interrupt, ExitCode.INTERRUPTED, f"interrupted: {kept}" if kept else "interrupted")
         except InfeasibleBudgetError as error:
-            _fail(ctx, error, ExitCode.INFEASIBLE, f"error: {_on_one_line(error)}")
+            _fail(ctx, error, ExitCode.INFEASIBLE, f"error: {self._in_options(ctx, error)}")
         except InfoqError as error:
-            _fail(ctx, error, ExitCode.INPUT, f"error: {_on_one_line(error)}")
+            _fail(ctx, error, ExitCode.INPUT, f"error: {self._in_options(ctx, error)}")
         except OSError as error:
             _fail(ctx, error, ExitCode.INPUT, f"error: {error}; check the path, its permissions and the space left")
         except (typer.Exit, typer.Abort):
@@ -99,6 +101,23 @@ class _Commands(TyperGroup):
             reason = " ".join(str(error).split())[:500] or "no message"
             advice = "run it again with --debug and report the traceback"
             _fail(ctx, error, ExitCode.FAULT, f"error: internal error, {type(error).__name__}: {reason}; {advice}")
+
+    def _in_options(self, ctx: Any, error: BaseException) -> str:
+        """The message of an error on one line, with the command's options in place of arguments in Python."""
+        given = self.commands.get(ctx.invoked_subcommand or "")
+        flags = {p.name: p.opts[0] for p in (given.params if given else ()) if p.opts and p.opts[0].startswith("--")}
+        named = {name: flags[flag] for name, flag in _ARGUMENTS.items() if flag in flags}
+        known = {**named, **flags, "calibration_data": "DATA", "within": "the budget"}
+
+        def write(found: re.Match[str]) -> str:
+            flag, value = known.get(found["name"]), found["value"]
+            return found[0] if flag is None else flag if value is None else f"{flag} {value}"
+
+        text = " ".join(str(error).split())
+        text = re.sub(r"\b(?:Budget|Tolerance)\((?P<name>\w+)=(?P<value>[^()]*)\)", write, text)
+        return re.sub(
+            r"(?:\bbudget )?(?<![\w.-])(?P<name>[a-z_]+)=(?:\[\.\.\.\])?(?P<value>(?=[^\s,;:)]))?", write, text
+        )
 
 
 app = typer.Typer(
@@ -217,11 +236,7 @@ def _fail(ctx: Any, error: BaseException, code: ExitCode, message: str) -> None:
         typer.echo("".join(traceback.format_exception(error)), err=True)
     typer.echo(message, err=True)
     if ctx.meta[_JSON]:
-        said = {"kind": type(error).__name__, "message": str(error), "exit_code": int(code)}
+        text = message.removeprefix("error: ") if isinstance(error, InfoqError) else str(error)
+        said = {"kind": type(error).__name__, "message": text, "exit_code": int(code)}
         typer.echo(json.dumps({"version": __version__, "error": said}, indent=1))
     raise typer.Exit(int(code)) from None
-
-
-def _on_one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())

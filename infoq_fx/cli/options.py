@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,8 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from infoq_fx.cli.configuration import read_configuration
-from infoq_fx.errors import OptionError
+from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.tolerance import Tolerance
+from infoq_fx.tolerance.tolerance import MINIMIZED
 from infoq_fx.types import Budget
 
 __all__ = [
@@ -267,12 +269,21 @@ def read_tolerance(options: Mapping[str, Any], limits: Budget | None) -> Toleran
         OptionError: there are two, one is not a number of at least 0, or an option for one is given without it.
     """
     given = {"drop": options["max_drop"], "nats": options["max_nats"], "sqnr_db": options["min_sqnr"]}
-    if all(limit is None for limit in given.values()):
+    flags = {"drop": "--max-drop", "nats": "--max-nats", "sqnr_db": "--min-sqnr"}
+    asked = [name for name, limit in given.items() if limit is not None]
+    if len(asked) > 1:
+        raise OptionError(f"{' and '.join(flags[name] for name in asked)} are given; give one of them")
+    if not asked:
         if options["validation_data"] is not None:
             raise OptionError("--validation-data is for a tolerance; give --max-drop, --max-nats or --min-sqnr too")
         if options["minimize"] != "size_bytes":
             raise OptionError("--minimize is for a tolerance; give --max-drop, --max-nats or --min-sqnr too")
         return None
+    limit = given[asked[0]]
+    if not 0 <= limit < math.inf:
+        raise OptionError(f"{flags[asked[0]]} is {limit:g}; give a finite number of at least 0")
+    if options["minimize"] not in MINIMIZED:
+        raise unknown_name_error("cost in --minimize", options["minimize"], MINIMIZED)
     return Tolerance(**given, minimize=options["minimize"], within=limits)
 
 
@@ -343,11 +354,13 @@ def read_pins(texts: list[str] | None) -> dict[str, int]:
     Raises:
         OptionError: an entry is not ``pattern=bits``.
     """
-    pins = {}
+    pins: dict[str, int] = {}
     for text in texts or ():
         pattern, _, bits = text.rpartition("=")
         if not pattern or not bits.isdecimal():
             raise OptionError(f"--pin is {text!r}; give a glob on module paths and a bit-width, such as 'layer1.*=8'")
+        if pins.get(pattern, int(bits)) != int(bits):
+            raise OptionError(f"--pin gives {pattern!r} both {pins[pattern]} and {bits} bits; give one of them")
         pins[pattern] = int(bits)
     return pins
 

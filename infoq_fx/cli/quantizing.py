@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,6 +77,8 @@ Container = Annotated[
     ),
 ]
 Target = Annotated[str, typer.Option(help="The runtime that the file is for.", rich_help_panel="File")]
+
+_HELD_BACK = "every second sample is held back"  # a setting of scores that were made for a tolerance
 
 
 @command
@@ -184,6 +187,13 @@ def quantize(
         take_bits(options, table.inventory)
     read = read_samples(options)
     data, judged = _divide(options, read, tolerance)
+    if table is not None and tolerance is not None and validation_data is None and not table.settings.get(_HELD_BACK):
+        warnings.warn(
+            f"the samples that are held back to validate may be among those that {str(scores)!r} was measured on, and "
+            "lose less than others; give --validation-data, or the scores of a run with a tolerance",
+            UserWarning,
+            stacklevel=2,
+        )
     prepared = prepare_model(options, data, limits)
     if table is not None and scores is not None:
         check_same_sites(prepared, table.inventory, scores)
@@ -301,6 +311,8 @@ def _search(
 
     def keep(found: SensitivityTable) -> None:
         if kept is not None:
+            is_apart = isinstance(sought, Tolerance) and options["validation_data"] is None
+            found = dataclasses.replace(found, settings={**found.settings, _HELD_BACK: True}) if is_apart else found
             found.save(kept)
         if isinstance(sought, Tolerance):
             say(f"seeking {sought}", progress=options["progress"])

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from infoq_fx.errors import unknown_name_error
 
 __all__ = [
+    "CHAIN_BYTES",
     "CONTAINERS",
     "DEFAULT_TARGET",
     "IR_VERSION",
+    "LEVELS_BYTES",
+    "NODE_BYTES",
     "OPSET_VERSION",
     "TARGETS",
     "Container",
@@ -21,6 +24,13 @@ __all__ = [
 
 
 OPSET_VERSION, IR_VERSION = 18, 8  # of every file
+
+CHAIN_BYTES = 300
+"""Bytes of the operators that unpack the weights of one bit-width in container ``exact``."""
+NODE_BYTES = 40
+"""Bytes of those of one weight."""
+LEVELS_BYTES = 60
+"""Bytes of those of its codebook, without the levels."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +15,26 @@ from torch import Tensor, fx, nn
 from infoq_fx.conversion.quantized import QuantizedModule, allocation_of, find_codebooks
 from infoq_fx.errors import MissingExtraError, OptionError, UnsupportedModelError, nearest_names
 from infoq_fx.graph.clamps import CLAMPS, read_bounds, set_bounds
-from infoq_fx.graph.layers import LAYER_OPS, read_tensor
+from infoq_fx.graph.layer_forms.building import arguments_of
+from infoq_fx.graph.layer_forms.normal_form import LAYER_FORMS
+from infoq_fx.graph.layers import LAYER_OPS, RECURRENT, RECURRENT_OPS, is_call, read_tensor
 from infoq_fx.graph.operands import Placement
+from infoq_fx.graph.passes.pass_manager import run_passes
 from infoq_fx.graph.sites import find_sites
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.quantizers import spec_of
 from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, check_bits
 
+_TORCH_LOG = logging.getLogger("torch.utils._pytree")
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Whether a line is not what torch logs as torchao, not its user, registers an Enum."""
+    return "is an Enum subclass" not in str(record.msg)
+
+
+_TORCH_LOG.addFilter(_is_of_others)
 try:
     from torchao.quantization.pt2e.observer import HistogramObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import (
@@ -34,6 +47,8 @@ try:
     from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 except ImportError as missing:
     raise MissingExtraError(f'InfoqQuantizer needs torchao ({missing}): pip install "infoq-fx[torchao]"') from missing
+finally:
+    _TORCH_LOG.removeFilter(_is_of_others)
 
 __all__ = ["InfoqQuantizer"]
 
@@ -93,15 +108,22 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         self._observed: dict[int, QuantizationSpecBase] = {}
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Replace in-place operations by out-of-place ones if that is safe, and set the quantized module's weights."""
+        """Bring the graph into the form that sites are found in, and set the quantized module's weights.
+
+        In-place operations become out-of-place ones if that is safe; recurrent layers, bags of embeddings and products
+        with parameters are written as when the allocation was made.
+        """
+        run_passes(model, LAYER_FORMS)
         for node in model.graph.nodes:
             if node.target in _OUT_OF_PLACE and len(node.args[0].users) == 1:
                 node.target = _OUT_OF_PLACE[node.target]
             op = LAYER_OPS.get(node.target)
-            layer = None if op is None else self._known.layers.get(str(getattr(node.args[op.weight], "target", None)))
-            if op is not None and layer is not None:
-                _put(model, node.args[op.weight], layer.weight)
-                bias = op.bias_of(node)
+            for weight in _weights_of(node):
+                layer = self._known.layers.get(str(getattr(weight, "target", None)))
+                if layer is None:
+                    continue
+                _put(model, weight, layer.weight)
+                bias = None if op is None else op.bias_of(node)
                 if layer.bias is not None and isinstance(bias, fx.Node) and bias.op == "get_attr":
                     _put(model, bias, layer.bias)
         if self._known.layers:
@@ -161,7 +183,7 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             _put(model, placement.node, numerics.fake_quantize(weight, qparams))
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=_FixedScaleObserver.with_args(scale=qparams.scale),
+            observer_or_fake_quant_ctr=_FixedPerChannelObserver.with_args(scale=qparams.scale),
             quant_min=declared.quant_min,
             quant_max=declared.quant_max,
             qscheme=torch.per_channel_symmetric,
@@ -194,8 +216,11 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
                 _annotation(node).output_qspec = self._activation_spec(self._output_bits, None)
 
 
-class _FixedScaleObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
-    """An observer that returns known scales ``[channels]``."""
+class _FixedPerChannelObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
+    """An observer that returns known scales ``[channels]``.
+
+    torchao passes the channel axis only to classes that have "PerChannel" in their name.
+    """
 
     def __init__(self, *, scale: Tensor, **options: Any) -> None:
         super().__init__(**options)
@@ -238,15 +263,23 @@ def _read_quantized(quantized: QuantizedModule) -> _Known:
         op, arguments = LAYER_OPS.get(node.target), node.args
         if node.target is quantize_dequantize_op:
             activations[str(arguments[4])] = float(arguments[1]), int(arguments[2])
-        elif op is not None and getattr(arguments[op.weight], "target", None) is dequantize_op:
-            weight = arguments[op.weight]
-            layers[str(weight.args[4])] = _Layer(
-                _dequantized(quantized, weight),
-                read_tensor(quantized, weight.args[1]),
-                _bias(quantized, op.bias_of(node)),
-            )
+        for weight in _weights_of(node):
+            if is_call(weight, dequantize_op):
+                layers[str(weight.args[4])] = _Layer(
+                    _dequantized(quantized, weight),
+                    read_tensor(quantized, weight.args[1]),
+                    None if op is None else _bias(quantized, op.bias_of(node)),
+                )
     bounds = [read_bounds(node) for node in quantized.graph.nodes if node.target in CLAMPS]
     return _Known(layers, activations, bounds, find_codebooks(quantized))
+
+
+def _weights_of(node: fx.Node) -> list[Any]:
+    """The operands in the places of weights: one of a layer, all parameters of a recurrent one."""
+    op, arguments = LAYER_OPS.get(node.target), arguments_of(node)
+    if node.target in RECURRENT_OPS:
+        return list(arguments[RECURRENT.weight])
+    return [] if op is None else [arguments[op.weight]]
 
 
 def _take_bounds(model: fx.GraphModule, bounds: Sequence[tuple[Any, Any]]) -> None:

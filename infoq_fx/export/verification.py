@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def verify_onnx(
                 f"{size}"
             )
         samples = samples.take(samples.samples - samples.samples % size)
-    name, runs = _open_sessions(os.fspath(path), find_target(target).name, provenance.output_names)
+    name, runs = _open_sessions(_check_dialect(path, target), find_target(target).name, provenance.output_names)
     comparisons = {level: OutputComparison(provenance, samples.labels) for level in runs}
     kept: dict[str, list[tuple[Tensor, ...]]] = {"module": [], **{level: [] for level in runs}}
     structure: Any = None
@@ -104,6 +105,17 @@ def verify_onnx(
     called, loading = getattr(metric, "__name__", "metric"), measure_loading(path, target)
     is_sound, module = problem is None, measured["module"]
     return Verification(name, samples.samples, results, own, is_sound, verdict, module, called, loading)
+
+
+def _check_dialect(path: str | os.PathLike[str], target: str) -> str:
+    """The path of a file, which is not one of QONNX for another target."""
+    try:
+        domains = {opset.domain for opset in onnx.load(path, load_external_data=False).opset_import}
+    except Exception:  # the runtime says what is wrong with it
+        domains = set()
+    if target != "qonnx" and any(domain.startswith("qonnx") for domain in domains):
+        raise OptionError(f"{os.fspath(path)!r} is a QONNX file, which {target} does not run; give target='qonnx'")
+    return os.fspath(path)
 
 
 def _open_sessions(path: str, target: str, outputs: Sequence[str]) -> tuple[str, Mapping[str, _Run]]:

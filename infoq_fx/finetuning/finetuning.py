@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -367,9 +368,9 @@ def _numbers(training: Training) -> dict[str, Tensor]:
 def _finish(quantized: nn.Module, training: Training, state: _State) -> QuantizedModule:
     log, before, after = logging.getLogger(__name__), state.losses[0], min(state.losses)
     if not math.isfinite(state.losses[-1]):
-        log.warning("finetuning diverged in epoch %d: lower learning_rate", state.epoch)
+        warnings.warn(f"finetuning diverged in epoch {state.epoch}: lower learning_rate", UserWarning, stacklevel=3)
     if not after < before:
-        log.warning("no epoch is better than %.4g nats per held-out sample: the model is not changed", before)
+        log.info("no epoch is better than %.4g nats per held-out sample: the model is not changed", before)
         unchanged = copy.deepcopy(quantized)
         assert isinstance(unchanged, QuantizedModule)
         return unchanged

@@ -105,7 +105,9 @@ class Form:
             for name, x in before.items()
         ):
             wanted = ", ".join(f"{name!r} {x.dtype} {list(x.shape)}" for name, x in before.items())
-            raise OptionError(f"augment must return inputs like those that it gets, {wanted}; got something else")
+            raise OptionError(
+                f"augment returned inputs of another form; give a function that returns what it gets: {wanted}"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.graph.inventory import find_float_weights, take_inventory
-from infoq_fx.graph.layers import LAYER_OPS, module_path, read_tensor
+from infoq_fx.graph.layers import ATTENTION, LAYER_OPS, MATMUL_OPS, module_path, read_tensor
 from infoq_fx.graph.operands import (
     MultiplyingLayer,
     Placement,
@@ -85,8 +86,8 @@ def find_sites(
         raise UnsupportedModelError(
             "no layer to quantize: the model has no convolution, linear layer or matmul; give one that has"
         )
-    floats, known = find_float_weights(graph_module, all_layers), _known_paths(all_layers)
-    _check_patterns("ignore", ignore, [*known, *floats])
+    floats = find_float_weights(graph_module, all_layers)
+    _check_patterns("ignore", ignore, [*_module_paths(all_layers), *floats])
     layers = [layer for layer in all_layers if not any(_matches(layer.name, pattern) for pattern in ignore)]
     if not any(operand[2] == "weight" for layer in layers for operand in layer.operands):
         raise UnsupportedModelError(
@@ -96,12 +97,13 @@ def find_sites(
     if has_codebooks:
         of_weights = [(p, p.site.kind == "weight") for p in placements]
         placements = [replace(p, site=replace(p.site, has_codebook=is_weight)) for p, is_weight in of_weights]
-    placements = _apply_pins(placements, layers, pin or {}, known)
-    _check_patterns("tie", [pattern for group in tie for pattern in group], known)
+    placements = _apply_pins(placements, layers, pin or {})
+    with_weights = _module_paths(filter(_weights_of, all_layers))
+    _check_patterns("tie", [pattern for group in tie for pattern in group], with_weights)
     ties = _find_ties(layers, tie)
     placements = _share_candidates(placements, ties)
     if activation_bits is not None and activation_bits != (FLOAT16_BITS,):
-        placements = _follow_weights(placements)
+        placements = _follow_operands(_follow_weights(placements))
         placements += _place_fused(graph_module, all_layers, layers, placements, shapes)
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     placements.sort(key=lambda p: (min(order[user] for user in p.users), p.site.kind))
@@ -126,14 +128,17 @@ def warn_of_float_weights(plan: SitePlan, *, stacklevel: int) -> None:
         )
 
 
-def _known_paths(layers: Sequence[MultiplyingLayer]) -> list[str]:
+def _module_paths(layers: Iterable[MultiplyingLayer]) -> list[str]:
+    """The names of layers and of the modules around them."""
     paths: dict[str, None] = {}
     for layer in layers:
         parts = layer.name.split(".")
         paths.update(dict.fromkeys(".".join(parts[:end]) for end in range(len(parts), 0, -1)))
-    for layer in layers:
-        paths.update(dict.fromkeys(name for _, name, _, _ in layer.operands))
     return list(paths)
+
+
+def _weights_of(layer: MultiplyingLayer) -> list[str]:
+    return [name for _, name, kind, _ in layer.operands if kind == "weight"]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -182,18 +187,46 @@ def _place_layers(
 
 
 def _apply_pins(
-    placements: list[Placement], layers: Sequence[MultiplyingLayer], pin: Mapping[str, int], known: Sequence[str]
+    placements: list[Placement], layers: Sequence[MultiplyingLayer], pin: Mapping[str, int]
 ) -> list[Placement]:
+    """Fix the bits of the weights of layers, and of sites by their names; the last pattern that matches counts."""
+    _check_shared(layers, pin)
     for pattern, fixed in pin.items():
-        pinned = {name for layer in layers if _matches(layer.name, pattern) for _, name, kind, _ in layer.operands
-                  if kind == "weight"}  # fmt: skip
+        pinned = {name for layer in layers if _matches(layer.name, pattern) for name in _weights_of(layer)}
         pinned |= {p.site.name for p in placements if fnmatch.fnmatchcase(p.site.name, pattern)}
         if not pinned:
-            raise unknown_name_error("layer in pin", pattern, known)
+            raise unknown_name_error("layer in pin", pattern, _pinnable(placements, layers, pattern))
         placements = [
             replace(p, site=replace(p.site, bits=(fixed,))) if p.site.name in pinned else p for p in placements
         ]
     return placements
+
+
+def _check_shared(layers: Sequence[MultiplyingLayer], pin: Mapping[str, int]) -> None:
+    """Refuse different bit-widths for layers that share a weight; a later pattern may override one that matches all."""
+    readers: dict[str, list[str]] = {}
+    for layer in layers:
+        for weight in _weights_of(layer):
+            readers.setdefault(weight, []).append(layer.name)
+    for weight, names in readers.items():
+        found = {pattern: {name for name in names if _matches(name, pattern)} for pattern in pin}
+        for (first, ours), (second, theirs) in itertools.combinations(found.items(), 2):
+            if ours and theirs and ours.isdisjoint(theirs) and pin[first] != pin[second]:
+                raise OptionError(
+                    f"pin has {first!r}: {pin[first]} and {second!r}: {pin[second]}, but {sorted(ours)[0]!r} and "
+                    f"{sorted(theirs)[0]!r} share the weight {weight!r}; pin one of them, or both alike"
+                )
+
+
+def _pinnable(placements: Sequence[Placement], layers: Sequence[MultiplyingLayer], pattern: str) -> list[str]:
+    """Names that can be pinned, with sites of activations only where the pattern looks like one of them."""
+    last = pattern.rpartition(".")[2]
+    sites = [
+        placement.site.name
+        for placement in placements
+        if placement.site.kind == "weight" or placement.site.name.rpartition(".")[2] == last
+    ]
+    return [*_module_paths(filter(_weights_of, layers)), *sites]
 
 
 def _find_ties(layers: Sequence[MultiplyingLayer], tie: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
@@ -202,7 +235,7 @@ def _find_ties(layers: Sequence[MultiplyingLayer], tie: Sequence[Sequence[str]])
     for patterns in tie:
         below: dict[str, dict[str, None]] = {}
         for layer in layers:
-            weights = [name for _, name, kind, _ in layer.operands if kind == "weight"]
+            weights = _weights_of(layer)
             if weights and (parent := _find_parent(layer.name, patterns)) is not None:
                 below.setdefault(parent, {}).update(dict.fromkeys(weights))
         if not below:
@@ -212,15 +245,25 @@ def _find_ties(layers: Sequence[MultiplyingLayer], tie: Sequence[Sequence[str]])
             )
         for parent, names in below.items():
             if len(names) == 1:
-                raise OptionError(
-                    f"tie={tuple(patterns)} matches only {next(iter(names))!r} below {parent or 'the model'!r}; give "
-                    "patterns that match several layers there, or remove it"
-                )
+                single, advice = _describe_single(parent, below)
+                raise OptionError(f"tie={tuple(patterns)} matches only {single}; give {advice}")
             apart = [other for other in found if not other.keys() & names.keys()]
             joined = [other for other in found if other.keys() & names.keys()]
             found = [*apart, {name: None for group in (*joined, names) for name in group}]
     order = {name: index for index, layer in enumerate(layers) for _, name, _, _ in reversed(layer.operands)}
     return tuple(sorted((tuple(sorted(names, key=order.__getitem__)) for names in found), key=lambda t: order[t[0]]))
+
+
+def _describe_single(parent: str, below: Mapping[str, Mapping[str, None]]) -> tuple[str, str]:
+    """What a group of patterns matches that finds a single layer below a parent module, and what to give instead."""
+    places = {path: f"{next(iter(names))!r} below {path or 'the model'!r}" for path, names in below.items()}
+    other = next((path for path in below if path != parent), None)
+    if other is None:
+        return places[parent], "patterns that match several layers there, or remove it"
+    is_near = parent and other and parent.rpartition(".")[0] == other.rpartition(".")[0]
+    advice = f"name the modules, as {(parent, other)} ties all layers in both" if is_near else "pin these alike"
+    found = f"{places[parent]}, and {places[other]}: layers are tied below one parent"
+    return found, f"patterns that match several layers there, or {advice}"
 
 
 def _find_parent(path: str, patterns: Sequence[str]) -> str | None:
@@ -257,6 +300,22 @@ def _follow_weights(placements: Sequence[Placement]) -> list[Placement]:
     for p in placements:
         weight = floats.get(p.users[0]) if p.site.kind == "activation" and len(p.users) == 1 else None
         found.append(p if weight is None else replace(p, site=replace(p.site, follows=(weight,))))
+    return found
+
+
+def _follow_operands(placements: Sequence[Placement]) -> list[Placement]:
+    """Let the second operand of a product of activations follow the first: a float operand leaves no integer kernel.
+
+    Two operands that both lose much are then measured together. One that something else reads too is left alone.
+    """
+    first: dict[fx.Node, str] = {}
+    found = []
+    for p in placements:
+        is_product = p.site.kind == "activation" and p.users[0].target in (*MATMUL_OPS, ATTENTION)
+        before = first.get(p.users[0]) if is_product and len(p.users) == 1 else None
+        if is_product and FLOAT16_BITS in p.site.bits:
+            first.setdefault(p.users[0], p.site.name)
+        found.append(p if before is None else replace(p, site=replace(p.site, follows=(before,))))
     return found
 
 

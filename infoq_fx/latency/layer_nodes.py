@@ -12,11 +12,13 @@ from onnx import numpy_helper
 
 from infoq_fx.types import Inventory
 
-__all__ = ["drop_quantization", "find_optimized_owners", "find_owners", "tag_nodes"]
+__all__ = ["drop_quantization", "find_optimized_owners", "find_owners", "find_shared", "tag_nodes"]
 
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_RECURRENT = {"LSTM", "GRU", "RNN"}
 _OF_CONSTANTS = {"DequantizeLinear", "Transpose", "Reshape", "Identity", "Cast"}
-_SUFFIXES = re.compile(r"(_transposed|_shifted)(_\d+)?$")
+_JOINING = {"Concat", "MatMul"}  # directions of a recurrent layer; a state's weight with its projection
+_SUFFIXES = re.compile(r"(_transposed|_shifted|_gates)(_\d+)?$")
 _TAG = re.compile(r"^n(\d+)(?!\d)")
 
 
@@ -25,20 +27,37 @@ def find_owners(graph: onnx.GraphProto, inventory: Inventory) -> list[str | None
 
     A layer is found by its weight, a matrix product of activations by its place among them. Everything else belongs to
     the last layer before it, or to the first behind it if there is none before. None is a node that reads and feeds no
-    layer.
+    layer. A recurrent node computes the operations of all its weights: it belongs to the first, see
+    :func:`find_shared`.
     """
+    found = _find_operations(graph, inventory)
+    return _follow(graph, [names[0] if names else None for names in found])
+
+
+def find_shared(graph: onnx.GraphProto, inventory: Inventory) -> dict[str, tuple[str, ...]]:
+    """Return the operations that one node computes together, by the one that the node belongs to."""
+    return {names[0]: names for names in _find_operations(graph, inventory) if len(names) > 1}
+
+
+def _find_operations(graph: onnx.GraphProto, inventory: Inventory) -> list[tuple[str, ...]]:
+    """The operations that each node of an exported graph computes."""
     made_by = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name for tensor in graph.initializer}
     weights, products = _split_operations(inventory)
-    names: dict[int, str] = {}
-    for index, node in enumerate(graph.node):
-        if node.op_type not in _LAYERS:
-            continue
-        sources = [found for name in node.input[:2] if (found := _find_constant(name, made_by, stored)) is not None]
-        waiting = weights.get(sources[0]) if sources else products
-        if waiting:
-            names[index] = waiting.pop(0)
-    return _follow(graph, [names.get(index) for index in range(len(graph.node))])
+    found: list[tuple[str, ...]] = []
+    for node in graph.node:
+        names: tuple[str, ...] = ()
+        if node.op_type in _RECURRENT:
+            sources = [path for name in node.input[1:3] for path in _find_constants(name, made_by, stored)]
+            names = tuple(weights[path].pop(0) for path in dict.fromkeys(sources) if weights.get(path))
+        elif node.op_type in _LAYERS:
+            known = [_find_constants(name, made_by, stored) for name in node.input[:2]]
+            sources = [path for paths in known for path in paths]
+            waiting = weights.get(sources[0]) if sources else products
+            if waiting and not all(known):  # a product of constants is computed once, as the file is loaded
+                names = (waiting.pop(0),)
+        found.append(names)
+    return found
 
 
 def tag_nodes(graph: onnx.GraphProto) -> None:
@@ -78,17 +97,20 @@ def drop_quantization(
     unless they are kept in integers. QuantizeLinear and DequantizeLinear that nothing reads any more are removed.
     """
     graph = model.graph
-    before, stored = _quantized_values(graph), {tensor.name: tensor for tensor in graph.initializer}
+    before, known = _quantized_values(graph), {tensor.name: tensor for tensor in graph.initializer}
+    # The integers of recurrent layers are cast to int32 first.
+    casts = [node for node in graph.node if node.op_type == "Cast" and node.input[0] in known]
+    known |= {node.output[0]: known[node.input[0]] for node in casts}
     for node, owner in zip(graph.node, owners, strict=True):
         if owner not in in_float:
             continue
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             node.input[:] = [before.get(name, name) for name in node.input]
-        elif node.op_type == "DequantizeLinear" and not keep_weights and all(name in stored for name in node.input):
-            graph.initializer.append(numpy_helper.from_array(_dequantize(node, stored), node.output[0]))
+        elif node.op_type == "DequantizeLinear" and not keep_weights and all(name in known for name in node.input):
+            graph.initializer.append(numpy_helper.from_array(_dequantize(node, known), node.output[0]))
             node.output[0] = f"{node.output[0]}_unread"
     outputs = {value.name for value in graph.output}
-    for _ in range(2):  # the DequantizeLinear, then its QuantizeLinear
+    for _ in range(3):  # the DequantizeLinear, then the Clip or Cast that it read, then the QuantizeLinear
         read = outputs | {name for node in graph.node for name in node.input}
         kept = [node for node in graph.node if any(name in read for name in node.output)]
         del graph.node[:]
@@ -110,14 +132,16 @@ def _split_operations(inventory: Inventory) -> tuple[dict[str, list[str]], list[
     return weights, products
 
 
-def _find_constant(name: str, made_by: Mapping[str, onnx.NodeProto], stored: set[str]) -> str | None:
-    """The stored tensor that a value is computed from, if it is computed from constants alone."""
-    while name not in stored:
-        node = made_by.get(name)
-        if node is None or node.op_type not in _OF_CONSTANTS:
-            return None
-        name = node.input[0]
-    return _SUFFIXES.sub("", name)
+def _find_constants(name: str, made_by: Mapping[str, onnx.NodeProto], stored: set[str]) -> list[str]:
+    """The stored tensors that a value is computed from, if it is computed from constants alone; else none."""
+    if name in stored:
+        return [_SUFFIXES.sub("", name)]
+    node = made_by.get(name)
+    if node is None or node.op_type not in _OF_CONSTANTS | _JOINING:
+        return []
+    read = node.input if node.op_type in _JOINING else node.input[:1]
+    found = [_find_constants(source, made_by, stored) for source in read]
+    return [path for paths in found for path in paths] if all(found) else []
 
 
 def _follow(graph: onnx.GraphProto, owners: list[str | None]) -> list[str | None]:
@@ -152,8 +176,8 @@ def _quantized_values(graph: onnx.GraphProto) -> dict[str, str]:
     return {node.output[0]: x for node in graph.node if node.op_type == "DequantizeLinear" for x in trace(node)}
 
 
-def _dequantize(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> np.ndarray[Any, Any]:
-    integers, scale, *rest = (numpy_helper.to_array(stored[name]) for name in node.input)
+def _dequantize(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> np.ndarray[Any, Any]:
+    integers, scale, *rest = (numpy_helper.to_array(known[name]) for name in node.input)
     axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
     shape = [1] * integers.ndim
     if scale.size > 1:

@@ -19,7 +19,13 @@ from infoq_fx.core.targets import DEFAULT_TARGET, find_target
 from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.exporter import export_onnx
 from infoq_fx.latency.latency_cost import FileLatency, LatencyCost
-from infoq_fx.latency.layer_nodes import drop_quantization, find_optimized_owners, find_owners, tag_nodes
+from infoq_fx.latency.layer_nodes import (
+    drop_quantization,
+    find_optimized_owners,
+    find_owners,
+    find_shared,
+    tag_nodes,
+)
 from infoq_fx.latency.sessions import (
     EMPTY_FEED,
     open_empty_session,
@@ -45,12 +51,14 @@ class Timing:
     """What was measured of one file: median latencies in milliseconds.
 
     ``nodes_ms`` are of each node by its name, as the profiler counts them; ``owners`` the operation that each node
-    belongs to. ``whole_ms`` is of a run without the profiler.
+    belongs to, and ``shared`` all operations of a node that computes several, by that one. ``whole_ms`` is of a run
+    without the profiler.
     """
 
     whole_ms: float
     nodes_ms: Mapping[str, float] = field(default_factory=dict)
     owners: Mapping[str, str | None] = field(default_factory=dict)
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def measure_latency(
@@ -93,8 +101,9 @@ def measure_latency(
     if not prepared.inventory.operations:
         raise OptionError("the model multiplies nothing; give one with a convolution, linear layer or matrix product")
     with tempfile.TemporaryDirectory() as folder:
-        files, owners = _write_files(prepared, target, Path(folder))
+        files, owners, shared = _write_files(prepared, target, Path(folder))
         idle, timings = _time_files(files, owners, prepared, threads, runs)
+        timings = {name: replace(timing, shared=shared) for name, timing in timings.items()}
     runtime = f"onnxruntime {onnxruntime.__version__}"
     made = add_up(prepared.inventory, idle, timings[_INTEGERS], timings[_WEIGHT_ONLY], timings[_FLOAT])
     made = replace(made, target=target, runtime=runtime, threads=threads)
@@ -105,7 +114,8 @@ def add_up(inventory: Inventory, idle_ms: float, integers: Timing, weight_only: 
     """Make the table of latencies from the timings of the three files.
 
     The latency of a run is that of an empty graph, ``idle_ms``, and of the nodes; the profiler adds the same to every
-    node, which makes up the difference to the latency without it. The rest is that of the integer file.
+    node, which makes up the difference to the latency without it. The rest is that of the integer file. The time of a
+    node that computes several operations is divided by their multiply-accumulates.
     """
     sums = [_sum_by_operation(timing, idle_ms, inventory) for timing in (integers, weight_only, floats)]
     rest = max(integers.whole_ms - sum(sums[0].values()), 0.0)
@@ -121,19 +131,26 @@ def add_up(inventory: Inventory, idle_ms: float, integers: Timing, weight_only: 
     )
 
 
-def split_layers(inventory: Inventory) -> set[str | None]:
-    """Return the operations of every second quarter of the model, by their names."""
+def split_layers(inventory: Inventory, shared: Mapping[str, tuple[str, ...]]) -> set[str | None]:
+    """Return the operations of every second quarter of the model; those of one node stay together."""
     names = [operation.name for operation in inventory.operations]
-    return {name for index, name in enumerate(names) if index * _QUARTERS // len(names) % 2}
+    chosen = {name for index, name in enumerate(names) if index * _QUARTERS // len(names) % 2}
+    for first, others in shared.items():
+        chosen = chosen | set(others) if first in chosen else chosen - set(others)
+    return set(chosen)
 
 
 def _sum_by_operation(timing: Timing, idle_ms: float, inventory: Inventory) -> dict[str, float]:
     added = _find_added(list(timing.nodes_ms.values()), timing.whole_ms - idle_ms)
-    found = {operation.name: 0.0 for operation in inventory.operations}
+    macs = {operation.name: operation.macs for operation in inventory.operations}
+    found = dict.fromkeys(macs, 0.0)
     for name, value in timing.nodes_ms.items():
         owner = timing.owners.get(name)
         if owner is not None:
-            found[owner] += max(value - added, 0.0)
+            together = timing.shared.get(owner, (owner,))
+            total = sum(macs[each] for each in together)
+            for each in together:
+                found[each] += max(value - added, 0.0) * (macs[each] / total if total else 1 / len(together))
     return found
 
 
@@ -147,7 +164,7 @@ def _find_added(values: list[float], total: float) -> float:
 
 def _compare(cost: LatencyCost, inventory: Inventory, timings: Mapping[str, Timing]) -> tuple[FileLatency, ...]:
     """The measured latency of each file beside the sum of its layers."""
-    in_float = split_layers(inventory)
+    in_float = split_layers(inventory, timings[_INTEGERS].shared)
     sums = {
         _INTEGERS: sum(cost.integer_ms.values()),
         _WEIGHT_ONLY: sum(cost.weight_only_ms.values()),
@@ -160,16 +177,18 @@ def _compare(cost: LatencyCost, inventory: Inventory, timings: Mapping[str, Timi
     )
 
 
-def _write_files(prepared: PreparedModel, target: str, folder: Path) -> tuple[dict[str, Path], list[str | None]]:
-    """The file at 8 bits and those with layers in float, and the operation that each of the nodes belongs to."""
+def _write_files(
+    prepared: PreparedModel, target: str, folder: Path
+) -> tuple[dict[str, Path], list[str | None], dict[str, tuple[str, ...]]]:
+    """The file at 8 bits and those with layers in float, the operation of each node, and those that share a node."""
     bits = {site.name: BASELINE_BITS for site in prepared.inventory.sites}
     quantized = convert_prepared(prepared, Allocation(bits=bits), None)
     path = export_onnx(quantized, folder / "integers.onnx", container="int8", target=target)
     model = onnx.load(path)
-    owners = find_owners(model.graph, prepared.inventory)
+    owners, shared = find_owners(model.graph, prepared.inventory), find_shared(model.graph, prepared.inventory)
     tag_nodes(model.graph)
     every: set[str | None] = {None, *owners}
-    in_float = {_INTEGERS: set(), _WEIGHT_ONLY: every, _FLOAT: every, _MIXED: split_layers(prepared.inventory)}
+    in_float = {_INTEGERS: set(), _WEIGHT_ONLY: every, _FLOAT: every, _MIXED: split_layers(prepared.inventory, shared)}
     files = {}
     for index, (name, layers) in enumerate(in_float.items()):
         made = onnx.ModelProto()
@@ -177,7 +196,7 @@ def _write_files(prepared: PreparedModel, target: str, folder: Path) -> tuple[di
         drop_quantization(made, owners, layers, keep_weights=name == _WEIGHT_ONLY)
         files[name] = folder / f"file{index}.onnx"
         onnx.save(made, files[name])
-    return files, owners
+    return files, owners, shared
 
 
 def _time_files(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from infoq_fx.allocation.cost import weight_bytes
+from infoq_fx.allocation.cost import packs_weights, weight_bytes
 from infoq_fx.auditing.result import Audit, AuditRow
 from infoq_fx.errors import OptionError
 from infoq_fx.report.curve import (
@@ -79,14 +79,14 @@ def build_document(
 
 def _describe_site(site: QuantSite, table: SensitivityTable) -> dict[str, Any]:
     operations = table.inventory.operations
-    is_weight = site.kind == "weight"
+    is_weight, is_packed = site.kind == "weight", packs_weights(table.inventory)
     tie = next((index for index, names in enumerate(table.inventory.ties, 1) if site.name in names), None)
     return {
         "name": site.name,
         "kind": site.kind,
         "weights": site.numel if is_weight else 0,
         "macs": sum(operation.macs for operation in operations if site.name in (operation.left, operation.right)),
-        "bytes": {bits: weight_bytes(site, bits) for bits in site.bits} if is_weight else {},
+        "bytes": {b: weight_bytes(site, b, is_packed=is_packed) for b in site.bits} if is_weight else {},
         "scores": {bits: _pair(score) for bits, score in table.scores.get(site.name, {}).items()},
         "tie": tie,
     }

@@ -211,7 +211,9 @@ def run_perturbed(
     """
     wanted, integers = set(observed), find_integer_nodes(prepared)
     plans = {site.name: plan_perturbed_run(prepared, site.name, wanted, integers) for site in sites}
-    runs = [(site.name, bits) for site in sites for bits in site.bits if bits != site.baseline_bits]
+    # Of the inventory: the given sites may have a part of their candidates, 16 alone for example.
+    at_rest = {site.name: site.baseline_bits for site in prepared.inventory.sites}
+    runs = [(site.name, bits) for site in sites for bits in site.bits if bits != at_rest[site.name]]
     if not runs:
         return
     boundary = set().union(*(plan.boundary for plan in plans.values()))

@@ -49,7 +49,7 @@ NOISE_TO_SIGNAL = "output_noise_to_signal"
 LOSS_INCREASE = "loss_increase_nats"
 ACCURACY_DROP = "accuracy_drop"
 # "algorithm_version" is raised when the same data gives other measurements.
-DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 3}
+DESCRIPTION: Mapping[str, Plain] = {"measure": "outputs", "algorithm_version": 4}
 _KEYS = (INFORMATION_LOSS, LOSS_OVER_PAIRS, KL, NOISE_TO_SIGNAL, LOSS_INCREASE, ACCURACY_DROP)
 _OF_LABELS = {LOSS_INCREASE, ACCURACY_DROP}
 _MOST_POSITIONS = 16  # of a categorical output that is compared over pairs; with more, the mean over them is steady

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.solver import check_budget
 from infoq_fx.conversion.conversion import convert_prepared, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
@@ -23,10 +25,11 @@ from infoq_fx.scoring.criterion import Criterion
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.tolerance.bisection import find_smallest
+from infoq_fx.tolerance.float_activations import allow_floats, has_free_floats, lower_bitops
 from infoq_fx.tolerance.measurement import Validation
-from infoq_fx.tolerance.result import ToleranceResult, choose_step
+from infoq_fx.tolerance.result import ToleranceResult, ToleranceStep, choose_step
 from infoq_fx.tolerance.steps import Search, StepTaker, explain_failure
-from infoq_fx.tolerance.tolerance import Tolerance, read_range
+from infoq_fx.tolerance.tolerance import Tolerance, check_tolerance, read_range
 from infoq_fx.types import Budget
 
 __all__ = ["divide_samples", "quantize_within", "search_tolerance"]
@@ -94,8 +97,7 @@ def search_tolerance(
     check_table(table)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
-    if not isinstance(tolerance, Tolerance):
-        raise OptionError(f"tolerance={tolerance!r}; give a Tolerance, such as Tolerance(drop=1.0)")
+    check_tolerance(tolerance)
     passes = read_search_passes(refine, search_passes)
     steps, arguments = find_steps(recovery, seed), ForwardArguments.exactly(prepared.input_names)
     data, judged = (fit_data(prepared, read_data(x, arguments)) for x in (calibration_data, validation_data))
@@ -188,6 +190,8 @@ def divide_samples(
         OptionError: ``validation_data`` or ``metric`` is given for a budget that is not a tolerance.
         CalibrationDataError: there is no data, or too little to hold some back.
     """
+    if isinstance(budget, type) and issubclass(budget, Tolerance):
+        check_tolerance(budget)
     calibration = None if calibration_data is None else read_data(calibration_data, arguments)
     if not isinstance(budget, Tolerance):
         for name, value in (("validation_data", validation_data), ("metric", metric)):
@@ -264,10 +268,27 @@ def _find_table(
 def _run(search: Search) -> ToleranceResult:
     tolerance = search.validation.tolerance
     least, most = read_range(tolerance, search.table.inventory, search.pin)
-    take = StepTaker(search, most)
+    is_free = has_free_floats(search)
+    take = StepTaker(allow_floats(search) if is_free else search, most)
     steps = find_smallest(least, most, take)
     chosen = choose_step(steps)
     if chosen is None:
         raise explain_failure(search, steps)
     step, allocation = chosen
+    if is_free:
+        others, take_other = lower_bitops(search, step)
+        passing = [other for other in others if other.passes]
+        if passing:
+            step, take = min(passing, key=lambda other: other.cost), take_other
+            smaller = allocation.loss or step.loss
+            loss = replace(step.loss, smaller_value=smaller.smaller_value, smaller_error=smaller.smaller_error)
+            allocation = replace(step.allocation, loss=loss)
+        steps = [*steps, *(_in_cost(other, search) for other in others)]
     return ToleranceResult(tolerance=tolerance, allocation=allocation, recovered=take.recover(step), steps=tuple(steps))
+
+
+def _in_cost(step: ToleranceStep, search: Search) -> ToleranceStep:
+    """A step that was taken for another cost, with the minimized one."""
+    name = search.validation.tolerance.minimize
+    cost = measure_cost(search.table.inventory, step.allocation.bits)[name]
+    return replace(step, limit=cost, cost=cost)

@@ -11,10 +11,11 @@ from infoq_fx.allocation.cost import COSTS, bound_own_cost, build_cost_row, meas
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import Budget, Inventory
 
-__all__ = ["Tolerance", "limit_cost", "read_range"]
+__all__ = ["MINIMIZED", "Tolerance", "check_tolerance", "limit_cost", "read_range"]
 
 _MEASURES = ("drop", "nats", "sqnr_db")
-_COSTS = ("size_bytes", "bitops", "activation_bytes", "weight_bits")
+MINIMIZED = ("size_bytes", "bitops", "activation_bytes", "weight_bits")
+"""What can be minimized, besides costs of one's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Tolerance:
             raise OptionError(f"Tolerance({given[0]}={limit!r}); give a finite number of at least 0")
         if not isinstance(self.minimize, str) or self.minimize == "compression":
             raise OptionError(
-                f"Tolerance(minimize={self.minimize!r}); give one of {', '.join(_COSTS)}, or the name of a cost in "
+                f"Tolerance(minimize={self.minimize!r}); give one of {', '.join(MINIMIZED)}, or the name of a cost in "
                 "infoq_fx.COSTS"
             )
         if self.within is not None and not isinstance(self.within, Budget):
@@ -78,12 +79,24 @@ class Tolerance:
         return f"the least {self.minimize} at {self.measure}={self.limit:g}{within}"
 
 
+def check_tolerance(tolerance: Any) -> Tolerance:
+    """Return a tolerance after checking that it is one.
+
+    Raises:
+        OptionError: it is something else, such as the class.
+    """
+    if not isinstance(tolerance, Tolerance):
+        found = "the class Tolerance" if tolerance is Tolerance else repr(tolerance)
+        raise OptionError(f"tolerance={found}; give a Tolerance, such as Tolerance(drop=1.0)")
+    return tolerance
+
+
 def limit_cost(tolerance: Tolerance, limit: float) -> Budget:
     """Return the budget of a step: the minimized cost is at most ``limit``, and the limits besides hold."""
     name, within = tolerance.minimize, tolerance.within
     given: dict[str, Any] = {} if within is None else {f.name: getattr(within, f.name) for f in fields(within)}
     least = limit if within is None else min(limit, within.limits.get(name, limit))
-    if name in _COSTS:
+    if name in MINIMIZED:
         return Budget(**{**given, name: least})
     return Budget(**{**given, "costs": {**given.get("costs", {}), name: least}})
 
@@ -95,9 +108,9 @@ def read_range(tolerance: Tolerance, inventory: Inventory, pin: Mapping[str, int
         OptionError: the cost is unknown, or the bit-widths do not change it.
     """
     name = tolerance.minimize
-    if name not in (*_COSTS, *COSTS):
-        raise unknown_name_error("cost in Tolerance(minimize=)", name, [*_COSTS, *COSTS])
-    own = () if name in _COSTS else (name,)
+    if name not in (*MINIMIZED, *COSTS):
+        raise unknown_name_error("cost in Tolerance(minimize=)", name, [*MINIMIZED, *COSTS])
+    own = () if name in MINIMIZED else (name,)
     choices = {site.name: (pin[site.name],) if site.name in pin else site.bits for site in inventory.sites}
     most = measure_cost(inventory, {site: bits[-1] for site, bits in choices.items()}, own)[name]
     if own:

@@ -11,6 +11,8 @@ from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.solver import allocate
 from infoq_fx.types import Budget
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 
 @pytest.mark.parametrize(("mean_bits", "bitops"), [(3.0, 1e12), (4.0, 1.2e11), (5.5, 1.6e11)])
 def test_equals_another_solver_on_a_real_size(mean_bits: float, bitops: float) -> None:

@@ -38,6 +38,8 @@ NET = Inventory(
     ),
     float_bytes=36,
 )
+
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
 CHOSEN = {"conv.weight": 3, "input": 5, "fc.weight": 7, "pool": 4, "add": 8}
 
 

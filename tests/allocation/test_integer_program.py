@@ -15,6 +15,8 @@ from infoq_fx.allocation.solver import allocate
 from infoq_fx.errors import InfoqError
 from infoq_fx.types import Budget
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 
 @pytest.fixture
 def only_highs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from other_solver import meets, score_of
 from random_tables import every_allocation, random_budget, random_table
 from tables import ALL_BITS, SMALL, activation, make_table, resnet50_sized_table, weight
 
+import infoq_fx
 from infoq_fx.allocation.cost import measure_cost
 from infoq_fx.allocation.solver import allocate, check_budget
 from infoq_fx.errors import InfeasibleBudgetError, OptionError
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Budget, Operation
+
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
 
 
 def best_by_enumeration(table: SensitivityTable, budget: Budget, alpha: float) -> float | None:
@@ -198,6 +202,32 @@ def test_the_reachable_value_is_reached() -> None:
     assert "every layer at its fewest bits" in str(caught.value)
 
 
+def test_a_reachable_value_has_few_digits_and_is_reached() -> None:
+    """Two thirds, rounded up for upper limits and down for lower ones."""
+    table = make_table((weight("a", 1, (2, 4)), weight("b", 2, (3, 4))), {n: {2: 2, 3: 1, 4: 0} for n in "ab"})
+    with pytest.raises(InfeasibleBudgetError, match=r"weight_bits=2.5 is below the smallest reachable 2.66667 "):
+        allocate(table, 2.5)
+    assert allocate(table, 2.66667).bits == {"a": 2, "b": 3}
+    with pytest.raises(InfeasibleBudgetError, match=r"compression=13 is above the largest reachable 12 "):
+        allocate(table, Budget(compression=13))
+    uneven = make_table((weight("a", 1, (2, 4)), weight("b", 6, (3, 4))), {n: {2: 2, 3: 1, 4: 0} for n in "ab"})
+    with pytest.raises(InfeasibleBudgetError, match=r"above the largest reachable 11.2 "):
+        allocate(uneven, Budget(compression=12))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget, "budget=Budget is a class; give an instance"),
+        (infoq_fx.Tolerance, "budget=Tolerance is a class"),
+    ],
+    ids=["budget", "tolerance"],
+)
+def test_a_class_is_no_budget(budget: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        allocate(SMALL, budget)
+
+
 def test_check_budget_needs_no_scores() -> None:
     assert check_budget(SMALL.inventory, 3) == Budget(weight_bits=3.0)
     with pytest.raises(InfeasibleBudgetError, match="reachable 2 "):
@@ -209,7 +239,7 @@ def test_pins_are_kept() -> None:
     assert found.bits == {"conv": 2, "fc": 3, "relu": 4, "input": 8}
     assert (found.uniform_bits, found.uniform_score) == (3, pytest.approx(8 / 16 + 2 / 64 + 0.5))
     assert allocate(SMALL, 8, pin={"conv": 2, "fc": 2}).uniform_bits is None
-    with pytest.raises(InfeasibleBudgetError, match=r"reachable 3.5 \(every layer at its fewest bits\)"):
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable 3.5 \(every layer .*, 'conv' pinned to 8\).* or pin"):
         allocate(SMALL, 3, pin={"conv": 8})
 
 

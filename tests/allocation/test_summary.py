@@ -12,6 +12,8 @@ import infoq_fx
 from infoq_fx import Allocation, Budget, FileSize, allocate, summarize
 from infoq_fx.allocation.cost import measure_cost
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 
 @pytest.fixture(scope="module")
 def quantized():

@@ -17,6 +17,8 @@ from infoq_fx.report.curve import find_uniforms, trace_curve
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Budget, Inventory, Operation
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 TIED = replace(SMALL, inventory=replace(SMALL.inventory, ties=(("conv", "fc"),)))
 OWN = {(i, j): (7 * i + 5 * j + i * j % 3) / 10 for i in range(9) for j in range(9)}
 

@@ -180,7 +180,20 @@ def test_a_tolerance_is_validated_on_samples_of_its_own(folder, tmp_path):
     assert "points of top-1 on 40 samples" in result.stdout
     failed = run(*files, "--max-nats", 1e-12)
     assert failed.exit_code == cli.ExitCode.INFEASIBLE
-    assert "nats=1e-12 is out of reach on 20 samples: with all sites at 8 bits it loses" in failed.stderr
+    assert "--max-nats 1e-12 is out of reach on 20 samples: with all sites at 8 bits it loses" in failed.stderr
+
+
+@pytest.mark.filterwarnings("always:the samples that are held back", "always:the scores behind this allocation")
+def test_scores_that_may_have_seen_the_validation_samples_are_warned_of(folder, tmp_path):
+    files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "t.pt2", *FAST, "--max-nats", 9]
+    first = done(*files)
+    assert "held back" not in first.stderr
+    again = done(*files, "--scores", tmp_path / "t.pt2.scores.json")
+    assert "held back" not in again.stderr
+    seen = run(*files, "--scores", folder / "scores.json").stderr  # then refused: they are of other bit-widths
+    assert "warning: the samples that are held back to validate may be among those that" in " ".join(seen.split())
+    own = run(*files, "--scores", folder / "scores.json", "--validation-data", folder / "data.npz")
+    assert "held back" not in own.stderr
 
 
 @pytest.mark.slow
@@ -327,7 +340,25 @@ def errors(folder):
         "criterion": ([*files, "--budget", 4, "--criterion", "inofq"], 1, "nearest of 14: 'infoq'"),
         "recovery": ([*files, "--budget", 4, "--recovery", "fsat"], 1, "'fast'"),
         "pin": (["allocate", scores, "--budget", 4, "--pin", "head"], 1, "--pin is 'head'; give a glob"),
-        "two tolerances": ([*files, "--max-drop", 1, "--max-nats", 1], 1, "drop and nats; give exactly one"),
+        "two tolerances": (
+            [*files, "--max-drop", 1, "--max-nats", 1],
+            1,
+            "--max-drop and --max-nats are given; give one",
+        ),
+        "tolerance below 0": ([*files, "--max-drop", -1], 1, "--max-drop is -1; give a finite number"),
+        "minimized": (
+            [*files, "--max-nats", 1, "--minimize", "size"],
+            1,
+            "cost in --minimize 'size'; nearest of 4: 's",
+        ),
+        "negative limit": (["allocate", scores, "--size-bytes", -5], 1, "--size-bytes -5.0 is not a valid limit; give"),
+        "limit": (["allocate", scores, "--budget", 1], 4, "error: --budget 1 is below the smallest reachable 2 (all"),
+        "alpha": (["allocate", scores, "--budget", 4, "--alpha", -1], 1, "error: --alpha -1.0 must be a finite number"),
+        "two pins": (
+            ["allocate", scores, "--budget", 4, "--pin", "a=4", "--pin", "a=8"],
+            1,
+            "--pin gives 'a' both 4 and 8",
+        ),
         "no tolerance": (
             [*files, "--budget", 4, "--validation-data", scores],
             1,

@@ -11,7 +11,7 @@ import torch
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
-from infoq_fx.allocation.cost import measure_cost, weight_bytes
+from infoq_fx.allocation.cost import weight_bytes
 from infoq_fx.cli.inputs import _choose_levels
 from infoq_fx.conversion.quantized import find_codebooks
 from infoq_fx.types import Allocation, QuantSite
@@ -119,16 +119,12 @@ def test_budgets_of_bitops_take_equal_steps(model):
         infoq_fx.convert(prepared, allocation)
 
 
-def test_a_codebook_costs_a_byte_a_level(model):
+def test_a_codebook_costs_a_byte_a_level():
     plain, learned = (QuantSite("w", "weight", (4, 100), (3,), 0, has_codebook=has) for has in (False, True))
     assert weight_bytes(learned, 3) == weight_bytes(plain, 3) + 8
     assert weight_bytes(learned, 7) == weight_bytes(plain, 7)
-    prepared = infoq_fx.prepare(model, IMAGES)
-    allocation = allocate(prepared, (4,))
-    count = sum(site.kind == "weight" for site in prepared.inventory.sites)
-    uniform = infoq_fx.prepare(model, IMAGES, levels="uniform")
-    costs = [measure_cost(p.inventory, allocation.bits).size_bytes for p in (prepared, uniform)]
-    assert costs[0] - costs[1] == 16 * count
+    small = QuantSite("w", "weight", (4, 20), (3,), 0, has_codebook=True)
+    assert weight_bytes(small, 3) == weight_bytes(small, 8)  # packing and levels would take more than they save
 
 
 @pytest.mark.parametrize(

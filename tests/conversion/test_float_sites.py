@@ -207,3 +207,30 @@ def test_float_is_chosen_for_the_fragile_layer_and_for_no_other(fragile, tmp_pat
 def test_criteria_that_cannot_score_floats_say_so(prepared):
     with pytest.raises(infoq_fx.OptionError, match="scores no tensors in float"):
         infoq_fx.score(prepared, IMAGES, criterion="output_kl", progress=False)
+
+
+class Product(nn.Module):
+    """A product of two activations, each with a channel far above the others that the other multiplies by 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        with torch.no_grad():
+            for channel, (large, small) in enumerate([(self.left, self.right), (self.right, self.left)]):
+                large.weight[channel] *= 2000
+                small.weight[channel] = 0
+
+    def forward(self, x):
+        return self.head(self.left(x) @ self.right(x).transpose(1, 2) @ x).sum(1)
+
+
+def test_both_operands_of_a_product_are_in_float_where_both_lose_much():
+    prepared = infoq_fx.prepare(Product().eval(), torch.randn(96, 6, 8), bits=8, activation_bits=(8, 16))
+    left, right = (site for site in prepared.inventory.sites if site.name in ("matmul.left", "matmul.right"))
+    assert (left.follows, right.follows) == ((), ("matmul.left",))
+    table = infoq_fx.score(prepared, torch.randn(96, 6, 8), progress=False)
+    gains = {name: by_bits[8].value for name, by_bits in table.scores.items()}
+    assert gains["matmul.left"] > gains["matmul.right"]
+    found = infoq_fx.allocate(table, infoq_fx.Budget(weight_bits=8.0))
+    assert found.bits["matmul.left"] == found.bits["matmul.right"] == 16

@@ -63,8 +63,8 @@ def open_session(content, level):
 def test_unpacked_weights_are_those_that_were_packed(weights):
     model = model_of(weights)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_CHAIN_BYTES", -1000)  # every bit-width that occurs gets operators of its own
-        patch.setattr(packing, "_LEVELS_BYTES", -1000)  # and every weight with few levels a codebook
+        patch.setattr(packing, "CHAIN_BYTES", -1000)  # every bit-width that occurs gets operators of its own
+        patch.setattr(packing, "LEVELS_BYTES", -1000)  # and every weight with few levels a codebook
         packing.pack_weights(model)
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
@@ -168,7 +168,7 @@ def files(tmp_path_factory):
     def export(name, target="onnxruntime"):
         quantized, _ = quantized_kinds(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(packing, "_CHAIN_BYTES", -1000)
+            patch.setattr(packing, "CHAIN_BYTES", -1000)
             patch.setattr(parameters, "_NODES_BYTES", -1000)
             return [
                 infoq_fx.export_onnx(quantized, folder / f"{name}_{container}.onnx", container=container, target=target)

@@ -1,5 +1,6 @@
 import builtins
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -144,6 +145,70 @@ def test_without_residual_additions_only_halves_round_differently():
     assert sqnr_decibels(found, expected) > 45
 
 
+class Embedded(nn.Module):
+    """Weights whose channels are not on the first axis: embedding, transposed convolution, matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up = nn.Embedding(20, 6), nn.ConvTranspose1d(6, 6, 3)
+        self.last = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return self.up(self.embedding(x).transpose(1, 2)).relu().transpose(1, 2) @ self.last
+
+
+class Products(nn.Module):
+    """Weights in einsum, bmm and bilinear, one of them twice, and a bag of embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.bilinear = nn.EmbeddingBag(20, 8, mode="sum"), nn.Bilinear(8, 6, 5)
+        self.shared, self.experts = nn.Parameter(torch.randn(7, 8)), nn.Parameter(torch.randn(4, 7, 6))
+        self.heads = nn.Parameter(torch.randn(4, 6, 6))
+
+    def forward(self, x):
+        y = self.bag(x)
+        z = torch.einsum("nd,ed->ne", y, self.shared)
+        y = y + z @ self.shared
+        z = torch.einsum("nd,cdk->cnk", z, self.experts).relu()
+        return self.bilinear(y, torch.bmm(z, self.heads).sum(0))
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers of two levels and a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.cell, self.head = nn.GRUCell(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.cell(self.lstm(x)[0][:, -1]))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights:UserWarning")  # the test's export
+@pytest.mark.parametrize("kind", [Embedded, Products, Recurrent], ids=lambda kind: kind.__name__)
+def test_all_kinds_of_weights_are_taken_over(kind):
+    """What torchao converts equals the quantized module to the last bit."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 4, 8) if kind is Recurrent else torch.randint(0, 20, (32, 5))
+    model = kind().eval()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    quantized = infoq_fx.quantize(model, 5.0, calibration_data=x, refine=False, progress=False)
+    converted = through_torchao(model, infoq_fx.InfoqQuantizer(quantized), x)
+    with torch.no_grad():
+        assert torch.equal(converted(x), quantized(x))
+        assert (quantized(x) - model(x)).abs().max() > 0
+    bits = infoq_fx.allocation_of(quantized).bits
+    found = [node for node in converted.graph.nodes if str(node.target) == DEQUANTIZE_WEIGHT]
+    weights = [site for site in infoq_fx.prepare(model, x).inventory.sites if site.kind == "weight"]
+    assert len(found) >= len(weights)  # a weight that two layers read is dequantized twice
+    assert {(1 << bits[site.name]) // 2 - 1 for site in weights} == {node.args[5] for node in found}
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    by_allocation = through_torchao(model, infoq_fx.InfoqQuantizer(infoq_fx.allocation_of(quantized)), x)
+    assert sum(str(node.target) == DEQUANTIZE_WEIGHT for node in by_allocation.graph.nodes) == len(found)
+
+
 def test_layers_that_the_allocation_does_not_know_stay_in_float(case):
     model, allocation, _, _ = case
     bits = {name: b for name, b in allocation.bits.items() if not name.startswith("head")}
@@ -177,6 +242,12 @@ def test_what_cannot_be_used_is_refused(case):
     other = Allocation(bits={**allocation.bits, "tail.weight": 4})
     with pytest.raises(infoq_fx.OptionError, match=r"as 'tail\.weight'; give one of this model; nearest there"):
         prepare_pt2e(exported(model), infoq_fx.InfoqQuantizer(other))
+
+
+def test_importing_it_prints_nothing():
+    """A new process, as torchao is imported once only."""
+    done = subprocess.run([sys.executable, "-c", "import infoq_fx; infoq_fx.InfoqQuantizer"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):

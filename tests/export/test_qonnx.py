@@ -83,6 +83,14 @@ def test_qonnx_computes_what_the_module_computes(made):
     assert result.levels[0].largest_error_steps == 0
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_the_target_of_a_qonnx_file_is_named(target, made):
+    """Before the runtime is asked, which may not be installed."""
+    quantized, path, images = made
+    with pytest.raises(OptionError, match=rf"is a QONNX file, which {target} does not run; give target='qonnx'"):
+        infoq_fx.verify_onnx(path, quantized, images, target=target)
+
+
 def test_a_wrong_file_is_not_kept(made, tmp_path, monkeypatch):
     from infoq_fx.export.qdq_onnx import quant_nodes
 
@@ -95,7 +103,9 @@ def test_a_wrong_file_is_not_kept(made, tmp_path, monkeypatch):
 
 def test_qonnx_has_no_containers(made, tmp_path):
     quantized, _, _ = made
-    with pytest.raises(OptionError, match="target 'qonnx' has no containers, got 'int8'"):
+    with pytest.raises(
+        OptionError, match=r"container='int8' is given for target 'qonnx', .*; leave .* or give target 'onnx"
+    ):
         infoq_fx.export_onnx(quantized, tmp_path / "m.onnx", target="qonnx", container="int8")
 
 

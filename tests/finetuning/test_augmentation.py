@@ -106,5 +106,5 @@ def quantized_origin(quantized):
 
 def test_another_form_is_refused(case):
     quantized, images = case
-    with pytest.raises(OptionError, match="augment must return"):
+    with pytest.raises(OptionError, match="augment returned inputs of another form"):
         infoq_fx.finetune(quantized, images, epochs=1, augment=lambda inputs, _: {"y": images}, progress=False)

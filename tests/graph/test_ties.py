@@ -72,12 +72,72 @@ def test_a_pin_of_one_layer_pins_all(data):
     assert inventory[OF_LAYER[1][0]].bits == (2, 3, 4, 5, 6, 7, 8)
 
 
+class Shared(nn.Module):
+    """One weight of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 8), nn.Linear(8, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.embedding(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("pin", "bits"),
+    [
+        ({"embedding": 4}, (4,)),
+        ({"embedding": 4, "head": 4}, (4,)),
+        ({"*": 8, "head": 4}, (4,)),
+        ({"head": 4, "*": 8}, (8,)),
+        (
+            {"embedding": 4, "head": 8},
+            "pin has 'embedding': 4 and 'head': 8, but 'embedding' and 'head' share the weight",
+        ),
+        ({"head*": 3, "e*": 8}, "share the weight 'head.weight'; pin one of them, or both alike"),
+    ],
+    ids=["one", "alike", "all and one", "one and all", "apart", "patterns"],
+)
+def test_pins_of_a_shared_weight_agree(pin, bits):
+    def prepare():
+        return infoq_fx.prepare(Shared().eval(), torch.randint(0, 6, (32, 5)), pin=pin)
+
+    if isinstance(bits, str):
+        with pytest.raises(OptionError, match=bits):
+            prepare()
+    else:
+        assert prepare().inventory["head.weight"].bits == bits
+
+
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [
+        ({"pin": {"layers.0.q_porj": 8}}, ["layers.0.q_proj"]),
+        ({"pin": {"layers.0.q_porj.input": 8}}, ["layers.0.q_proj.input"]),
+        ({"tie": [("layers.0.inputs", "head")]}, []),
+        ({"ignore": ["head.weight"]}, ["head"]),
+    ],
+    ids=["pin", "pin of an activation", "tie", "ignore"],
+)
+def test_hints_are_of_what_can_be_given(options, nearest, data):
+    with pytest.raises(OptionError, match="unknown layer in") as caught:
+        prepare(data, **options)
+    hints = str(caught.value).partition("nearest")[2]
+    assert all(repr(name) in hints for name in nearest)
+    assert ("input" in hints) == any("input" in name for name in nearest)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tie": [("*.q_porj", "*.k_proj")]}, r"unknown layer in tie '\*.q_porj'; nearest.*q_proj"),
         ({"tie": [("head",)]}, r"matches only 'head.weight' below 'the model'; give patterns"),
-        ({"tie": [("*.q_proj",)]}, r"matches only 'layers.0.q_proj.weight' below 'layers.0'; give patterns"),
+        (
+            {"tie": [("*.q_proj",)]},
+            r"'layers.0.q_proj.weight' below 'layers.0', and 'layers.1.q_proj.weight' below 'layers.1'.*; give .*"
+            r"or name the modules, as \('layers.0', 'layers.1'\) ties",
+        ),
         ({"tie": [QKV], "ignore": ["layers"]}, "matches no layer with a quantized weight; leave"),
         (
             {"tie": [QKV], "pin": {"layers.0.q_proj": 4, "layers.0.v_proj": 8}},

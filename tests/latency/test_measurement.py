@@ -1,6 +1,7 @@
 """From profiles to latencies of layers: by hand with given times, and on files that onnxruntime runs."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,7 +15,13 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.errors import OptionError
-from infoq_fx.latency.layer_nodes import drop_quantization, find_optimized_owners, find_owners, tag_nodes
+from infoq_fx.latency.layer_nodes import (
+    drop_quantization,
+    find_optimized_owners,
+    find_owners,
+    find_shared,
+    tag_nodes,
+)
 from infoq_fx.latency.measurement import Timing, add_up, split_layers
 from infoq_fx.latency.sessions import open_session, optimized_path, read_profile, take_turns
 from infoq_fx.types import Inventory, Operation
@@ -33,6 +40,21 @@ class Attention(nn.Module):
     def forward(self, x):
         scores = self.q(x) @ self.k(x).transpose(1, 2)
         return self.head((scores.softmax(-1) @ self.v(x) + x).mean(1))
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers of all kinds of weights: two directions, a projection, a cell that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(6, 3)
+        self.lstm = nn.LSTM(8, 6, proj_size=3, bidirectional=True, batch_first=True)
+        self.cell = nn.GRUCell(6, 6)
+
+    def forward(self, x):
+        steps, _ = self.lstm(self.first(x))
+        return self.head(self.cell(steps[:, 1], self.cell(steps[:, 0])))
 
 
 def conv_net():
@@ -113,6 +135,13 @@ def test_a_node_takes_no_time_below_nothing():
     assert found.rest_ms == 0.01
 
 
+def test_operations_of_one_node_share_its_time_by_their_macs():
+    inventory = replace(TWO, operations=(Operation("a", 30, None, None), Operation("b", 10, None, None)))
+    timing = Timing(0.09, {"n1": 0.08}, {"n1": "a"}, {"a": ("a", "b")})
+    found = add_up(inventory, 0.01, timing, timing, timing)
+    assert found.integer_ms == {"a": 0.06, "b": 0.02}
+
+
 @given(
     nodes=st.lists(st.floats(0, 100), min_size=1, max_size=30),
     idle=st.floats(0, 5),
@@ -148,7 +177,8 @@ def test_a_profile_gives_the_median_of_a_node_in_one_run():
 def test_every_second_quarter_of_the_layers():
     names = [f"op{i}" for i in range(8)]
     inventory = Inventory((), tuple(Operation(name, 1, None, None) for name in names), 0)
-    assert split_layers(inventory) == {"op2", "op3", "op6", "op7"}
+    assert split_layers(inventory, {}) == {"op2", "op3", "op6", "op7"}
+    assert split_layers(inventory, {"op3": ("op3", "op4"), "op5": ("op5", "op6")}) == {"op2", "op3", "op4", "op7"}
 
 
 def test_every_layer_is_found_in_the_file(exported):
@@ -160,6 +190,18 @@ def test_every_layer_is_found_in_the_file(exported):
     if "blocks.0.conv2" in exported.layers:  # an addition belongs to the later of two layers
         added = [owners[name] for name in kinds if kinds[name] == "Add"]
         assert added == ["blocks.0.conv2", "blocks.1.conv2"]
+
+
+def test_every_weight_of_a_recurrent_layer_has_its_share_of_a_node(tmp_path):
+    """All weights of one node, projections too, and nothing of it belongs to the layers around it."""
+    recurrent = Exported((Recurrent().eval(), torch.randn(32, 5, 8)), tmp_path)
+    shared = find_shared(recurrent.file.graph, recurrent.prepared.inventory)
+    assert [len(names) for names in shared.values()] == [6, 2, 2]
+    assert {*recurrent.owners, *itertools.chain(*shared.values())} >= {*recurrent.layers}
+    made = {node.op_type: owner for node, owner in zip(recurrent.file.graph.node, recurrent.owners, strict=True)}
+    assert (made["LSTM"], made["GRU"], made["Gemm"]) == ("lstm.weight_ih_l0", "cell.weight_ih_1", "head")
+    drop_quantization(recurrent.file, recurrent.owners, {None, *recurrent.owners}, keep_weights=False)
+    assert "DequantizeLinear" not in {node.op_type for node in recurrent.file.graph.node if "bias" not in node.name}
 
 
 @pytest.mark.parametrize("in_float", [False, True], ids=["integers", "float"])

@@ -28,6 +28,8 @@ from infoq_fx.report import page
 from infoq_fx.report.curve import container_bytes, damage_scale, describe_allocation, find_uniforms, trace_curve
 from infoq_fx.types import MeasuredLoss, Score
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 REPORT = pytest.importorskip("vl_convert", reason='the page needs "infoq-fx[report]"') and infoq_fx.write_report
 
 

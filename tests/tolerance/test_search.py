@@ -15,6 +15,8 @@ from infoq_fx.tolerance import steps as steps_module
 from infoq_fx.tolerance.measurement import Validation
 from infoq_fx.types import Score
 
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
+
 OPTIONS = dict(progress=False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from infoq_fx.conversion.quantized import find_codebooks, provenance_of
-from infoq_fx.core.targets import DEFAULT_TARGET, OPSET_VERSION, Container, Target, find_container, find_target
+from infoq_fx.core.targets import DEFAULT_TARGET, OPSET_VERSION, TARGETS, Container, Target, find_container, find_target
 from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
 from infoq_fx.export.qdq_onnx.lowering import lower
@@ -98,5 +98,9 @@ def _choose_container(asked: str | None, target: Target) -> Container | None:
     if target.containers:
         return find_container(asked or target.containers[0])
     if asked is not None:
-        raise OptionError(f"target {target.name!r} has no containers, got {asked!r}; leave the container out")
+        packed = " or ".join(repr(other.name) for other in TARGETS.values() if asked in other.containers)
+        raise OptionError(
+            f"container={asked!r} is given for target {target.name!r}, whose files hold floats and say the bits of "
+            f"each site in Quant nodes; leave the container out{', or give target ' + packed if packed else ''}"
+        )
     return None

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, NODE_BYTES
 from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
 
 __all__ = ["pack_weights"]
 
 _FIELDS = {4: 1, 2: 2, 1: 3}  # the bits of a field, and log2 of how many a byte holds
 _GROUP = 8  # values that take whole bytes at any bit-width
-_CHAIN_BYTES = 300  # the operators of one bit-width in the file
-_NODE_BYTES = 40  # the operators of one weight
-_LEVELS_BYTES = 60  # those of its levels, without these
 _WIDTHS = range(1, 8)
 
 
@@ -45,7 +43,7 @@ class _Weight:
     @property
     def extra_bytes(self) -> int:
         """Bytes of the file besides the packed values."""
-        return _NODE_BYTES if self.levels is None else _NODE_BYTES + _LEVELS_BYTES + len(self.levels)
+        return NODE_BYTES if self.levels is None else NODE_BYTES + LEVELS_BYTES + len(self.levels)
 
     def codes(self, width: int) -> Array:
         """The values as unsigned integers of a bit-width that holds them, flat."""
@@ -87,7 +85,7 @@ def _read_weight(value: ir.Value) -> _Weight:
     largest = max(int(integers.max()), -int(integers.min()) - 1, 0)
     width, levels = 1 + largest.bit_length(), np.unique(integers)
     by_level = max(1, (len(levels) - 1).bit_length())
-    is_smaller = (width - by_level) * integers.size > 8 * (_LEVELS_BYTES + len(levels))
+    is_smaller = (width - by_level) * integers.size > 8 * (LEVELS_BYTES + len(levels))
     return _Weight(value, by_level, levels) if is_smaller else _Weight(value, width, None)
 
 
@@ -102,7 +100,7 @@ def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, ...]:
         held[weight.width].append(weight)
 
     def total(chosen: tuple[int, ...]) -> int:
-        size = _CHAIN_BYTES * len(chosen)
+        size = CHAIN_BYTES * len(chosen)
         for width, group in held.items():
             taken = next((own for own in chosen if own >= width), 8)
             size += _packed_bytes(sum(weight.size for weight in group), taken)

@@ -29,7 +29,8 @@ def write_embedding_bags(graph_module: fx.GraphModule) -> bool:
     """
     changed = False
     for node in list(graph_module.graph.nodes):
-        if node.target not in _BAGS or not all(u.target is operator.getitem and u.args[1] == 0 for u in node.users):
+        read = [user for user in node.users if user.users]
+        if node.target not in _BAGS or not all(u.target is operator.getitem and u.args[1] == 0 for u in read):
             continue
         result = _write(Place(graph_module, node), _Bag(*node.args))
         for user in list(node.users):

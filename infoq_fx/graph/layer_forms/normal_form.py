@@ -10,15 +10,16 @@ from infoq_fx.graph.passes.fold_batch_norm import fold_batch_norm
 from infoq_fx.graph.passes.fold_constants import drop_unread_tensors, fold_constants
 from infoq_fx.graph.passes.pass_manager import GraphPass
 
-__all__ = ["NORMAL_FORM"]
+__all__ = ["LAYER_FORMS", "NORMAL_FORM"]
+
+LAYER_FORMS: tuple[GraphPass, ...] = (write_recurrent_layers, write_embedding_bags, write_products_as_layers)
+"""Those that give layers of many names one form."""
 
 NORMAL_FORM: tuple[GraphPass, ...] = (
-    write_recurrent_layers,
-    write_embedding_bags,
-    write_products_as_layers,
+    *LAYER_FORMS,
     fold_constants,
     fold_batch_norm,
     add_head_dimension,
     drop_unread_tensors,
 )
-"""In the order in which they run."""
+"""All, in the order in which they run."""

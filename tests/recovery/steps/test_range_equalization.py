@@ -311,3 +311,55 @@ def test_residual_net_is_not_harmed_and_results_repeat(residual_net, images):
 def test_options_out_of_range():
     with pytest.raises(OptionError, match="samples"):
         RangeEqualization(samples=0)
+
+
+class Block(nn.Module):
+    """A norm, GELU between layers, a norm by hand before two layers, and a gate; outliers in two channels of each."""
+
+    def __init__(self, outliers=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.gate, self.value, self.last = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 4)
+        large = torch.tensor([40.0, 90.0])
+        with torch.no_grad():
+            for made, read in (
+                ((self.norm.weight, [self.up]), (self.scale, [self.gate, self.value])) if outliers else ()
+            ):
+                made[:2] *= large
+                for layer in read:
+                    layer.weight[:, :2] /= large
+            if outliers:
+                self.up.bias[:2] += large
+                self.down.weight[:, :2] /= large
+                self.value.weight[:2] *= large[:, None]
+                self.last.weight[:, :2] /= large
+
+    def forward(self, x):
+        x = self.down(functional.gelu(self.up(self.norm(x))))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * self.scale
+        return self.last(functional.silu(self.gate(x)) * self.value(x))
+
+
+def count_products(prepared):
+    return sum(node.target is torch.ops.aten.mul.Tensor for node in prepared.graph_module.graph.nodes)
+
+
+def test_outliers_move_through_norms_and_gates_and_behind_a_curve(tmp_path):
+    """To the last bit in float; the product behind GELU is the only node that is added, and only where it pays."""
+    x = torch.randn(128, 5, 16)
+    prepared, data = prepare(Block(), x)
+    found = equalize(prepared, data)
+    assert_same_float(prepared, found, data)
+    assert find_changed(prepared, found) == set(float_weights(prepared))
+    assert measure_error(found, data) < 0.02 * measure_error(prepared, data)
+    assert count_products(found) == count_products(prepared) + 1
+    bits = {site.name: 8 for site in prepared.inventory.sites}
+    quantized = infoq_fx.convert(found, infoq_fx.Allocation(bits=bits))
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    assert infoq_fx.verify_onnx(path, quantized, x).is_sound
+    plain, _ = prepare(Block(outliers=False), x)
+    assert count_products(equalize(plain, data)) == count_products(plain)
+    both = recover_accuracy(prepared, bits, data, [STEP, SecondOrderRounding()], progress=False)
+    assert both.recovered_by[0] == STEP.name
