@@ -117,6 +117,7 @@ def test_an_audit_has_their_rows_and_keeps_them(small, residual, tmp_path, monke
     options = dict(bits=(2, 4, 8), cache_dir=tmp_path, progress=False, outputs="categorical", references=SEARCHES)
     found = infoq_fx.audit(model, images, ["weight_mse"], [3.0], **options)
     assert [row.name for row in found.rows] == ["weight_mse", "uniform", "evolutionary", "differentiable"]
+    assert found.recommended.name == "weight_mse"
     for row in found.rows[2:]:
         assert row.cpu_seconds > 0
         cost = measure_cost(found.tables["weight_mse"].inventory, row.allocations["3 bits"].bits)
