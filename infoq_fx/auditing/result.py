@@ -72,8 +72,8 @@ class Audit:
     """The result of an audit: a row per criterion, ``"uniform"``, with InfoQ ``"infoq, refined"``, then all searches.
 
     ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
-    ``float_top1`` is the float model's top-1 in percent. ``references`` are the names of the searches, which are compared
-    with and not recommended.
+    ``float_top1`` is the float model's top-1 in percent. ``references`` are the names of the searches, which are
+    compared with and not recommended.
     """
 
     rows: tuple[AuditRow, ...]
