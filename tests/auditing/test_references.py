@@ -89,7 +89,7 @@ def residual():
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda search: search.name)
-@pytest.mark.parametrize("case", ["bitops", "tie", "own cost"])
+@pytest.mark.parametrize("case", ["bitops", "tie", pytest.param("own cost", marks=pytest.mark.slow)])
 def test_limits_ties_pins_and_activations_hold_and_a_seed_decides(search, case, residual, monkeypatch):
     model, images = residual
     options = {"tie": [("*.conv1", "*.conv2")], "pin": {"head": 4}} if case == "tie" else {"activation_bits": (4, 8)}
