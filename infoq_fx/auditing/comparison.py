@@ -213,6 +213,7 @@ def audit(
         evaluation_samples=evaluation.samples,
         float_metric=judge.float_metric,
         metric_name=getattr(metric, "__name__", "metric"),
+        references=tuple(reference.name for reference in searches),
     )
 
 

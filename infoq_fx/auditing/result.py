@@ -72,7 +72,8 @@ class Audit:
     """The result of an audit: a row per criterion, ``"uniform"``, with InfoQ ``"infoq, refined"``, then all searches.
 
     ``accuracy_drops`` are measured on the evaluation samples, in points with standard errors, by site and bit-width.
-    ``float_top1`` is the float model's top-1 in percent.
+    ``float_top1`` is the float model's top-1 in percent. ``references`` are the names of the searches, which are
+    compared with and not recommended.
     """
 
     rows: tuple[AuditRow, ...]
@@ -83,6 +84,7 @@ class Audit:
     evaluation_samples: int
     float_metric: float | None = None
     metric_name: str = "metric"
+    references: tuple[str, ...] = ()
 
     @property
     def leader(self) -> AuditRow:
@@ -173,7 +175,8 @@ class Audit:
         )
 
     def _candidates(self) -> list[AuditRow]:
-        return [row for row in self.rows if row.name != "uniform" and len(row.allocations) == len(self.budgets)]
+        others = ("uniform", *self.references)
+        return [row for row in self.rows if row.name not in others and len(row.allocations) == len(self.budgets)]
 
 
 def _mean_log_nats(row: AuditRow) -> float:

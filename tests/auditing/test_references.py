@@ -89,7 +89,7 @@ def residual():
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda search: search.name)
-@pytest.mark.parametrize("case", ["bitops", "tie", "own cost"])
+@pytest.mark.parametrize("case", ["bitops", "tie", pytest.param("own cost", marks=pytest.mark.slow)])
 def test_limits_ties_pins_and_activations_hold_and_a_seed_decides(search, case, residual, monkeypatch):
     model, images = residual
     options = {"tie": [("*.conv1", "*.conv2")], "pin": {"head": 4}} if case == "tie" else {"activation_bits": (4, 8)}
@@ -117,6 +117,7 @@ def test_an_audit_has_their_rows_and_keeps_them(small, residual, tmp_path, monke
     options = dict(bits=(2, 4, 8), cache_dir=tmp_path, progress=False, outputs="categorical", references=SEARCHES)
     found = infoq_fx.audit(model, images, ["weight_mse"], [3.0], **options)
     assert [row.name for row in found.rows] == ["weight_mse", "uniform", "evolutionary", "differentiable"]
+    assert found.recommended.name == "weight_mse"
     for row in found.rows[2:]:
         assert row.cpu_seconds > 0
         cost = measure_cost(found.tables["weight_mse"].inventory, row.allocations["3 bits"].bits)
