@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from numbers import Real
 from typing import Any
 
@@ -16,6 +15,7 @@ from infoq_fx.allocation.float_candidates import drop_idle_floats, widest_intege
 from infoq_fx.allocation.integer_program import build_rows, solve_with_highs
 from infoq_fx.allocation.lagrangian_bound import CandidateScores
 from infoq_fx.allocation.pairwise_program import join_pairs, minimize_pairs, total_of_pairs
+from infoq_fx.allocation.reach import describe_reach
 from infoq_fx.core.option_checks import check_alpha
 from infoq_fx.errors import InfeasibleBudgetError, InfoqError, OptionError, unknown_name_error
 from infoq_fx.table import SensitivityTable, check_table
@@ -24,7 +24,6 @@ from infoq_fx.types import (
     MAX_BITS,
     Allocation,
     Budget,
-    Cost,
     Inventory,
     QuantSite,
     Score,
@@ -34,8 +33,6 @@ from infoq_fx.types import (
 __all__ = ["allocate", "check_budget", "find_uniform", "move_allocation", "pin_sites", "propose"]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25)
-_NAMED = 3  # sites in a message
-_DIGITS = 6
 _LOGGER = logging.getLogger(__name__)
 
 # The objective is the excess of a score over its site's best, scaled so that the best known allocation has this value:
@@ -148,7 +145,7 @@ def check_budget(inventory: Inventory, budget: float | Budget) -> Budget:
     free = {name: row for name, row in own.items() if not row.grows_with_bits}
     if beyond := [name for name in broken if name not in free or free[name].least > free[name].limit]:
         reached = {name: bound_own_cost(row, limits.costs[name]) for name, row in own.items()}
-        raise InfeasibleBudgetError("; ".join(_describe_reach(inventory, limits, cost, n, reached) for n in beyond))
+        raise InfeasibleBudgetError("; ".join(describe_reach(inventory, limits, cost, n, reached) for n in beyond))
     if broken and _find_fitting(inventory, limits) is None:
         raise InfeasibleBudgetError(
             f"no allocation meets {limits} at once, though each limit alone can be met; raise one of them, or allow "
@@ -314,40 +311,6 @@ def _leading(inventory: Inventory, bits: Mapping[str, int]) -> _Bits:
 
 def _total_score(candidates: CandidateScores, bits: Mapping[str, int]) -> float:
     return math.fsum(candidates[name][b] for name, b in bits.items())
-
-
-def _describe_reach(inventory: Inventory, budget: Budget, cost: Cost, name: str, own: Mapping[str, float]) -> str:
-    kinds = {"bitops": ("weight", "activation"), "activation_bytes": ("activation",)}.get(name, ("weight",))
-    fewest = {site.bits[0] for site in inventory.sites if site.kind in kinds and site.is_searched}
-    how = f"all layers at {fewest.pop()} bits" if len(fewest) == 1 else "every layer at its fewest bits"
-    side = "above the largest" if name == "compression" else "below the smallest"
-    if name in own:
-        how = "every operation at its cheapest bits"
-    asked, reachable = budget.limits[name], own[name] if name in own else cost[name]
-    remedy = "lower it to that" if name == "compression" else "raise it to that"
-    pinned = _describe_pinned(inventory, kinds)
-    shown = _round_text(reachable, down=name == "compression")
-    advice = f"{remedy}, allow fewer bits, or pin fewer" if pinned else f"{remedy}, or allow fewer bits"
-    return f"budget {name}={asked:.12g} is {side} reachable {shown} ({how}{pinned}); {advice}"
-
-
-def _describe_pinned(inventory: Inventory, kinds: Iterable[str]) -> str:
-    """The sites of one bit-width among others that have a choice, and those of more bits than the others need."""
-    sites = [site for site in inventory.sites if site.kind in kinds and site.is_searched]
-    free = [site.bits[0] for site in sites if len(site.bits) > 1]
-    fixed = [site for site in sites if len(site.bits) == 1 and free and site.bits[0] > min(free)]
-    named = ", ".join(f"{site.name!r} pinned to {site.bits[0]}" for site in fixed[:_NAMED])
-    more = f" and {len(fixed) - _NAMED} more" if len(fixed) > _NAMED else ""
-    return f", {named}{more}" if fixed else ""
-
-
-def _round_text(value: float, *, down: bool) -> str:
-    """A number in few digits, rounded so that it can be copied into a budget: up, or down for a lower limit."""
-    if float(f"{value:.{_DIGITS}g}") == value:
-        return f"{value:.{_DIGITS}g}"
-    digits = _DIGITS - 1 - math.floor(math.log10(abs(value)))
-    exact = Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR if down else ROUND_CEILING)
-    return f"{exact.normalize():f}"
 
 
 def find_uniform(inventory: Inventory, budget: Budget) -> tuple[int | None, _Bits | None]:
