@@ -95,6 +95,7 @@ def test_the_same_seed_gives_the_same_numbers_with_any_threads():
 
 def test_the_best_epoch_is_kept_and_nothing_is_made_worse(caplog):
     quantized, x = small()
+    caplog.set_level(logging.INFO)
     for rate in (50.0, 1e4):
         kept = quick(quantized, x, learning_rate=rate)
         assert_same(kept, quantized)
