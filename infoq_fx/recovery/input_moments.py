@@ -32,7 +32,8 @@ _MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they 
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _ROWS_AT_ONCE = 256
 _ROWS_OF_PRODUCT, _COLUMNS_OF_PRODUCT = 1024, 512  # at least, at most
-_SAMPLES_SHARE = 2  # rows are kept as they are if the columns are this many times as many
+_SAMPLES_SHARE, _SHARE_OF_FEW = 2, 16  # rows are kept as they are if the columns are this many times as many;
+_FEW_COLUMNS = 2048  # matrices of up to these are factorized in a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,12 @@ class RunningMoments:
         """Take the rows of a batch, float32 ``[groups, rows, columns]``; the same tensor may be given twice.
 
         The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the
-        columns. Otherwise nothing is taken of more than ``MOST_COLUMNS`` columns.
+        columns, or a 16th of up to 2,048 columns. Otherwise nothing is taken of more than ``MOST_COLUMNS`` columns.
         """
         rows, columns = reference.shape[1:]
         if not rows:
             return
-        if _SAMPLES_SHARE * rows_in_all <= columns:
+        if rows_in_all * (_SHARE_OF_FEW if columns <= _FEW_COLUMNS else _SAMPLES_SHARE) <= columns:
             x, found = reference.double(), quantized.double()
             self._samples.append(InputSamples(x, found, x.mean(1), found.mean(1)))
         elif columns <= MOST_COLUMNS:

@@ -42,7 +42,9 @@ GRADIENT_BYTES = 512 << 20
 """What a run may keep for gradients without a memory limit."""
 
 _BATCH_BYTES = 256 << 20
-_VALUE_BYTES = 24 << 20  # of one value; C libraries map larger blocks anew each time, which takes as long as to use them
+_VALUE_BYTES = (
+    24 << 20
+)  # of one value; C libraries map larger blocks anew each time, which takes as long as to use them
 _MAX_BATCH = 64
 
 _Result = TypeVar("_Result")
@@ -175,7 +177,7 @@ def map_whole(
 ) -> Iterator[_Result]:
     """Run all samples as :func:`run_whole` does, and yield what ``read`` returns, in the order of the batches.
 
-    Inputs of convolutions may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
+    Inputs of layers may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
     """
     integers, given = find_integer_nodes(prepared), prepared.inventory.complete_floats(bits or {})
     interpreter = SiteInterpreter(prepared, integers)

@@ -37,7 +37,9 @@ def test_moments_are_those_of_numpy(residual):
     assert torch.equal(half.second, halves[0].second)
 
 
-@pytest.mark.parametrize(("samples", "columns", "kind"), [(20, 48, InputSamples), (40, 48, InputMoments)])
+@pytest.mark.parametrize(
+    ("samples", "columns", "kind"), [(6, 96, InputSamples), (40, 48, InputMoments), (40, 2200, InputSamples)]
+)
 def test_few_rows_of_many_columns_are_kept_as_they_are(samples, columns, kind):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(columns, 5)), torch.randn(samples, columns)
