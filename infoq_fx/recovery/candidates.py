@@ -36,7 +36,7 @@ from infoq_fx.types import BASELINE_BITS, Plain, QParams, QuantSite, RoundedWeig
 
 __all__ = ["Candidates"]
 
-_SAMPLES = 512
+_SAMPLES = 256
 _ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _SWEEPS = 2
@@ -59,7 +59,7 @@ class Candidates:
 
     Args:
         prepared: calibrated; not changed.
-        data: by the model's input names, on the model's device; at most 512 samples are used.
+        data: by the model's input names, on the model's device; at most 256 samples are used.
         memory_limit: bytes for moments and a batch's values; None for about 768 MiB.
 
     Attributes:
