@@ -158,8 +158,8 @@ class Candidates:
                 batch_size=self._batch_size,
                 run_options=run_options,
             ):
-                for layer, (rows, in_all) in zip(layers, found, strict=True):
-                    sums[layer.site.name].add(rows, rows, in_all)
+                for layer, (taken, in_all) in zip(layers, found, strict=True):
+                    sums[layer.site.name].add(taken, taken, in_all)
             return {name: total for name, x in sums.items() if (total := x.finish()) is not None}
 
 

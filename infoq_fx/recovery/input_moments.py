@@ -177,7 +177,10 @@ class RunningMoments:
         if self._waiting:
             self._multiply()
         found, self._total = self._total, None
-        return None if found is None else _divide(found, found.count)
+        if found is None:
+            return None
+        _mirror(found.second)
+        return _divide(found, found.count)
 
     def _multiply(self) -> None:
         """Add the moments of the rows that wait."""
@@ -186,7 +189,7 @@ class RunningMoments:
         x = found if is_same else torch.cat([rows for rows, _ in self._waiting], 1)
         self._waiting.clear()
         total = _zero_moments(found, is_same) if self._total is None else self._total
-        _add_products(total.second, found, found, self._spread)
+        _add_products(total.second, found, found, self._spread, is_symmetric=True)
         if not is_same:
             _add_products(total.cross, x, found, self._spread)
         self._total = replace(
@@ -205,19 +208,30 @@ def _zero_moments(rows: Tensor, is_same: bool) -> InputMoments:
     return InputMoments(0, mean, mean, second, second if is_same else torch.zeros_like(second))
 
 
-def _add_products(total: Tensor, x: Tensor, found: Tensor, spread: ThreadMap) -> None:
-    """Add ``x^T found`` of float32 rows to a total, in place, some of its rows at a time."""
+def _add_products(total: Tensor, x: Tensor, found: Tensor, spread: ThreadMap, *, is_symmetric: bool = False) -> None:
+    """Add ``x^T found`` of float32 rows to a total, in place, some of its rows at a time.
+
+    A symmetric product is added right of the blocks of the diagonal alone; see :func:`_mirror`.
+    """
 
     def add(start: int) -> None:
         with torch.inference_mode():
-            part, columns = total[:, start : start + _COLUMNS_OF_PRODUCT], x[..., start : start + _COLUMNS_OF_PRODUCT]
+            first, end = start if is_symmetric else 0, start + _COLUMNS_OF_PRODUCT
+            part, factors = total[:, start:end, first:], (x[..., start:end].mT, found[..., first:])
             if part.dtype == torch.float32:
-                part.baddbmm_(columns.mT, found)
+                part.baddbmm_(*factors)
             else:
-                part.add_(columns.mT @ found)
+                part.add_(factors[0] @ factors[1])
 
     for _ in spread(add, range(0, total.shape[1], _COLUMNS_OF_PRODUCT)):
         pass
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy what is right of the blocks of the diagonal to the other side."""
+    for start in range(0, matrix.shape[1], _COLUMNS_OF_PRODUCT):
+        end = start + _COLUMNS_OF_PRODUCT
+        matrix[:, end:, start:end] = matrix[:, start:end, end:].mT
 
 
 def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
