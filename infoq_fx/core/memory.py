@@ -12,6 +12,9 @@ import psutil
 __all__ = ["available_memory_bytes", "return_free_memory"]
 
 
+_GROWTH_BYTES = 256 << 20
+_resident_bytes = 0  # when memory was returned last
+
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -28,14 +31,20 @@ def available_memory_bytes() -> int:
 
 
 def return_free_memory() -> None:
-    """Return free pages of the heap to the system, where the C library can (glibc).
+    """Return free pages of the heap to the system, where the C library can (glibc) and the process has grown.
 
     It keeps tensors of up to 32 MiB in a heap; between steps that need tensors of other sizes, hundreds of megabytes of
-    it are free and of no use.
+    it are free and of no use. Pages that were returned cost time when they are used again, so that nothing is returned
+    until the process takes 256 MiB more than after the last time.
     """
-    trim = _find_trim()
-    if trim is not None:
+    global _resident_bytes
+    trim, process = _find_trim(), psutil.Process()
+    if trim is None:
+        return
+    if process.memory_info().rss > _resident_bytes + _GROWTH_BYTES:
         trim(0)
+        _resident_bytes = process.memory_info().rss
+    _resident_bytes = min(_resident_bytes, process.memory_info().rss)
 
 
 @functools.cache

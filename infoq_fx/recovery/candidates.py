@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.memory import return_free_memory
@@ -17,7 +17,7 @@ from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.codebooks import find_levels, table_of_levels
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import Inputs, RunningMoments, measure_rows
+from infoq_fx.recovery.input_moments import Inputs, RunningMoments
 from infoq_fx.recovery.layerwise_runner import choose_samples
 from infoq_fx.recovery.parameters import read_qparams
 from infoq_fx.recovery.second_order import Curvature, round_rows
@@ -37,7 +37,7 @@ from infoq_fx.types import BASELINE_BITS, Plain, QuantSite, RoundedWeight
 
 __all__ = ["Candidates"]
 
-_SAMPLES = 512
+_SAMPLES = 256
 _ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _SWEEPS = 2
@@ -60,7 +60,7 @@ class Candidates:
 
     Args:
         prepared: calibrated; not changed.
-        data: by the model's input names, on the model's device; at most 512 samples are used.
+        data: by the model's input names, on the model's device; at most 256 samples are used.
         memory_limit: bytes for moments and a batch's values; None for about 768 MiB.
 
     Attributes:
@@ -140,28 +140,28 @@ class Candidates:
 
         sources = {layer.site.name: sources_of(layer) for layer in layers}
 
-        def read(_: int, values: Mapping[fx.Node, Any]) -> list[Inputs | None]:
+        def read(_: int, values: Mapping[fx.Node, Any]) -> list[tuple[Tensor, float]]:
             found = []
             for layer in layers:
                 count, (first, *others) = most[layer.site.name], sources[layer.site.name]
                 value = values[first.node]
-                parts = [source.rows(values[source.node], count) for source in (first, *others)]
-                rows, in_batch = torch.cat(parts, 1), first.samples(value)
-                found.append(measure_rows(rows, rows, samples * rows.shape[1] / in_batch))
+                rows = torch.cat([source.rows(values[source.node], count) for source in (first, *others)], 1)
+                found.append((rows, samples * rows.shape[1] / first.samples(value)))
             return found
 
-        sums = {layer.site.name: RunningMoments() for layer in layers}
-        for found in map_whole(
-            self._prepared,
-            self._data,
-            {source.node for held in sources.values() for source in held},
-            read,
-            batch_size=self._batch_size,
-            run_options=run_options,
-        ):
-            for layer, part in zip(layers, found, strict=True):
-                sums[layer.site.name].add(part)
-        return {name: total for name, x in sums.items() if (total := x.finish()) is not None}
+        with thread_map(run_options.threads, run_options.stop) as spread:
+            sums = {layer.site.name: RunningMoments(spread) for layer in layers}
+            for found in map_whole(
+                self._prepared,
+                self._data,
+                {source.node for held in sources.values() for source in held},
+                read,
+                batch_size=self._batch_size,
+                run_options=run_options,
+            ):
+                for layer, (taken, in_all) in zip(layers, found, strict=True):
+                    sums[layer.site.name].add(taken, taken, in_all)
+            return {name: total for name, x in sums.items() if (total := x.finish()) is not None}
 
 
 def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]:

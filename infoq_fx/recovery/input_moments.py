@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infoq_fx.core.memory import return_free_memory
+from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer
@@ -25,14 +25,15 @@ __all__ = [
     "RunningMoments",
     "average_moments",
     "measure_moments",
-    "measure_rows",
 ]
 
 MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they are sums of float32 products anyway
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _ROWS_AT_ONCE = 256
-_SAMPLES_SHARE = 2  # rows are kept as they are if the columns are this many times as many
+_ROWS_OF_PRODUCT, _COLUMNS_OF_PRODUCT = 1024, 512  # at least, at most
+_SAMPLES_SHARE, _SHARE_OF_FEW = 2, 16  # rows are kept as they are if the columns are this many times as many;
+_FEW_COLUMNS = 2048  # matrices of up to these are factorized in a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -138,57 +139,113 @@ Inputs = InputMoments | InputSamples
 
 
 class RunningMoments:
-    """Adds up the moments of batches, in the order in which they come, so that threads do not change the result."""
+    """Adds up the moments of batches, in the order in which they come, so that threads do not change the result.
 
-    def __init__(self) -> None:
+    Rows wait until there are enough for a product: those of a batch may be few.
+
+    Args:
+        spread: map over threads, for parts of a product.
+    """
+
+    def __init__(self, spread: ThreadMap = map) -> None:
+        self._spread = spread
         self._total: InputMoments | None = None
         self._samples: list[InputSamples] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, part: Inputs | None) -> None:
-        """Take the rows of a batch; see :func:`measure_rows`."""
-        if isinstance(part, InputSamples):
-            self._samples.append(part)
-        elif part is not None:
-            self._total = _add_to(self._total, part)
+    def add(self, reference: Tensor, quantized: Tensor, rows_in_all: float) -> None:
+        """Take the rows of a batch, float32 ``[groups, rows, columns]``; the same tensor may be given twice.
+
+        The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the
+        columns, or a 16th of up to 2,048 columns. Otherwise nothing is taken of more than ``MOST_COLUMNS`` columns.
+        """
+        rows, columns = reference.shape[1:]
+        if not rows:
+            return
+        if rows_in_all * (_SHARE_OF_FEW if columns <= _FEW_COLUMNS else _SAMPLES_SHARE) <= columns:
+            x, found = reference.double(), quantized.double()
+            self._samples.append(InputSamples(x, found, x.mean(1), found.mean(1)))
+        elif columns <= MOST_COLUMNS:
+            self._waiting.append((reference, quantized))
+            if sum(x.shape[1] for x, _ in self._waiting) >= _ROWS_OF_PRODUCT:
+                self._multiply()
 
     def finish(self) -> Inputs | None:
-        """Return the moments of all rows, once; None if there were none."""
+        """Return the moments of all rows, once; None if there were none, or too many columns."""
         if self._samples:
             return average_moments(self._samples)
+        if self._waiting:
+            self._multiply()
         found, self._total = self._total, None
-        return None if found is None else _divide(found, found.count)
+        if found is None:
+            return None
+        _mirror(found.second)
+        return _divide(found, found.count)
+
+    def _multiply(self) -> None:
+        """Add the moments of the rows that wait."""
+        is_same = all(x is found for x, found in self._waiting)
+        found = torch.cat([rows for _, rows in self._waiting], 1)
+        x = found if is_same else torch.cat([rows for rows, _ in self._waiting], 1)
+        self._waiting.clear()
+        total = _zero_moments(found, is_same) if self._total is None else self._total
+        _add_products(total.second, found, found, self._spread, is_symmetric=True)
+        if not is_same:
+            _add_products(total.cross, x, found, self._spread)
+        self._total = replace(
+            total,
+            count=total.count + found.shape[1],
+            mean=total.mean + x.sum(1, dtype=torch.float64),
+            mean_quantized=total.mean_quantized + found.sum(1, dtype=torch.float64),
+        )
 
 
-def measure_rows(reference: Tensor, quantized: Tensor, rows_in_all: float) -> Inputs | None:
-    """Return the moments of the rows of a batch, float32 ``[groups, rows, columns]``; None for too many columns.
+def _zero_moments(rows: Tensor, is_same: bool) -> InputMoments:
+    groups, _, columns = rows.shape
+    dtype = torch.float64 if columns <= _MOST_DOUBLE else torch.float32
+    mean, second = rows.new_zeros(groups, columns, dtype=torch.float64), rows.new_zeros(groups, columns, columns)
+    second = second.to(dtype)
+    return InputMoments(0, mean, mean, second, second if is_same else torch.zeros_like(second))
 
-    Second moments are float32, as the products are.
-    The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the columns.
-    Otherwise the result is None for more than ``MOST_COLUMNS`` columns. The same tensor may be given twice.
+
+def _add_products(total: Tensor, x: Tensor, found: Tensor, spread: ThreadMap, *, is_symmetric: bool = False) -> None:
+    """Add ``x^T found`` of float32 rows to a total, in place, some of its rows at a time.
+
+    A symmetric product is added right of the blocks of the diagonal alone; see :func:`_mirror`.
     """
-    x, found = reference, quantized
-    if _SAMPLES_SHARE * rows_in_all <= x.shape[2]:
-        x, found = x.double(), found.double()
-        return InputSamples(x, found, x.mean(1), found.mean(1))
-    if x.shape[2] > MOST_COLUMNS:
-        return None
-    second = (found.mT @ found).div_(x.shape[1])
-    cross = second if x is found else (x.mT @ found).div_(x.shape[1])
-    return InputMoments(x.shape[1], x.mean(1).double(), found.mean(1).double(), second, cross)
+
+    def add(start: int) -> None:
+        with torch.inference_mode():
+            first, end = start if is_symmetric else 0, start + _COLUMNS_OF_PRODUCT
+            part, factors = total[:, start:end, first:], (x[..., start:end].mT, found[..., first:])
+            if part.dtype == torch.float32:
+                part.baddbmm_(*factors)
+            else:
+                part.add_(factors[0] @ factors[1])
+
+    for _ in spread(add, range(0, total.shape[1], _COLUMNS_OF_PRODUCT)):
+        pass
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy what is right of the blocks of the diagonal to the other side."""
+    for start in range(0, matrix.shape[1], _COLUMNS_OF_PRODUCT):
+        end = start + _COLUMNS_OF_PRODUCT
+        matrix[:, end:, start:end] = matrix[:, start:end, end:].mT
 
 
 def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
     """Measure the moments over the samples of even and of odd numbers, from about ``rows`` rows in all.
 
-    The runner goes on to the layer's input. A single sample is used for both halves. The result is None where that of
-    :func:`measure_rows` is.
+    The runner goes on to the layer's input. A single sample is used for both halves. The result is None for layers of
+    many rows and more than ``MOST_COLUMNS`` columns.
     """
     most = max(1, math.ceil(rows / runner.samples))
     starts = [0, *itertools.accumulate(runner.batch_samples)]
 
     sources = sources_of(layer)
 
-    def read(index: int, pairs: Sequence[Pair]) -> list[Inputs | None]:
+    def read(index: int, pairs: Sequence[Pair]) -> tuple[float, list[tuple[Tensor, Tensor]]]:
         samples = sources[0].samples(pairs[0].reference)
         first = starts[index] % 2 if samples > 1 else index % 2
         both = [
@@ -202,16 +259,15 @@ def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[I
                 torch.cat([_every_second(rows, samples, number) for rows in side], 1)
                 for side in zip(*both, strict=True)
             )
-            found.append(measure_rows(x, y, in_all) if x.shape[1] else None)
-        return found
+            found.append((x, y))
+        return in_all, found
 
-    halves = RunningMoments(), RunningMoments()
-    for parts in runner.collect_all([source.node for source in sources], read):
-        for half, part in zip(halves, parts, strict=True):
-            half.add(part)
-        del parts, part
-        return_free_memory()
-    first, second = (half.finish() for half in halves)
+    with thread_map(runner.run_options.threads, runner.run_options.stop) as spread:
+        halves = RunningMoments(spread), RunningMoments(spread)
+        for in_all, parts in runner.collect_all([source.node for source in sources], read):
+            for half, part in zip(halves, parts, strict=True):
+                half.add(*part, in_all)
+        first, second = (half.finish() for half in halves)
     return None if first is None else (first, second or copy.deepcopy(first))
 
 
@@ -249,16 +305,6 @@ def average_moments(parts: Sequence[Inputs], *, are_centred: bool = False) -> In
         total = added if total is None else _join(total, added)
     assert total is not None
     return total
-
-
-def _add_to(total: InputMoments | None, part: InputMoments) -> InputMoments:
-    """Add ``count`` times the moments of a part to a total, in its memory; without a total, make one."""
-    dtype, count = torch.float64 if part.second.shape[1] <= _MOST_DOUBLE else torch.float32, part.count
-    second = part.second.to(dtype, copy=True).mul_(count)
-    cross = second if part.cross is part.second else part.cross.to(dtype, copy=True).mul_(count)
-    if total is None:
-        return InputMoments(count, part.mean * count, part.mean_quantized * count, second, cross)
-    return _join(total, InputMoments(count, part.mean * count, part.mean_quantized * count, second, cross))
 
 
 def _join(total: InputMoments, part: InputMoments) -> InputMoments:

@@ -26,7 +26,7 @@ from infoq_fx.runtime.held_outputs import OutputHolder, measure_variances
 from infoq_fx.runtime.held_values import HeldValues, ValuesByBatch
 from infoq_fx.runtime.integer_convolution import (
     QuantizedTensor,
-    convolve,
+    compute_layer,
     find_integer_nodes,
     quantize_activation,
     quantize_weight,
@@ -349,7 +349,7 @@ class SegmentRunner(GraphInterpreter):
 
 
 class _IntegerRunner(SegmentRunner):
-    """Runs convolutions over integers where :func:`find_integer_nodes` says so; their inputs are integers then."""
+    """Runs layers over integers where :func:`find_integer_nodes` says so; their inputs are integers then."""
 
     def __init__(self, prepared: PreparedModel, bits: Mapping[str, int]) -> None:
         super().__init__(prepared, bits)
@@ -367,7 +367,7 @@ class _IntegerRunner(SegmentRunner):
             return super().run_node(n) if qparams.spec.is_float else quantize(self.env[n.all_input_nodes[0]], qparams)
         x, weight, *rest = n.args[:3]
         bias = self.env[rest[0]] if rest and isinstance(rest[0], fx.Node) else None
-        return convolve(n, self.env[x], self.env[weight], bias)  # type: ignore[index]
+        return compute_layer(n, self.env[x], self.env[weight], bias)  # type: ignore[index]
 
     def qparams_of(self, node: fx.Node) -> QParams | None:
         """Return None for the nodes whose values are integers."""

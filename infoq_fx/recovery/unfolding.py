@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -111,8 +112,9 @@ class InputSource:
     def rows(self, value: Any, most: int) -> Tensor:
         """Unfold a value to ``[groups, rows, columns]``, at most ``most`` rows per sample; see :func:`input_rows`."""
         if not self.layer.op.is_recurrent:
-            is_batch = isinstance(value, QuantizedTensor) or value.ndim > 1
-            return input_rows(self.layer, value if is_batch else value[None], most)
+            if isinstance(value, QuantizedTensor):
+                return input_rows(self.layer, replace(value, q=torch.atleast_2d(value.q)), most)
+            return input_rows(self.layer, value if value.ndim > 1 else value[None], most)
         steps = self._steps(value)
         return steps[:, _spread(steps.shape[1], most).to(steps.device)].reshape(1, -1, steps.shape[-1])
 
@@ -174,18 +176,32 @@ def _places(layer: Layer, sizes: Sequence[int], most: int) -> tuple[Tensor, Tens
     node, kernel = layer.node, layer.site.shape[2:]
     stride, dilation = (_numbers(node, i, len(kernel), 1) for i in (3, 5))
     padding = _padding(node, kernel, dilation)
-    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    counts = [
-        (size + sum(pair) - span) // step + 1
-        for size, pair, span, step in zip(sizes, padding, spans, stride, strict=True)
-    ]
-    chosen = torch.unravel_index(_spread(math.prod(counts), most), counts)
-    flat, is_inside = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-    for axis, size in enumerate(sizes):
-        offsets = torch.arange(kernel[axis]) * dilation[axis] - padding[axis][0]
-        at = chosen[axis][:, None] * stride[axis] + offsets
-        flat = (flat[..., None] * size + at.clamp(0, size - 1)[:, None]).flatten(1)
-        is_inside = (is_inside[..., None] & ((at >= 0) & (at < size))[:, None]).flatten(1)
+    axes = zip(sizes, kernel, stride, dilation, padding, strict=True)
+    return _find_places(tuple(_Axis(*axis) for axis in axes), most)
+
+
+class _Axis(NamedTuple):
+    """A spatial axis of a convolution."""
+
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=64)
+def _find_places(axes: tuple[_Axis, ...], most: int) -> tuple[Tensor, Tensor]:
+    spans = [axis.dilation * (axis.kernel - 1) + 1 for axis in axes]
+    counts = [(axis.size + sum(axis.padding) - span) // axis.stride + 1 for axis, span in zip(axes, spans, strict=True)]
+    with torch.inference_mode(False):
+        chosen = torch.unravel_index(_spread(math.prod(counts), most), counts)
+        flat, is_inside = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+        for axis, places in zip(axes, chosen, strict=True):
+            offsets = torch.arange(axis.kernel) * axis.dilation - axis.padding[0]
+            at = places[:, None] * axis.stride + offsets
+            flat = (flat[..., None] * axis.size + at.clamp(0, axis.size - 1)[:, None]).flatten(1)
+            is_inside = (is_inside[..., None] & ((at >= 0) & (at < axis.size))[:, None]).flatten(1)
     return flat, is_inside
 
 

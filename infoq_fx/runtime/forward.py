@@ -18,7 +18,7 @@ from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
 from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
-from infoq_fx.runtime.value_sizes import measure_peak_bytes
+from infoq_fx.runtime.value_sizes import measure_peak_and_largest_bytes
 from infoq_fx.types import QuantSite
 
 __all__ = [
@@ -42,6 +42,9 @@ GRADIENT_BYTES = 512 << 20
 """What a run may keep for gradients without a memory limit."""
 
 _BATCH_BYTES = 256 << 20
+_VALUE_BYTES = (
+    24 << 20
+)  # of one value; C libraries map larger blocks anew each time, which takes as long as to use them
 _MAX_BATCH = 64
 
 _Result = TypeVar("_Result")
@@ -175,7 +178,7 @@ def map_whole(
 ) -> Iterator[_Result]:
     """Run all samples as :func:`run_whole` does, and yield what ``read`` returns, in the order of the batches.
 
-    Inputs of convolutions may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
+    Inputs of layers may be a :class:`infoq_fx.runtime.integer_convolution.QuantizedTensor`.
     """
     integers, given = find_integer_nodes(prepared), prepared.inventory.complete_floats(bits or {})
     interpreter = SiteInterpreter(prepared, integers)
@@ -288,14 +291,14 @@ def run_pairs(
 def choose_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
     """Return the batch size of whole runs: about 256 MiB are alive at once, or a quarter of the limit if that is less.
 
-    With a limit of 1 GiB or more it is the same on every machine.
+    On a CPU, no value is larger than 24 MiB. With a limit of 1 GiB or more the size is the same on every machine.
     """
-    return prepared.batch_size or _fit(measure_peak_bytes(prepared), memory_limit)
+    return prepared.batch_size or _fit(prepared, 0, memory_limit)
 
 
 def choose_perturbed_batch_size(prepared: PreparedModel, memory_limit: int | None = None) -> int:
     """Return the batch size of :func:`run_perturbed`, which holds the values of all sites, like that of whole runs."""
-    return prepared.batch_size or _fit(bytes_per_sample(prepared), memory_limit)
+    return prepared.batch_size or _fit(prepared, bytes_per_sample(prepared), memory_limit)
 
 
 def choose_gradient_bytes(memory_limit: int | None) -> int:
@@ -303,9 +306,13 @@ def choose_gradient_bytes(memory_limit: int | None) -> int:
     return GRADIENT_BYTES if memory_limit is None else min(GRADIENT_BYTES, memory_limit // 2)
 
 
-def _fit(per_sample: int, memory_limit: int | None) -> int:
+def _fit(prepared: PreparedModel, held_per_sample: int, memory_limit: int | None) -> int:
     share = _BATCH_BYTES if memory_limit is None else min(_BATCH_BYTES, memory_limit // 4)
-    return max(2, min(_MAX_BATCH, share // max(1, per_sample)))
+    peak, largest = measure_peak_and_largest_bytes(prepared)
+    most = share // max(1, held_per_sample or peak)
+    if prepared.device.type == "cpu":
+        most = min(most, _VALUE_BYTES // max(1, largest))
+    return max(2, min(_MAX_BATCH, most))
 
 
 def bytes_per_sample(prepared: PreparedModel) -> int:

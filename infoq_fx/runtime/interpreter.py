@@ -13,7 +13,7 @@ from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.numerics import dequantize, fake_quantize
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
-from infoq_fx.runtime.integer_convolution import IntegerWeight, convolve, quantize_activation, quantize_weight
+from infoq_fx.runtime.integer_convolution import IntegerWeight, compute_layer, quantize_activation, quantize_weight
 from infoq_fx.runtime.run_plan import RunPlan
 from infoq_fx.types import QuantSite
 
@@ -110,7 +110,7 @@ class SiteInterpreter(GraphInterpreter):
         if node in self._integers:
             x, weight, *rest = node.args[:3]
             bias = self.env[rest[0]] if rest and isinstance(rest[0], fx.Node) else None
-            return convolve(node, self.env[x], self.env[weight], bias)  # type: ignore[index]
+            return compute_layer(node, self.env[x], self.env[weight], bias)  # type: ignore[index]
         return self.run_node(node)
 
     def _quantize_weight(self, node: fx.Node, module: Quantizer, bits: int) -> Tensor | IntegerWeight:

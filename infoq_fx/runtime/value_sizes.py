@@ -12,7 +12,7 @@ from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe
 
-__all__ = ["measure_peak_bytes", "measure_sizes"]
+__all__ = ["measure_peak_and_largest_bytes", "measure_peak_bytes", "measure_sizes"]
 
 
 def measure_sizes(prepared: PreparedModel) -> dict[fx.Node, int]:
@@ -36,13 +36,18 @@ def measure_peak_bytes(prepared: PreparedModel) -> int:
 
     A value is freed after the last node that reads it. Observers give back their input.
     """
+    return measure_peak_and_largest_bytes(prepared)[0]
+
+
+def measure_peak_and_largest_bytes(prepared: PreparedModel) -> tuple[int, int]:
+    """Measure what :func:`measure_peak_bytes` does, and the bytes of the largest value of one sample."""
     sizes, sources = measure_sizes(prepared), dict[fx.Node, fx.Node]()
     for node in sizes:
         is_alias = node.op == "call_module" and isinstance(
             prepared.graph_module.get_submodule(str(node.target)), Observe
         )
         sources[node] = sources[node.all_input_nodes[0]] if is_alias else node
-    return _find_peak(prepared.graph_module.graph, sizes, sources)
+    return _find_peak(prepared.graph_module.graph, sizes, sources), max(sizes.values(), default=0)
 
 
 def _find_peak(graph: fx.Graph, sizes: Mapping[fx.Node, int], sources: Mapping[fx.Node, fx.Node]) -> int:

@@ -37,7 +37,7 @@ from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Plain, Quan
 
 __all__ = ["Resources", "describe_measurements", "measure_sensitivity", "runs_weights"]
 
-_BLOCK_RUNS = 64  # runs that an interrupt may lose; each block runs a part of the baseline again
+_BLOCK_RUNS = 128  # runs that an interrupt may lose; each block runs a part of the baseline again
 _WORKER_BLOCK_RUNS = 16
 _MEMORY_SHARE = 0.5
 _SMALLEST_LIMIT_BYTES = 64 << 20

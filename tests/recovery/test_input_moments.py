@@ -10,7 +10,13 @@ import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.recovery import input_moments
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.recovery.input_moments import InputMoments, InputSamples, average_moments, measure_moments
+from infoq_fx.recovery.input_moments import (
+    InputMoments,
+    InputSamples,
+    RunningMoments,
+    average_moments,
+    measure_moments,
+)
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
 from infoq_fx.recovery.parameters import fork
 from infoq_fx.recovery.unfolding import input_rows
@@ -37,7 +43,9 @@ def test_moments_are_those_of_numpy(residual):
     assert torch.equal(half.second, halves[0].second)
 
 
-@pytest.mark.parametrize(("samples", "columns", "kind"), [(20, 48, InputSamples), (40, 48, InputMoments)])
+@pytest.mark.parametrize(
+    ("samples", "columns", "kind"), [(6, 96, InputSamples), (40, 48, InputMoments), (40, 2200, InputSamples)]
+)
 def test_few_rows_of_many_columns_are_kept_as_they_are(samples, columns, kind):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(columns, 5)), torch.randn(samples, columns)
@@ -60,3 +68,21 @@ def test_more_columns_than_moments_can_have(monkeypatch):
     assert measure_moments(runner, segment.layers[0], 10**6) is None
     assert Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded == {}
     assert infoq_fx.recover(prepared, infoq_fx.allocate(infoq_fx.score(prepared, x, progress=False), 4.0), x)
+
+
+@pytest.mark.parametrize("columns", [40, 1100])
+def test_rows_of_several_batches_are_multiplied_together(columns):
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, rows, columns), torch.randn(2, rows, columns)) for rows in (700, 7, 500, 3)]
+    moments, alone = RunningMoments(), RunningMoments()
+    for x, y in batches:
+        moments.add(x, y, 10**6)
+        alone.add(y, y, 10**6)
+    found, same = moments.finish(), alone.finish()
+    x, y = (torch.cat([batch[i] for batch in batches], 1).double() for i in range(2))
+    for second in (found.second, same.second, same.cross):
+        assert torch.allclose(second.double(), y.mT @ y / 1210, atol=1e-4)
+        assert torch.equal(second, second.mT)
+    assert torch.allclose(found.cross.double(), x.mT @ y / 1210, atol=1e-4)
+    assert torch.allclose(found.mean, x.mean(1))
+    assert torch.allclose(found.mean_quantized, y.mean(1))

@@ -1,4 +1,4 @@
-"""Integer convolutions must equal fake quantized float ones; skipped on processors without support."""
+"""Layers over integers must equal fake quantized float ones; skipped on processors without support."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from infoq_fx.runtime.integer_convolution import (
     IntegerWeight,
     QuantizedTensor,
     can_convolve_integers,
-    convolve,
+    can_multiply_integers,
+    compute_layer,
     find_integer_nodes,
     quantize_activation,
     quantize_weight,
@@ -57,9 +58,33 @@ def test_integers_give_what_floats_give(groups, stride, padding, dilation, zero_
     bias = bias if has_bias else None
     node = conv_node(None, stride, padding, dilation, groups)
     with torch.inference_mode():
-        found = convolve(node, quantize_activation(x, of_x), quantize_weight(weight, of_weight), bias)
+        found = compute_layer(node, quantize_activation(x, of_x), quantize_weight(weight, of_weight), bias)
         operands = numerics.fake_quantize(x, of_x), numerics.fake_quantize(weight, of_weight)
         expected = functional.conv2d(*operands, bias, stride, padding, dilation, groups)
+    assert torch.equal(found, expected)
+
+
+@exact_here
+@given(
+    shape=st.sampled_from([(3, 40), (2, 7, 40), (2, 3, 5, 40)]),
+    zero_point=st.sampled_from([0, 7, 255]),
+    weight_bits=st.sampled_from([2, 5, 8]),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_linear_layers_over_integers_give_what_floats_give(shape, zero_point, weight_bits, has_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (24, 40), (24,)))
+    spec = QuantSpec(bits=8, symmetric=False)
+    of_x = QParams(spec, torch.tensor(0.046875), torch.tensor(zero_point, dtype=torch.int32))
+    of_weight = numerics.choose_weight_qparams(weight, QuantSpec(bits=weight_bits, symmetric=True, channel_axis=0))
+    bias, graph = bias if has_bias else None, fx.Graph()
+    node = graph.call_function(torch.ops.aten.linear.default, (graph.placeholder("x"), graph.placeholder("w")))
+    with torch.inference_mode():
+        found = compute_layer(node, quantize_activation(x, of_x), quantize_weight(weight, of_weight), bias)
+        operands = numerics.fake_quantize(x, of_x), numerics.fake_quantize(weight, of_weight)
+        expected = functional.linear(*operands, bias)
     assert torch.equal(found, expected)
 
 
@@ -75,30 +100,31 @@ def test_patches_are_right_where_onednn_is_not(channels, size, samples):
     for _ in range(2):
         x = QuantizedTensor(torch.randint(0, 256, (samples, channels, size, 2 * size), dtype=torch.uint8), 0.25, 3)
         with torch.inference_mode():
-            found = convolve(node, x, weight, None)
+            found = compute_layer(node, x, weight, None)
         expected = functional.conv2d((x.q.double() - 3) / 4, weight.q.double() / 2, stride=size)
         assert torch.equal(found.double(), expected)
 
 
 class Mixed(nn.Module):
-    """One input for an integer convolution and a linear layer, a 1-D convolution, and a transposed one."""
+    """One input for an integer convolution and a 1-D convolution, a linear layer, and a transposed convolution."""
 
     def __init__(self):
         super().__init__()
         self.first, self.both = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
-        self.linear, self.up = nn.Linear(6, 6), nn.ConvTranspose2d(4, 2, 2)
+        self.rows, self.linear, self.up = nn.Conv1d(4, 4, 1), nn.Linear(6, 6), nn.ConvTranspose2d(4, 2, 2)
 
     def forward(self, x):
         x = self.first(x).relu()
-        return self.up(self.both(x) + self.linear(x)).flatten(1)
+        x = self.both(x) + self.rows(x.flatten(2)).reshape(x.shape)
+        return self.up(self.linear(x.relu())).flatten(1)
 
 
 @exact_here
-def test_only_convolutions_whose_operands_serve_nothing_else_are_taken():
+def test_only_layers_whose_operands_serve_nothing_else_are_taken():
     prepared = infoq_fx.prepare(Mixed().eval(), torch.randn(8, 3, 8, 8))
     nodes = find_integer_nodes(prepared)
-    convolutions = [node for node in nodes if node.op == "call_function"]
-    assert [node.target for node in convolutions] == [torch.ops.aten.conv2d.default] * len(convolutions)
+    layers = {node.target for node in nodes if node.op == "call_function"}
+    assert layers == {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
     for node, quantizer in prepared.quantizer_nodes():
         if node in nodes:
             assert all(user in nodes for user in node.users), quantizer.site.name
@@ -143,7 +169,8 @@ def test_a_processor_that_is_wrong_is_found_out(monkeypatch):
     def saturating(node, x, weight, bias):
         return torch.full((1, 32, 4, 4), 32767.0)
 
-    monkeypatch.setattr(integer_convolution, "_convolve_integers", saturating)
-    assert not can_convolve_integers.__wrapped__()
-    monkeypatch.setattr(integer_convolution, "_convolve_integers", lambda *_: torch.ops.onednn.no_such_operation)
-    assert not can_convolve_integers.__wrapped__()
+    for compute in (saturating, lambda *_: torch.ops.onednn.no_such_operation):
+        monkeypatch.setattr(integer_convolution, "_convolve_integers", compute)
+        monkeypatch.setattr(integer_convolution, "_multiply_integers", compute)
+        assert not can_convolve_integers.__wrapped__()
+        assert not can_multiply_integers.__wrapped__()

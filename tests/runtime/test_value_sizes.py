@@ -5,7 +5,7 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.runtime.forward import bytes_per_sample, choose_batch_size, choose_perturbed_batch_size
-from infoq_fx.runtime.value_sizes import measure_peak_bytes, measure_sizes
+from infoq_fx.runtime.value_sizes import measure_peak_and_largest_bytes, measure_peak_bytes, measure_sizes
 
 
 def test_a_chain_holds_two_values_at_once():
@@ -38,3 +38,10 @@ def test_whole_runs_take_larger_batches_than_runs_that_hold_all_sites():
     limit = 4 * 12 * measure_peak_bytes(prepared)
     assert choose_batch_size(prepared, limit) == 12
     assert choose_perturbed_batch_size(prepared, limit) == 2
+
+
+def test_no_value_of_a_batch_is_larger_than_24_mib():
+    model = nn.Sequential(nn.Conv2d(1, 64, 1), nn.Conv2d(64, 1, 1)).eval()
+    prepared = infoq_fx.prepare(model, torch.randn(2, 1, 128, 128))
+    assert measure_peak_and_largest_bytes(prepared)[1] == 4 << 20
+    assert choose_batch_size(prepared) == choose_perturbed_batch_size(prepared) == 6

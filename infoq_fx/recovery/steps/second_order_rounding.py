@@ -30,7 +30,7 @@ __all__ = ["SecondOrderRounding", "scale_choices"]
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
-_MOST_ROWS_PER_COLUMN = 512
+_LEAST_ROWS_PER_COLUMN, _MOST_ROWS_PER_COLUMN = 16, 512
 _MOST_TO_TRY_ALL = 2048  # columns
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
@@ -73,7 +73,7 @@ class SecondOrderRounding:
 
     Args:
         samples: largest number of samples, spread over the data.
-        rows: number of input rows for the moments of a layer; at least 32 and at most 512 per column are used.
+        rows: number of input rows for the moments of a layer; at least 16 and at most 512 per column are used.
         sweeps: largest number of rounds of coordinate descent.
         reference: ``"float_weights"`` or ``"float_model"``, whose outputs are approximated.
 
@@ -109,7 +109,7 @@ class SecondOrderRounding:
                 continue
             columns, halves = columns_of(layer), list[Inputs]()
             if can_unfold(layer):
-                rows = max(min(self.rows, _MOST_ROWS_PER_COLUMN * columns), 32 * columns)
+                rows = max(min(self.rows, _MOST_ROWS_PER_COLUMN * columns), _LEAST_ROWS_PER_COLUMN * columns)
                 halves = list(measure_moments(runner, layer, rows) or ())
             if halves:
                 _round_layer(changed, layer, halves, bits, self)

@@ -255,7 +255,7 @@ def test_a_function_must_return_a_number(value, case):
 
 
 def test_observers_are_measured_on_more_samples():
-    assert infoq_fx.InfoQ().samples == 192
+    assert infoq_fx.InfoQ().samples == 96
     assert infoq_fx.InfoQ(observers=["blocks.0"]).samples == 1024
     assert infoq_fx.InfoQ(observers=["blocks.0"], samples=64).samples == 64
     assert infoq_fx.InfoQ(samples=None).samples is None
