@@ -1,0 +1,96 @@
+"""Compare codebooks with equal steps on pretrained models: squared errors of weights, and nats and top-1 lost.
+
+    python tests/benchmarks/codebooks.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3 2.5] [--levels uniform codebook]
+    python tests/benchmarks/codebooks.py --errors
+
+Needs the models and images next to the project (``../shared/data/real_models.py``). Default options of ``quantize()``,
+one draw of the calibration images, nats on images that were not used for it, with paired differences. With --errors:
+the squared error of weights rounded to nearest, codebook over equal steps, the geometric mean over layers.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import infoq_fx
+from infoq_fx.quantization.numerics import choose_weight_qparams, fake_quantize
+from infoq_fx.types import QuantSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
+from real_models import load_case, load_real_models
+
+MODELS = ("resnet20", "mobilenet_v2", "vit")
+
+
+def compare_errors(model, bits):
+    ratios = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight, errors = module.weight.detach(), []
+            for has_codebook in (True, False):
+                spec = QuantSpec(bits=bits, symmetric=True, channel_axis=0, has_codebook=has_codebook)
+                found = fake_quantize(weight, choose_weight_qparams(weight, spec, 5))
+                errors.append(float((found - weight).double().square().sum()))
+            ratios.append(errors[0] / errors[1])
+    return float(torch.tensor(ratios).log().mean().exp())
+
+
+def run(module, images):
+    with torch.no_grad():
+        return torch.cat([module(batch) for batch in images.split(50)])
+
+
+def lose(quantized, reference, images, labels):
+    """Nats of every image, and top-1 in percent."""
+    outputs, wanted = run(quantized, images).log_softmax(1), reference.log_softmax(1)
+    nats = (wanted.exp() * (wanted - outputs)).sum(1)
+    return nats, 100 * float((outputs.argmax(1) == labels).double().mean())
+
+
+def run_case(name, arguments, case):
+    model, calibration, (images, labels) = case
+    reference = run(model, images)
+    print(f"{name}, float {100 * float((reference.argmax(1) == labels).double().mean()):.1f}")
+    found = {}
+    for levels in arguments.levels:
+        prepared = infoq_fx.prepare(model, calibration, levels=levels)
+        table = infoq_fx.score(prepared, calibration, progress=False)
+        for budget in arguments.budgets:
+            start = time.process_time()
+            allocation = infoq_fx.refine(prepared, table, budget, calibration)
+            recovered = infoq_fx.recover(prepared, allocation, calibration, progress=False)
+            nats, top1 = lose(infoq_fx.convert(recovered, allocation), reference, images, labels)
+            found[levels, budget] = nats
+            error, seconds = float(nats.std() / len(nats) ** 0.5), time.process_time() - start
+            print(f"  {levels} {budget:g} bits: {nats.mean():.4f} ± {error:.4f} nats, {top1:.1f} ({seconds:.0f} s CPU)")
+    for budget in arguments.budgets if len(arguments.levels) == 2 else ():
+        first, second = (found[levels, budget] for levels in arguments.levels)
+        change, error = second - first, float((second - first).std() / len(first) ** 0.5)
+        print(f"  {budget:g} bits: {second.mean() / first.mean():.2f} times, {change.mean():+.4f} ± {error:.4f} nats")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4.0, 3.0, 2.5], help="mean weight bits")
+    parser.add_argument("--levels", nargs="+", default=["uniform", "codebook"])
+    parser.add_argument("--errors", action="store_true", help="of weights alone")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    real = load_real_models()
+    for name in arguments.models:
+        case = load_case(real, name, 0)
+        if arguments.errors:
+            print(name, ", ".join(f"{bits} bits {compare_errors(case[0], bits):.2f}" for bits in range(2, 7)))
+        else:
+            run_case(name, arguments, case)
+
+
+if __name__ == "__main__":
+    main()
