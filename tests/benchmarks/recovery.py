@@ -6,9 +6,9 @@
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). The allocation is that of
 ``quantize()`` with this recovery; activations are at 8 bits; evaluation images are not used for calibration.
-``finetuned`` continues from ``fast`` without labels, with --augment on crops and mixes of the images. --bitops adds weights and activations of 2 to 8 bits searched
-together, under the BitOps of these uniform bits. With --cache-dir scores and learned blocks are kept, of this benchmark and
-of ``audit.py``.
+``finetuned`` continues from ``fast`` without labels, with --augment on crops and mixes of the images. --bitops adds
+weights and activations of 2 to 8 bits searched together, under the BitOps of these uniform bits. With --cache-dir
+scores and learned blocks are kept, of this benchmark and of ``audit.py``.
 """
 
 import argparse
