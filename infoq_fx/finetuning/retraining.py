@@ -18,7 +18,7 @@ from infoq_fx.finetuning.trainable import LearnedStepQuantizer, make_trainable, 
 from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import fit_weight_scale
 from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
-from infoq_fx.quantization.codebooks import read_codebook
+from infoq_fx.quantization.codebooks import bias_multiple, read_codebook
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import range_bits, scale_significant_bits, significant_bits_of
 from infoq_fx.quantization.numerics import choose_weight_qparams, quantize
@@ -56,9 +56,9 @@ class BiasQuantizer(nn.Module):
     The bias's gradient passes straight through; the step sizes get no gradient from it.
     """
 
-    def __init__(self, name: str, input_digits: int | None, weight_digits: int | None) -> None:
+    def __init__(self, name: str, input_digits: int | None, weight_digits: int | None, multiple: int = 1) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.multiple = name, multiple
         self._input_digits, self._weight_digits = input_digits, weight_digits
 
     def forward(
@@ -66,7 +66,7 @@ class BiasQuantizer(nn.Module):
     ) -> Tensor:
         """Round ``bias [channels]`` by the learned step sizes of its layer's input ``[]`` and weight ``[channels]``."""
         input_step = usable_step(input_scale.detach(), input_smallest, self._input_digits)
-        step = usable_step(weight_scale.detach(), weight_smallest, self._weight_digits) * input_step
+        step = usable_step(weight_scale.detach(), weight_smallest, self._weight_digits) * input_step * self.multiple
         return torch.round(bias.detach() / step) * step + (bias - bias.detach())
 
     def extra_repr(self) -> str:
@@ -257,9 +257,10 @@ def _learn_bias(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tupl
         quantizer = draft.get_submodule(str(operand.target))
         assert isinstance(quantizer, LearnedStepQuantizer)
         digits.append(quantizer.significant_bits)
+        multiple = bias_multiple(quantizer.qparams().levels, quantizer.spec.bits)  # of the weight, the last one
         with draft.graph.inserting_before(node):
             operands += [draft.graph.get_attr(f"{operand.target}.{name}") for name in ("scale", "smallest")]
-    _replace(draft, node, target, BiasQuantizer(target, *digits), tuple(operands))
+    _replace(draft, node, target, BiasQuantizer(target, digits[0], digits[1], multiple), tuple(operands))
 
 
 def _write_back(trained: TrainableModule) -> QuantizedModule:
@@ -307,8 +308,8 @@ def _write_weight(result: QuantizedModule, node: fx.Node, qparams: QParams, valu
     write_tensor(result, source, quantize(values[source], replace(qparams, scale=scale)))
     write_tensor(result, scale_node, scale)
     for input_scale, (bias_target, step_target) in biases:
-        step = scale * input_scale
-        integers = torch.round(values[bias_target].double() / step.double()).to(torch.int32)
+        step, multiple = scale * input_scale, bias_multiple(qparams.levels, qparams.spec.bits)
+        integers = torch.round(values[bias_target].double() / (multiple * step.double())).to(torch.int32) * multiple
         write_tensor(result, bias_target, integers)
         write_tensor(result, step_target, step)
 

@@ -21,6 +21,7 @@ from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, Budget, QParams
 __all__ = [
     "CODEBOOK_VERSION",
     "Levels",
+    "bias_multiple",
     "choose_codebook",
     "choose_levels",
     "find_levels",
@@ -76,6 +77,20 @@ def read_codebook(integers: torch.Tensor, bits: int) -> torch.Tensor | None:
     if bits > CODEBOOK_BITS or not integers.numel():
         return None
     return integers.unique() if int(integers.max()) >= limit or int(integers.min()) < -limit else None
+
+
+def bias_multiple(levels: torch.Tensor | None, bits: int) -> int:
+    """Return the multiple of input scale times weight scale that a layer's bias is rounded to, a power of two.
+
+    A codebook's levels are finer than equal steps, and its scales are smaller by as much. In their own units, biases
+    would take more bytes in a file; in these multiples they have the precision that they have with equal steps.
+
+    Args:
+        levels: of the weight, or the integers that it has; None without a codebook.
+        bits: of the weight.
+    """
+    has_codebook = levels is not None and read_codebook(levels, bits) is not None
+    return 1 << (CODEBOOK_BITS - bits) if has_codebook else 1
 
 
 def table_of_levels(levels: torch.Tensor) -> Floats:

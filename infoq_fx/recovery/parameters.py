@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infoq_fx.graph.layers import read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
+from infoq_fx.quantization.codebooks import bias_multiple
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.segments import Layer
@@ -48,6 +49,7 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
         if weight.scale.shape == bias.shape and not (weight.spec.is_float or of_input.spec.is_float):
             is_zero = find_zero_channels(read_tensor(prepared.graph_module, layer.weight), weight.spec.channel_axis)
             unit = fit_weight_scale(weight.scale, [(bias, input_scale)], is_zero) * input_scale
+            unit = unit * bias_multiple(weight.levels, weight.spec.bits)
             bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
     set_parameter(prepared, layer.bias, bias)
 

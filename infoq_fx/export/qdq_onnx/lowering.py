@@ -173,8 +173,8 @@ def _store_weight(
     channels = math.prod(scale.shape or ())
     if bits == MAX_BITS and target.shifts_full_weights:
         shifted = add_initializer(model, f"{source.name}_shifted", (integers.astype(np.int16) + 128).astype(np.uint8))
-        return [shifted, scale, add_initializer(model, f"zeros_at_128_{channels}", np.full(channels, 128, np.uint8))]
-    return [source, scale, add_initializer(model, f"zeros_{channels}", np.zeros(channels, np.int8))]
+        return [shifted, scale, add_initializer(model, f"z128_{channels}", np.full(channels, 128, np.uint8))]
+    return [source, scale, add_initializer(model, f"z{channels}", np.zeros(channels, np.int8))]
 
 
 def _gather_integers(model: ir.Model) -> None:

@@ -118,16 +118,16 @@ def _store_packed(start: GraphStart, width: int, weights: list[_Weight]) -> None
     values = np.zeros(-(-joined.size // _GROUP) * _GROUP, np.uint8)
     values[: joined.size] = joined
     has_levels = any(weight.levels is not None for weight in weights)
-    integers = start.constant(f"int{width}", np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8))
-    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2), None if has_levels else integers)
+    every = np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8)
+    integers = None if has_levels else start.constant(f"int{width}", every)
+    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2), integers)
     flat = start.call("Reshape", unpacked, start.shape([-1]))
     parts = start.split(f"int{width}", flat, [weight.size for weight in weights], values.size)
     for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
         shaped = start.call("Reshape", part, start.shape(read_array(weight.value).shape))
         if has_levels:
-            own = weight.levels
-            levels = integers if own is None else start.constant(f"levels{width}_{index}", own)
-            shaped = start.call("Gather", levels, shaped)
+            own, name = (every, f"int{width}") if weight.levels is None else (weight.levels, f"q{width}_{index}")
+            shaped = start.call("Gather", start.constant(name, own), shaped)
         start.replace(weight.value, shaped)
 
 

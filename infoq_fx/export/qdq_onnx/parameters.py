@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import onnx_ir as ir
 
-from infoq_fx.export.qdq_onnx.graph_start import GraphStart, read_array
+from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
 
 __all__ = ["pack_parameters"]
 
 _TABLE_ENTRIES = 256
+_MOST_SHIFT = 4  # of biases, see infoq_fx.quantization.codebooks.bias_multiple
 _NODES_BYTES = 150  # the operators of one of the three kinds in the file
 
 
@@ -17,7 +20,7 @@ def pack_parameters(model: ir.Model) -> None:
     """Store the parameters per channel of a lowered model in fewer bytes, in place, where that makes the file smaller.
 
     Scales have few significant bits, so that many are equal: a byte each, the index into a table of up to 256 values.
-    Biases that fit 16 bits take 16. Zero points of zero are computed.
+    Biases that fit 16 bits, as multiples of up to 16, take 16. Zero points of zero are computed.
     """
     vectors = [value for value in model.graph.initializers.values() if _is_vector(value)]
     start = GraphStart(model)
@@ -58,14 +61,32 @@ def _look_up_scales(start: GraphStart, scales: list[ir.Value]) -> None:
 
 
 def _widen_biases(start: GraphStart, biases: list[ir.Value]) -> None:
+    """Store biases in 16 bits, those of one power of two that all values are multiples of together."""
+    groups: defaultdict[int, list[ir.Value]] = defaultdict(list)
+    for value in biases:
+        shift = _find_shift(read_array(value))
+        if shift is not None:
+            groups[shift].append(value)
+    for shift, group in sorted(groups.items()):
+        if 2 * sum(read_array(value).size for value in group) < _NODES_BYTES:
+            continue
+        name = f"bias{shift or ''}"
+        joined = np.concatenate([(read_array(value) >> shift).astype(np.int16) for value in group])
+        values = start.as_int32(f"{name}es", joined)
+        if shift:
+            values = start.call("Mul", values, start.number(1 << shift))
+        _distribute(start, name, values, group)
+
+
+def _find_shift(integers: Array) -> int | None:
+    """The least power of two, as an exponent, in multiples of which the values fit 16 bits; None if there is none."""
     limits = np.iinfo(np.int16)
-    small = [
-        v for v in biases if limits.min <= read_array(v).min(initial=0) <= read_array(v).max(initial=0) <= limits.max
-    ]
-    if not small or 2 * sum(read_array(value).size for value in small) < _NODES_BYTES:
-        return
-    joined = np.concatenate([read_array(value).astype(np.int16) for value in small])
-    _distribute(start, "bias", start.as_int32("biases", joined), small)
+    for shift in range(_MOST_SHIFT + 1):
+        if (integers & ((1 << shift) - 1)).any():
+            return None
+        if limits.min <= (integers >> shift).min(initial=0) and (integers >> shift).max(initial=0) <= limits.max:
+            return shift
+    return None
 
 
 def _compute_zeros(start: GraphStart, zero_points: list[ir.Value]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.layers import LAYER_OPS, free_path, is_call, module_path, read_tensor, write_tensor
+from infoq_fx.quantization.codebooks import bias_multiple
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS
 
@@ -22,7 +23,8 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
     """Store the bias of a fully quantized layer as int32 with scale ``input scale * weight scale``.
 
     1. a layer whose input and weight are quantized and whose bias is a parameter: int32 under the bias's own path
-       and float32 ``<path>_scale``, so that a runtime adds it directly to the accumulator.
+       and float32 ``<path>_scale``, so that a runtime adds it directly to the accumulator. Multiples of
+       :func:`infoq_fx.quantization.codebooks.bias_multiple`.
 
     Left alone: layers with an operand in float or float16, and grouped transposed convolutions (several output channels
     share a weight scale).
@@ -38,7 +40,8 @@ def quantize_biases(graph_module: fx.GraphModule) -> bool:
         if is_quantized and isinstance(bias, fx.Node) and bias.op == "get_attr":
             scale = read_tensor(graph_module, weight.args[1]) * source.args[1]
             if scale.shape == read_tensor(graph_module, bias).shape:
-                op.set_bias(node, _convert_bias(graph_module, node, bias, scale))
+                multiple = bias_multiple(read_tensor(graph_module, weight.args[0]), int(weight.args[3]))
+                op.set_bias(node, _convert_bias(graph_module, node, bias, scale, multiple))
                 changed = True
     return changed
 
@@ -103,9 +106,9 @@ def _floor_to_power(x: Tensor) -> Tensor:
     return torch.exp2((torch.frexp(x).exponent - 1).clamp(-126, 126).to(torch.float32))
 
 
-def _convert_bias(graph_module: fx.GraphModule, layer: fx.Node, bias: fx.Node, scale: Tensor) -> fx.Node:
+def _convert_bias(graph_module: fx.GraphModule, layer: fx.Node, bias: fx.Node, scale: Tensor, multiple: int) -> fx.Node:
     value = read_tensor(graph_module, bias)
-    integers = torch.round(value.double() / scale.double()).to(torch.int32)
+    integers = torch.round(value.double() / (multiple * scale.double())).to(torch.int32) * multiple
     target = str(bias.target)
     if len(bias.users) > 1:
         target = free_path(graph_module, f"{target}_of_{layer.name}")
