@@ -12,7 +12,7 @@ import psutil
 __all__ = ["available_memory_bytes", "return_free_memory"]
 
 
-_GROWTH_BYTES = 256 << 20
+_GROWTH_BYTES = 128 << 20
 _resident_bytes = 0  # when memory was returned last
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -35,7 +35,7 @@ def return_free_memory() -> None:
 
     It keeps tensors of up to 32 MiB in a heap; between steps that need tensors of other sizes, hundreds of megabytes of
     it are free and of no use. Pages that were returned cost time when they are used again, so that nothing is returned
-    until the process takes 256 MiB more than after the last time.
+    until the process takes 128 MiB more than after the last time.
     """
     global _resident_bytes
     trim, process = _find_trim(), psutil.Process()

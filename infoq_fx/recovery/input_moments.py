@@ -74,19 +74,23 @@ class InputMoments:
         """Return the curvature of the layer's output error, with a ridge of ``damping``."""
         return factorize(_raise_diagonal(self.second, self.ridge(damping)))
 
-    def ideal_rows(self, rows: Tensor, shrinkage: float) -> Tensor:
+    def products(self, rows: Tensor) -> Tensor:
+        """Return what the other methods need of the float rows W and take long to compute, the same for every ridge."""
+        return rows.double() @ self.cross.double()
+
+    def ideal_rows(self, rows: Tensor, products: Tensor, shrinkage: float) -> Tensor:
         """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
 
         They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, float64 ``[groups, rows, columns]``.
         """
         ridge = self.ridge(shrinkage)
-        target = rows.double() @ _raise_diagonal(self.cross, ridge)
+        target = products + ridge[:, None, None] * rows.double()
         found: Tensor = torch.cholesky_solve(target.mT, cholesky(_raise_diagonal(self.second, ridge))).mT
         return found
 
-    def output_error(self, rows: Tensor, rounded: Tensor) -> float:
+    def output_error(self, products: Tensor, rounded: Tensor) -> float:
         """Return ``E |W x - V x^|^2 - E |W x|^2`` for rounded rows V, summed over the rows."""
-        return float(((rounded @ self.second.double() - 2 * rows @ self.cross.double()) * rounded).sum())
+        return float(((rounded @ self.second.double() - 2 * products) * rounded).sum())
 
 
 @dataclass(frozen=True)
@@ -120,19 +124,23 @@ class InputSamples:
         """See :class:`InputMoments`."""
         return factorize_inputs(self.quantized / math.sqrt(self.count), self.ridge(damping))
 
-    def ideal_rows(self, rows: Tensor, shrinkage: float) -> Tensor:
+    def products(self, rows: Tensor) -> Tensor:
+        """See :class:`InputMoments`: here the reference's output."""
+        return rows.double() @ self.reference.mT
+
+    def ideal_rows(self, rows: Tensor, products: Tensor, shrinkage: float) -> Tensor:
         """See :class:`InputMoments`."""
-        products = self.quantized @ self.quantized.mT / self.count
         size = self.ridge(shrinkage)[:, None, None]
-        inner = products + size * torch.eye(self.count, dtype=size.dtype, device=size.device)
-        missing = rows.double() @ (self.reference - self.quantized).mT
+        inner = self.quantized @ self.quantized.mT / self.count
+        inner += size * torch.eye(self.count, dtype=size.dtype, device=size.device)
+        missing = products - rows.double() @ self.quantized.mT
         found: Tensor = rows + torch.linalg.solve(inner, missing.mT).mT @ self.quantized / self.count
         return found
 
-    def output_error(self, rows: Tensor, rounded: Tensor) -> float:
+    def output_error(self, products: Tensor, rounded: Tensor) -> float:
         """See :class:`InputMoments`."""
-        wanted, found = rows @ self.reference.mT, rounded @ self.quantized.mT
-        return float(((found - 2 * wanted) * found).sum() / self.count)
+        found = rounded @ self.quantized.mT
+        return float(((found - 2 * products) * found).sum() / self.count)
 
 
 Inputs = InputMoments | InputSamples

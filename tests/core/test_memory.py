@@ -18,8 +18,8 @@ def test_memory_is_returned_after_the_process_has_grown(monkeypatch):
     monkeypatch.setattr(psutil, "Process", lambda: process)
     monkeypatch.setattr(memory, "_find_trim", lambda: trim)
     monkeypatch.setattr(memory, "_resident_bytes", 0)
-    for growth in (0, 200, 100, -500, 200, 100):  # MiB
+    for growth in (0, 100, 50, -500, 100, 50):  # MiB
         resident[0] += growth << 20
         memory.return_free_memory()
     at = [size >> 20 for size in trims]
-    assert at == [1024, 1224, 924]
+    assert at == [1024, 1074, 624]

@@ -136,7 +136,7 @@ def test_the_ideal_is_the_ridge_regression():
     rows = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
     moments = InputMoments(50, x.mean(0)[None], arrives.mean(0)[None], (arrives.mT @ arrives / 50)[None],
                       (x.mT @ arrives / 50)[None])  # fmt: skip
-    found, ridge = moments.ideal_rows(rows, 0.2)[0], float(moments.ridge(0.2))
+    found, ridge = moments.ideal_rows(rows, moments.products(rows), 0.2)[0], float(moments.ridge(0.2))
     assert ridge == pytest.approx(0.2 * float(arrives.square().mean()))
     # The same as plain least squares with rows added that say V = W.
     design = torch.cat([arrives / math.sqrt(50), math.sqrt(ridge) * torch.eye(4, dtype=torch.float64)])
@@ -160,9 +160,9 @@ def test_few_input_rows_give_what_their_moments_give(seed, centred):
     few, dense = (x.centre() if centred else x for x in few_rows(seed))
     rows = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     assert torch.allclose(few.ridge(0.1), dense.ridge(0.1))
-    ideal = few.ideal_rows(rows, 0.3)
-    assert torch.allclose(ideal, dense.ideal_rows(rows, 0.3))
-    assert few.output_error(rows, ideal) == pytest.approx(dense.output_error(rows, ideal))
+    ideal = few.ideal_rows(rows, few.products(rows), 0.3)
+    assert torch.allclose(ideal, dense.ideal_rows(rows, dense.products(rows), 0.3))
+    assert few.output_error(few.products(rows), ideal) == pytest.approx(dense.output_error(dense.products(rows), ideal))
     scales = torch.tensor([0.2, 0.3, 0.5]).expand(2, 7, 3)
     found, expected = (round_rows(ideal, x.factorize(0.1), scales, within(-8, 7), sweeps=20) for x in (few, dense))
     assert torch.equal(found[0], expected[0])

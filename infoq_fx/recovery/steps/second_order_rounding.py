@@ -148,7 +148,9 @@ def _round_layer(
     moments = average_moments(halves, are_centred=is_centred)
     halves.clear()
     used = moments.centre() if is_centred else moments  # the means stay
-    q, step = problem.round(used, used.ideal_rows(rows, shrinkage), shaped, damping, options.sweeps)
+    q, step = problem.round(
+        used, used.ideal_rows(rows, used.products(rows), shrinkage), shaped, damping, options.sweeps
+    )
     rounded = q * step[..., None]
     set_parameter(changed, layer.weight, rows_to_weight(layer, rounded))
     set_qparams(changed, layer, replace(qparams, scale=step.reshape(scale.shape)))
@@ -166,24 +168,26 @@ def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) 
     to have a single minimum.
     """
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
-    pairs = [(halves[0], halves[1])] if is_wide else [(halves[0], halves[1]), (halves[1], halves[0])]
+    both = [(half, half.products(problem.rows)) for half in halves]
+    pairs = [(both[0], both[1])] if is_wide else [(both[0], both[1]), (both[1], both[0])]
     find_least = _descend_to_least if is_wide else _find_least
 
     def validate_ideal(shrinkage: float) -> float:
         return_free_memory()
         return sum(
-            seen.output_error(problem.rows, fitted.ideal_rows(problem.rows, shrinkage)) for fitted, seen in pairs
+            seen.output_error(wanted, fitted.ideal_rows(problem.rows, products, shrinkage))
+            for (fitted, products), (seen, wanted) in pairs
         )
 
     shrinkage = find_least(_SHRINKAGES, validate_ideal)
-    ideals = [fitted.ideal_rows(problem.rows, shrinkage) for fitted, _ in pairs]
+    ideals = [fitted.ideal_rows(problem.rows, products, shrinkage) for (fitted, products), _ in pairs]
 
     def validate_rounded(damping: float) -> float:
         return_free_memory()
         error = 0.0
-        for (fitted, seen), ideal in zip(pairs, ideals, strict=True):
+        for ((fitted, _), (seen, wanted)), ideal in zip(pairs, ideals, strict=True):
             q, step = problem.round(fitted, ideal, scales, damping, 0)
-            error += seen.output_error(problem.rows, (q * step[..., None]).double())
+            error += seen.output_error(wanted, (q * step[..., None]).double())
         return error
 
     return shrinkage, find_least(_DAMPINGS, validate_rounded)
