@@ -42,7 +42,9 @@ def small():
     model, images = Small().eval(), torch.randn(64, 1, 8, 8)
     with torch.no_grad():
         model.layers[6].weight *= 3
-    prepared = infoq_fx.prepare(model, images, bits=(2, 3, 4), activation_bits=8, outputs="categorical")
+    prepared = infoq_fx.prepare(
+        model, images, bits=(2, 3, 4), activation_bits=8, outputs="categorical", levels="uniform"
+    )
     return prepared, read_data(images).named(prepared.input_names)
 
 

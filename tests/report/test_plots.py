@@ -14,6 +14,7 @@ from infoq_fx.report.plots import plot_allocation, plot_correlation, plot_pareto
 from infoq_fx.types import Score
 
 pytest.importorskip("matplotlib", reason='pictures need "infoq-fx[plots]"')
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
 
 
 def lines(figure):
