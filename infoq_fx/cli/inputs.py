@@ -74,9 +74,26 @@ def prepare_model(options: dict[str, Any], samples: Any, budget: Budget | None =
 
 
 def _choose_levels(options: dict[str, Any]) -> Any:
-    """What --levels says; by default uniform where the target or what is minimized needs it."""
-    needs_uniform = options.get("target") == "qonnx" or options.get("minimize") == "bitops"
+    """What --levels says; by default uniform where the target or what is limited or minimized needs it."""
+    needs_uniform = options.get("target") == "qonnx" or options.get("minimize") == "bitops" or options.get("bitops")
     return "uniform" if options["levels"] == "auto" and needs_uniform else options["levels"]
+
+
+def take_levels(options: dict[str, Any], inventory: Inventory) -> None:
+    """Set the levels of weights to those that scores were measured with if the command line gives none.
+
+    Raises:
+        OptionError: they are codebooks, and the budget or the target needs uniform ones.
+    """
+    if options["levels"] != "auto":
+        return
+    found = "codebook" if any(site.has_codebook for site in inventory.sites) else "uniform"
+    if found == "codebook" and _choose_levels(options) == "uniform":
+        raise OptionError(
+            "the scores are for weights with codebooks, and BitOps and --target qonnx need uniform levels; leave out "
+            "--scores, or give those of a run with --levels uniform"
+        )
+    options["levels"] = found
 
 
 def require_bits(text: str) -> tuple[int, ...]:
@@ -116,6 +133,9 @@ def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path
         if name not in theirs or name not in mine:
             where = "not in the scores" if name in mine else "not in the model"
             raise OptionError(f"site {name!r} is {where}; {advice}")
+        if mine[name].has_codebook != theirs[name].has_codebook:
+            levels = ["codebook" if held[name].has_codebook else "uniform" for held in (theirs, mine)]
+            raise OptionError(f"the scores are for --levels {levels[0]}, here it is {levels[1]}; {advice}")
         if mine[name] != theirs[name]:
             raise OptionError(
                 f"site {name!r} is {mine[name].kind} {mine[name].shape} with candidates {mine[name].bits} here, and "

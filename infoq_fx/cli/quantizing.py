@@ -12,7 +12,7 @@ import typer
 
 from infoq_fx.allocation.allocation_file import describe_allocation, load_allocation
 from infoq_fx.cli.application import ExitCode, Result, check_output, command, say
-from infoq_fx.cli.inputs import check_same_sites, make_workers, prepare_model, read_samples, take_bits
+from infoq_fx.cli.inputs import check_same_sites, make_workers, prepare_model, read_samples, take_bits, take_levels
 from infoq_fx.cli.options import (
     ActivationBits,
     ActivationBytesLimit,
@@ -185,6 +185,9 @@ def quantize(
     table = None if scores is None else SensitivityTable.load(scores)
     if table is not None:
         take_bits(options, table.inventory)
+        take_levels(options, table.inventory)
+    elif fixed is not None and fixed.budget is not None and fixed.budget.bitops is not None and levels == "auto":
+        options["levels"] = "uniform"
     read = read_samples(options)
     data, judged = _divide(options, read, tolerance)
     if table is not None and tolerance is not None and validation_data is None and not table.settings.get(_HELD_BACK):

@@ -17,6 +17,7 @@ from infoq_fx.runtime.outputs import find_labelled, predict_classes
 __all__ = ["OutputComparison", "find_problem"]
 
 _STEPS = 255
+_LEAST_STEP = 2.0**-20  # of the largest value
 _EXACT_AGREEMENT, _FAIR_AGREEMENT = 0.995, 0.9
 _EXACT_STEPS, _FAIR_STEPS, _FAIR_CLASS_STEPS = 1.0, 4.0, 8.0
 
@@ -111,7 +112,9 @@ class _Sums:
             self.small.append((ours.double() - theirs.double()).abs().flatten())
 
     def finish(self, name: str) -> OutputResult:
-        step = max((self.high - self.low) / _STEPS, 1e-30) if self.values else 1.0
+        # An output that is the same for all samples has no range: its last bits are no steps.
+        least = max(_LEAST_STEP * max(abs(self.high), abs(self.low)), 1e-30) if self.values else 1.0
+        step = max((self.high - self.low) / _STEPS, least) if self.values else 1.0
         agreement = self.agreed / self.positions if self.positions else None
         if self.small:
             agreement = float((torch.cat(self.small) <= step).double().mean())

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from infoq_fx.core.jit import jit
-from infoq_fx.errors import unknown_name_error
+from infoq_fx.errors import OptionError
 from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, Budget, QParams
 
 __all__ = [
@@ -58,7 +58,7 @@ def choose_levels(levels: Any, budget: object) -> bool:
         OptionError: the option is unknown.
     """
     if levels not in ("auto", "uniform", "codebook"):
-        raise unknown_name_error("levels", str(levels), ["auto", "uniform", "codebook"])
+        raise OptionError(f"levels={levels!r}; give 'auto', 'uniform' or 'codebook'")
     counts_bitops = isinstance(budget, Budget) and budget.bitops is not None
     return bool(levels == "codebook" or (levels == "auto" and not counts_bitops))
 
@@ -174,6 +174,8 @@ def _begin(x: Floats, bits: int, has_zero: bool) -> tuple[Integers, np.float32]:
     low, high = ordered[int(_TAIL * ordered.size)], ordered[min(ordered.size - 1, int((1 - _TAIL) * ordered.size))]
     quantiles = ordered[((np.arange(count) + 0.5) / count * ordered.size).astype(np.int64)]
     mixed = _UNIFORM_SHARE * np.linspace(low, high, count) + (1 - _UNIFORM_SHARE) * quantiles
+    if not mixed.any():  # nearly all values are zeros
+        mixed = np.linspace(ordered[0], ordered[-1], count)
     levels, growth = _to_integers(np.sort(mixed), has_zero)
     return levels, np.float32(1 / growth)
 

@@ -88,7 +88,10 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     digits = scale_significant_bits(range_bits(spec), is_weight=True) if significant_bits is None else significant_bits
     scale, levels = _best_of_uniform(normal, spec.bits, digits), None
     if spec.has_codebook:
-        scale, levels = _best_of_codebook(normal, exponent, is_zero.flatten(), spec.bits, digits, scale)
+        uniform = scale
+        scale, levels = _best_of_codebook(normal, exponent, is_zero.flatten(), spec.bits, digits, uniform)
+        if bool((torch.ldexp(scale, exponent)[~is_zero] < _SMALLEST_SCALE).any()):  # a codebook's scales are smaller
+            scale, levels = uniform, None
     scale = torch.ldexp(scale, exponent).clamp_min_(_SMALLEST_SCALE)
     return _qparams(spec, torch.where(is_zero, _scale_of_zeros(scale[~is_zero]), scale).flatten(), levels=levels)
 

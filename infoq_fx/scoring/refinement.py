@@ -12,6 +12,7 @@ from infoq_fx.allocation.solver import move_allocation, propose
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.readings import OutputLoss
 from infoq_fx.core.threads import one_torch_thread
+from infoq_fx.errors import OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
@@ -22,7 +23,7 @@ from infoq_fx.scoring.search import improve_allocation, neighbours
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, QuantSite
 
-__all__ = ["LossRuns", "choose_allocation"]
+__all__ = ["LossRuns", "check_levels", "choose_allocation"]
 
 _SAMPLES = 512
 _REACH = 2  # candidates around the start whose weights are rounded at once, before the search
@@ -87,6 +88,23 @@ class LossRuns:
         )
 
 
+def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
+    """Check that scores are for the levels of the weights that a model was prepared with.
+
+    Raises:
+        OptionError: they are for others.
+    """
+    held, scored = (
+        "codebook" if any(site.has_codebook for site in sites) else "uniform"
+        for sites in (prepared.inventory.sites, table.inventory.sites)
+    )
+    if held != scored:
+        raise OptionError(
+            f"the scores are for weights with levels {scored!r}, the model was prepared with {held!r}; prepare it with "
+            f"levels={scored!r}, or score again"
+        )
+
+
 def choose_allocation(
     prepared: PreparedModel,
     table: SensitivityTable,
@@ -131,6 +149,7 @@ def choose_allocation(
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
     """
+    check_levels(prepared, table)
     proposals = list(propose(table, budget, alpha=alpha, pin=pin, second=_weight_errors(prepared)))
     batch_size = choose_batch_size(prepared, memory_limit)
     with one_torch_thread() as threads:
