@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _LEAST_ROWS_PER_COLUMN, _MOST_ROWS_PER_COLUMN = 16, 512
 _MOST_TO_TRY_ALL = 2048  # columns
-_MOST_ROWS_TO_TRY = 512  # output channels that a ridge is chosen by
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -166,12 +165,10 @@ def _round_layer(
 def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) -> tuple[float, float]:
     """The shrinkage and the damping of least error on each half of what was fitted to the other.
 
-    At most 512 output channels are fitted. A matrix of more than 2,048 columns is factorized in seconds: the first half
-    alone is fitted, and the error is taken to have a single minimum.
+    A matrix of more than 2,048 columns is factorized in seconds: the first half alone is fitted, and the error is taken
+    to have a single minimum.
     """
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
-    every = -(-problem.rows.shape[1] // _MOST_ROWS_TO_TRY)
-    problem, scales = replace(problem, rows=problem.rows[:, ::every]), scales[:, ::every]
     both = [(half, half.products(problem.rows)) for half in halves]
     pairs = [(both[0], both[1])] if is_wide else [(both[0], both[1]), (both[1], both[0])]
     find_least = _descend_to_least if is_wide else _find_least
