@@ -72,6 +72,7 @@ def main():
         calibration_data=(images[:1000], labels[:1000]),
         bits=(2, 3, 4, 5, 6),
         activation_bits=6,
+        levels="uniform",  # circuits multiply integers of few bits, not levels of a codebook
         progress=False,
     )
     print(infoq_fx.summarize(quantized))

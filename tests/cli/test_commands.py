@@ -312,7 +312,7 @@ def test_an_interrupt_says_how_to_go_on(folder, tmp_path, monkeypatch):
         call = f"the same call with cache_dir={str(resources.cache_dir)!r}"
         raise KeyboardInterrupt(f"3 of 9 are kept; {call} resumes from there")
 
-    monkeypatch.setattr("infoq_fx.api.measure_sensitivity", interrupted)
+    monkeypatch.setattr("infoq_fx.pipeline.measure_sensitivity", interrupted)
     files = [folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "x.onnx"]
     result = run("quantize", *files, "--budget", 4, "--cache-dir", tmp_path)
     assert result.exit_code == cli.ExitCode.INTERRUPTED

@@ -29,7 +29,7 @@ def case():
     """A model, an allocation of mixed bits, its conversions without and with recovery."""
     torch.manual_seed(1)
     model = randomise_norms(ResidualNet(channels=8)).eval()
-    prepared = infoq_fx.prepare(model, IMAGES, activation_bits=(5, 8))
+    prepared = infoq_fx.prepare(model, IMAGES, activation_bits=(5, 8), levels="uniform")
     bits = {s.name: 3 + i % 4 if s.kind == "weight" else s.bits[-1] for i, s in enumerate(prepared.inventory.sites)}
     bits["head.input"] = 5
     allocation = Allocation(bits=bits)
@@ -194,7 +194,8 @@ def test_all_kinds_of_weights_are_taken_over(kind):
     x = torch.randn(32, 4, 8) if kind is Recurrent else torch.randint(0, 20, (32, 5))
     model = kind().eval()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    quantized = infoq_fx.quantize(model, 5.0, calibration_data=x, refine=False, progress=False)
+    options = {"levels": "uniform", "refine": False, "progress": False}
+    quantized = infoq_fx.quantize(model, 5.0, calibration_data=x, **options)
     converted = through_torchao(model, infoq_fx.InfoqQuantizer(quantized), x)
     with torch.no_grad():
         assert torch.equal(converted(x), quantized(x))

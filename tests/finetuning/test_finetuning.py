@@ -26,7 +26,7 @@ def digits_of():
     """A trained network, images, labels and a conversion to 2 bits that loses nearly everything."""
     (images, labels), (test_images, test_labels) = digits()
     model = train_digits_net(images, labels, epochs=2)
-    prepared = infoq_fx.prepare(model, images[:256], bits=(2, 8))
+    prepared = infoq_fx.prepare(model, images[:256], bits=(2, 8), levels="uniform")
     bits = {site.name: 2 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     return model, infoq_fx.convert(prepared, Allocation(bits=bits)), (images, labels), (test_images, test_labels)
 

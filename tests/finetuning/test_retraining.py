@@ -64,7 +64,8 @@ def test_every_parameter_of_the_float_model_is_one_and_every_step(case):
     steps = {f"quantizers.{site}.quantizer.scale" for site in infoq_fx.allocation_of(quantized).bits}
     found = dict(trainable.named_parameters())
     merged = steps - set(found)  # sites that the conversion has made one
-    assert set(found) == (expected | steps | twins) - merged
+    levels = {name for name in found if name.endswith(".quantizer.levels")}
+    assert set(found) - levels == (expected | steps | twins) - merged
     assert len(merged) < len(steps) / 2
     for name, parameter in found.items():
         assert parameter.grad is not None, name
@@ -92,9 +93,8 @@ def test_what_was_trained_is_what_is_exported(name):
             assert is_short(node.args[1], scale_significant_bits(node.args[3], is_weight=False))
         if node.target is dequantize_op and node.args[3] <= 8:
             integers, scale = (again.get_buffer(str(operand.target)) for operand in node.all_input_nodes)
-            low, high = -(2 ** (node.args[3] - 1)), 2 ** (node.args[3] - 1) - 1
             assert integers.dtype == torch.int8
-            assert low <= int(integers.min()) <= int(integers.max()) <= high
+            assert len(integers.unique()) <= 2 ** node.args[3]
             terms = integers.numel() // integers.shape[node.args[2]]
             source = next(iter(node.users)).args[0]
             met = significant_bits_of(source.args[1]) if source.target is quantize_dequantize_op else None

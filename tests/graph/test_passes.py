@@ -304,7 +304,7 @@ def test_quantizers_and_observers_leave_the_function_as_it_is(residual_net, imag
 
 @pytest.mark.slow
 def test_converting_leaves_only_integers_and_the_projects_ops(residual_net, images):
-    prepared = infoq_fx.prepare(residual_net, images[0])
+    prepared = infoq_fx.prepare(residual_net, images[0], levels="uniform")
     graph_module = prepared.graph_module
     bits = {site.name: 3 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
     for _, quantizer in prepared.quantizer_nodes():

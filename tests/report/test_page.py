@@ -15,6 +15,7 @@ from infoq_fx.report.curve import container_bytes, find_uniforms
 from infoq_fx.types import Score
 
 REPORT = pytest.importorskip("vl_convert", reason='the page needs "infoq-fx[report]"') and infoq_fx.write_report
+pytestmark = pytest.mark.usefixtures("free_unpacking")  # their networks are tiny
 expect = pytest.importorskip("playwright.sync_api", reason='no browser driver: pip install "infoq-fx[test]"').expect
 
 BUDGETS = 9

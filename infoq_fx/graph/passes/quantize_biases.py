@@ -15,7 +15,7 @@ from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS
 __all__ = ["find_zero_channels", "fit_input_scale", "fit_weight_scale", "quantize_biases"]
 
 _LARGEST_BIAS = 1 << 30
-_FINE_BIAS = 1 << 16  # steps of a bias that alone makes its output, exact in float32
+_FINE_BIAS = 1 << 20  # steps of a bias that alone makes its output, in units or in 16 of them; exact in float32
 _SMALLEST_UNIT = 2 * torch.finfo(torch.float32).tiny
 
 

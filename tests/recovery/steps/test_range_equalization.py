@@ -32,7 +32,7 @@ class Sequence(nn.Sequential):
 
 
 def prepare(model, x):
-    prepared = infoq_fx.prepare(model.eval(), x, bits=(4, 8))
+    prepared = infoq_fx.prepare(model.eval(), x, bits=(4, 8), levels="uniform")
     return prepared, read_data(x).named(prepared.input_names)
 
 
