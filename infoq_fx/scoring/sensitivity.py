@@ -116,7 +116,8 @@ def measure_sensitivity(
     choose = getattr(found, "choose_bits", None)
     if choose is not None:
         sites = [replace(site, bits=choose(site)) for site in sites]
-    most = getattr(found, "samples", None)
+    count = getattr(found, "choose_samples", None)
+    most = getattr(found, "samples", None) if count is None else count(sites)
     if data is not None and most is not None:
         data = _take_samples(prepared, data, most, found.name)
     limit = _choose_memory_limit(given)

@@ -53,7 +53,7 @@ def fit_weight_scale(
 
     A bias is stored in units of the input's scale times the weight's. A channel whose bias would overflow int32 takes a
     larger scale. A channel of zeros is its bias, and any scale suits its weights: it takes the power of two that gives
-    the bias at least 2^16 steps.
+    the bias at least 2^20 steps: 2^16 of a codebook's multiples.
 
     Args:
         scale: of the weight, ``[channels]``.

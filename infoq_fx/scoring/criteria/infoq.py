@@ -15,12 +15,13 @@ from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.output_measure import DESCRIPTION, INFORMATION_LOSS, LOSS_OVER_PAIRS, measure_outputs
 from infoq_fx.scoring.shrinkage import Evidence, shrink_losses
-from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, QuantSite, Score
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Observer, Plain, QuantSite, Score
 
 __all__ = ["InfoQ"]
 
 _MEASURED_WIDTHS = 2
 _SAMPLES, _OBSERVED_SAMPLES = 96, 1024
+_SAMPLES_FOR_FLOAT = 192  # what a site gains in float counts above three standard errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class InfoQ:
     Cost: two partial forward passes per site, no backward pass, no labels.
 
     Args:
-        samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 96, or 1,024 with
-            observers, whose estimators of information need them.
+        samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 96, for 192 where
+            float is among the candidates, whose small gains need them, or 1,024 with observers.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
             observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
@@ -88,6 +89,12 @@ class InfoQ:
     def __post_init__(self) -> None:
         if self.samples == "auto":
             object.__setattr__(self, "samples", _SAMPLES if self.observers is None else _OBSERVED_SAMPLES)
+
+    def choose_samples(self, sites: Sequence[QuantSite]) -> int | None:
+        """Return the largest number of samples for these sites."""
+        assert self.samples != "auto"
+        has_float = any(max(site.bits) == FLOAT16_BITS for site in sites)
+        return _SAMPLES_FOR_FLOAT if has_float and self.samples == _SAMPLES else self.samples
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the settings of the measurements; those of observers are included if there are any."""
