@@ -114,7 +114,7 @@ def test_a_rate_that_does_harm_falls_until_it_helps(caplog):
     assert len(losses) == 12
     assert worse[0]
     assert best == min(losses) < first
-    assert sum(worse[6:]) < sum(worse[:6])
+    assert sum(losses[6:]) < sum(losses[:6])
     assert infoq_fx.allocation_of(tuned).recovered_by[-1] == "finetune"
 
 
