@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.core.atomic_files import load_value, write_atomically
 from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import Inventory, Operation, QuantSite, Score
@@ -113,15 +113,8 @@ class SensitivityTable:
         Raises:
             OptionError: the file cannot be read, is truncated, is not a sensitivity table or has another version.
         """
-        try:
-            return _decode(read_json(Path(path), _FORMAT, _VERSION))
-        except OptionError as error:
-            reason = str(error)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"damaged: {type(error).__name__}: {error}"
-        raise OptionError(
-            f"cannot read a sensitivity table from {os.fspath(path)!r}: {reason}; score again, or give another file"
-        )
+        advice = "score again, or give another file"
+        return load_value(path, (_FORMAT, _VERSION), _decode, "a sensitivity table", advice)
 
     def __str__(self) -> str:
         return "\n".join([self._describe(), *align_rows(self._rows())])

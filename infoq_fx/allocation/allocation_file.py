@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.core.atomic_files import load_value, save_json
 from infoq_fx.errors import OptionError
 from infoq_fx.types import FLOAT16_BITS, MAX_BITS, MIN_BITS, Allocation, Budget, Cost, MeasuredLoss, Score
 
@@ -57,12 +55,7 @@ def save_allocation(allocation: Allocation, path: str | os.PathLike[str]) -> Non
         OptionError: the file cannot be written.
     """
     document = {"format": _FORMAT, "version": _VERSION, **describe_allocation(allocation)}
-    try:
-        write_atomically(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OptionError(
-            f"cannot write the allocation {os.fspath(path)!r}: {error.strerror}; give a path in a folder that exists"
-        ) from error
+    save_json(path, document, "the allocation")
 
 
 def load_allocation(path: str | os.PathLike[str]) -> Allocation:
@@ -71,14 +64,9 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     Raises:
         OptionError: the file cannot be read, or was not written by :func:`save_allocation`.
     """
-    try:
-        held = read_json(Path(path), _FORMAT, _VERSION)
-        return decode_allocation({key: value for key, value in held.items() if key not in ("format", "version")})
-    except OptionError as error:
-        reason = str(error)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"damaged: {type(error).__name__}: {error}"
-    raise OptionError(
-        f"cannot read an allocation from {os.fspath(path)!r}: {reason}; make one with infoq-fx allocate, or "
-        "infoq_fx.save_allocation"
-    )
+    advice = "make one with infoq-fx allocate, or infoq_fx.save_allocation"
+    return load_value(path, (_FORMAT, _VERSION), _decode_file, "an allocation", advice)
+
+
+def _decode_file(document: dict[str, Any]) -> Allocation:
+    return decode_allocation({key: value for key, value in document.items() if key not in ("format", "version")})

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from infoq_fx.errors import OptionError
 
-__all__ = ["check_format", "read_json", "write_atomically"]
+__all__ = ["check_format", "load_value", "read_json", "save_json", "write_atomically"]
+
+_Value = TypeVar("_Value")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -29,6 +32,53 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | os.PathLike[str], document: Mapping[str, Any], what: str) -> None:
+    """Write a value as readable JSON, atomically: the whole file or nothing.
+
+    Args:
+        path: file to write, replaced if it exists.
+        document: of values that JSON can store, with a format marker and a version.
+        what: is written, for the message, as "the allocation".
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
+    try:
+        write_atomically(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OptionError(
+            f"cannot write {what} {os.fspath(path)!r}: {error.strerror}; give a path in a folder that exists"
+        ) from error
+
+
+def load_value(
+    path: str | os.PathLike[str],
+    form: tuple[str, int],
+    decode: Callable[[dict[str, Any]], _Value],
+    what: str,
+    advice: str,
+) -> _Value:
+    """Read a value from a JSON file.
+
+    Args:
+        path: of the file.
+        form: its format marker and version.
+        decode: makes the value from the document; it may raise OptionError, or whatever damaged values cause.
+        what: is read, for the message, as "an allocation".
+        advice: what to do if it cannot be read.
+
+    Raises:
+        OptionError: the file cannot be read, is cut short, or holds something else.
+    """
+    try:
+        return decode(read_json(Path(path), *form))
+    except OptionError as error:
+        reason = str(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"damaged: {type(error).__name__}: {error}"
+    raise OptionError(f"cannot read {what} from {os.fspath(path)!r}: {reason}; {advice}")
 
 
 def read_json(path: Path, marker: str, version: int) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from infoq_fx.core.atomic_files import read_json, write_atomically
+from infoq_fx.core.atomic_files import load_value, save_json
 from infoq_fx.core.tabular import align_rows, html_table
 from infoq_fx.errors import OptionError, nearest_names
 from infoq_fx.types import Operation
@@ -111,12 +109,7 @@ class LatencyCost:
             OptionError: the file cannot be written.
         """
         document = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        try:
-            write_atomically(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise OptionError(
-                f"cannot write the latencies {os.fspath(path)!r}: {error.strerror}; give a path in a folder that exists"
-            ) from error
+        save_json(path, document, "the latencies")
 
     def __str__(self) -> str:
         return "\n".join([self._describe(), *align_rows(self._rows()), *self._notes()])
@@ -147,15 +140,8 @@ def load_latency(path: str | os.PathLike[str]) -> LatencyCost:
     Raises:
         OptionError: the file cannot be read, or holds something else.
     """
-    try:
-        return _decode(read_json(Path(path), _FORMAT, _VERSION))
-    except OptionError as error:
-        reason = str(error)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"damaged: {type(error).__name__}: {error}"
-    raise OptionError(
-        f"cannot read latencies from {os.fspath(path)!r}: {reason}; make them with infoq_fx.measure_latency"
-    )
+    advice = "make them with infoq_fx.measure_latency"
+    return load_value(path, (_FORMAT, _VERSION), _decode, "latencies", advice)
 
 
 def _decode(document: Mapping[str, Any]) -> LatencyCost:
