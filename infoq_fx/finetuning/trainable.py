@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from infoq_fx.core.jit import jit
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.graph.layers import LAYER_OPS, RECURRENT_OPS, read_tensor
+from infoq_fx.quantization.codebooks import find_places
 from infoq_fx.quantization.numerics import flat_view
 from infoq_fx.quantization.pointwise import fake_quantize_flat
 from infoq_fx.quantization.prepared import PreparedModel
@@ -274,7 +275,7 @@ class _RoundToLevels(torch.autograd.Function):
         if channel_axis is not None:
             step = step.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
         used, order = levels.round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).sort()
-        place = torch.bucketize((x / step).contiguous(), (used[1:] + used[:-1]) / 2, right=True)
+        place = find_places(x / step, used)
         q = used[place]
         ctx.save_for_backward(x, step, q, order[place], used[[0, -1]])
         ctx.count = len(levels)

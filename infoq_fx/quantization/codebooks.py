@@ -25,10 +25,13 @@ __all__ = [
     "choose_codebook",
     "choose_levels",
     "find_levels",
+    "find_places",
+    "look_up",
     "nearest_levels",
     "read_codebook",
     "sum_level_errors",
     "table_of_levels",
+    "uniform_levels",
 ]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -67,8 +70,12 @@ def find_levels(qparams: QParams) -> torch.Tensor:
     """Return the integers that a weight may have, int8, ascending: its codebook, or all from the smallest."""
     if qparams.levels is not None:
         return qparams.levels
-    spec = qparams.spec
-    return torch.arange(spec.quant_min, spec.quant_max + 1, dtype=torch.int8, device=qparams.scale.device)
+    return uniform_levels(qparams.spec.bits, qparams.scale.device)
+
+
+def uniform_levels(bits: int, device: torch.device) -> torch.Tensor:
+    """Return all signed integers of a bit-width, int8 ``[2**bits]``, ascending."""
+    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device=device)
 
 
 def read_codebook(integers: torch.Tensor, bits: int) -> torch.Tensor | None:
@@ -94,16 +101,13 @@ def bias_multiple(levels: torch.Tensor | None, bits: int) -> int:
 
 
 def table_of_levels(levels: torch.Tensor) -> Floats:
-    """Return the nearest level to every interval of half an integer, float32 ``[512]``, for :func:`nearest_levels`.
-
-    The midpoint of two integers is a multiple of a half, so that a value's interval decides. A midpoint goes up.
+    """Return the nearest level to every interval of half an integer, float32 ``[512]``, for :func:`look_up`.
 
     Args:
         levels: integers from -128 to 127, ascending, on any device.
     """
-    found = levels.detach().cpu().numpy().astype(np.float32)
-    middles = (np.arange(2 * _HALVES, dtype=np.float32) - _HALVES) / 2 + np.float32(0.25)
-    return found[np.searchsorted((found[1:] + found[:-1]) / 2, middles)]
+    found: Floats = levels.detach().float()[_table_of_places(levels)].cpu().numpy()
+    return found
 
 
 def nearest_levels(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -111,14 +115,34 @@ def nearest_levels(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: float, any shape and device.
-        levels: integers from -128 to 127, ascending.
+        levels: integers from -128 to 127, ascending; moved to the device of ``x``.
 
     Returns:
         float32, of the shape of ``x``.
     """
-    table = torch.from_numpy(table_of_levels(levels)).to(x.device)
-    place = torch.floor(x.detach().to(torch.float32).nan_to_num(0.0) * 2).add_(_HALVES)
-    return table[place.clamp_(0, 2 * _HALVES - 1).long()]
+    levels = levels.detach().to(x.device)
+    return levels.float()[find_places(x, levels)]
+
+
+def find_places(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the place of the nearest level to every value, int64, of the shape of ``x``.
+
+    Args:
+        x: float, any shape; NaN counts as 0.
+        levels: integers from -128 to 127, ascending, on the device of ``x``.
+    """
+    interval = torch.floor(x.detach().to(torch.float32).nan_to_num(0.0) * 2).add_(_HALVES)
+    return _table_of_places(levels)[interval.clamp_(0, 2 * _HALVES - 1).long()]
+
+
+def _table_of_places(levels: torch.Tensor) -> torch.Tensor:
+    """The place of the nearest level to every interval of half an integer from -128 to 127.5, int64 ``[512]``.
+
+    The midpoint of two integers is a multiple of a half, so that a value's interval decides. A midpoint goes up.
+    """
+    found = levels.detach().float()
+    middles = (torch.arange(2 * _HALVES, device=found.device) - _HALVES) / 2 + 0.25
+    return torch.searchsorted((found[1:] + found[:-1]) / 2, middles)
 
 
 def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple[Integers, Floats]:
@@ -141,14 +165,15 @@ def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple
         are learned per layer. Integer levels and scales per channel are additions.
     """
     sampled = _sample(rows)
+    sampled = sampled if sampled.any() else rows  # the few values of a sparse weight
     unit = np.sqrt(np.mean(np.square(sampled, dtype=np.float64), 1)).astype(np.float32)
     unit = np.where(unit > 0, unit, np.abs(rows).max(1))
     levels, scale = _begin(sampled / unit[:, None], bits, has_zero)
     scales = unit * scale
     for _ in range(_ITERATIONS):
-        table = table_of_levels(torch.from_numpy(levels))
+        places = _table_of_places(torch.from_numpy(levels)).numpy()
         sums, weights = np.zeros(len(levels)), np.zeros(len(levels))
-        sum_by_level(sampled, scales, np.searchsorted(levels, table), sums, weights)
+        sum_by_level(sampled, scales, places, sums, weights)
         moved = np.where(weights > 0, sums / np.maximum(weights, _LEAST_WEIGHT), levels)
         levels, growth = _to_integers(moved, has_zero)
         candidates = (scales / growth)[:, None] * _FACTORS
@@ -190,6 +215,17 @@ def _to_integers(levels: Floats, has_zero: bool) -> tuple[Integers, np.float32]:
 
 
 @jit
+def look_up(value: Any, table: NDArray[Any]) -> Any:
+    """Return a value's entry in a table as that of :func:`table_of_levels`; NaN has the first.
+
+    Loops that are to be vectorized write it out.
+    """
+    place = np.floor(value * 2) + 256
+    place = place if place > 0 else 0
+    return table[np.int32(place if place < 511 else 511)]
+
+
+@jit
 def sum_by_level(rows: Floats, scales: Floats, places: Integers, sums: Floats, weights: Floats) -> None:
     """Add every value times its row's scale to the sum of its nearest level, and the squared scale to its weight.
 
@@ -204,9 +240,7 @@ def sum_by_level(rows: Floats, scales: Floats, places: Integers, sums: Floats, w
         scale = scales[r]
         square = np.float64(scale) * np.float64(scale)
         for i in range(rows.shape[1]):
-            place = np.floor(rows[r, i] / scale * 2) + 256
-            place = place if place > 0 else 0
-            level = places[np.int32(place if place < 511 else 511)]
+            level = look_up(rows[r, i] / scale, places)
             sums[level] += np.float64(rows[r, i]) * np.float64(scale)
             weights[level] += square
 
@@ -226,7 +260,7 @@ def sum_level_errors(rows: Floats, scales: Floats, table: Floats, errors: Floats
             scale, total = scales[r, k], 0.0
             for start in range(0, rows.shape[1], 1024):
                 values, part = rows[r, start : start + 1024], scale * 0
-                for i in range(len(values)):
+                for i in range(len(values)):  # look_up, written out
                     place = np.floor(values[i] / scale * np.float32(2)) + np.float32(256)
                     place = place if place > 0 else np.float32(0)
                     place = place if place < 511 else np.float32(511)

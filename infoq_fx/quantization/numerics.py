@@ -14,7 +14,13 @@ import torch
 from torch.nn import functional
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
-from infoq_fx.quantization.codebooks import choose_codebook, nearest_levels, sum_level_errors, table_of_levels
+from infoq_fx.quantization.codebooks import (
+    choose_codebook,
+    nearest_levels,
+    sum_level_errors,
+    table_of_levels,
+    uniform_levels,
+)
 from infoq_fx.quantization.histogram import range_bits, scale_significant_bits
 from infoq_fx.quantization.pointwise import (
     fake_quantize_flat,
@@ -336,7 +342,7 @@ def _broadcast(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _qparams(spec: QuantSpec, scale: torch.Tensor, levels: torch.Tensor | None = None) -> QParams:
     scale = scale.reshape(()) if spec.channel_axis is None else scale
     if spec.has_codebook and levels is None:
-        levels = _uniform_levels(spec.bits, scale.device)
+        levels = uniform_levels(spec.bits, scale.device)
     return QParams(spec, scale, torch.zeros_like(scale, dtype=torch.int32), levels)
 
 
@@ -361,10 +367,6 @@ def _scale_of_zeros(others: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.frexp(others.median()).exponent.float() - 1)
 
 
-def _uniform_levels(bits: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=torch.int8, device=device)
-
-
 def _best_of_uniform(rows: torch.Tensor, bits: int, significant_bits: int) -> torch.Tensor:
     count = max(1, _CHUNK_ELEMENTS // rows.shape[1])
     return torch.cat([_best_scales(chunk, bits, significant_bits) for chunk in torch.split(rows, count)])
@@ -382,7 +384,7 @@ def _best_of_codebook(
 
     ``rows`` are divided by two to their ``exponent``; those of zeros count as 1.
     """
-    levels = _uniform_levels(bits, rows.device)
+    levels = uniform_levels(bits, rows.device)
     if bool(is_zero.all()):
         return uniform, levels
     alive, power = rows[~is_zero].cpu().contiguous(), exponent[~is_zero].cpu()

@@ -13,20 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infoq_fx.core.jit import jit
+from infoq_fx.quantization.codebooks import look_up
 
 __all__ = ["descend", "descend_on_inputs", "find_shares", "pass_errors_on", "pass_errors_on_inputs"]
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
 _LANES = 64  # rows rounded together so that the compiler vectorizes the loop; with 16 or 32 it did not
-
-
-@jit
-def _round(value: Any, nearest: Floats) -> Any:
-    """The level of the half integer that a value is in; of the first one for NaN."""
-    place = np.floor(value * 2) + 256
-    place = place if place > 0 else 0
-    return nearest[np.int32(place if place < 511 else 511)]
 
 
 @jit
@@ -54,7 +47,7 @@ def pass_errors_on(rows: Floats, factor: Floats, steps: Floats, nearest: Floats,
                     values[j, lane] = rows[g, first + lane, j]
             for j in range(columns):
                 pivot = factor[g, j, j]
-                for lane in range(_LANES):  # written out as in _round: the compiler vectorizes it
+                for lane in range(_LANES):  # look_up, written out: the compiler vectorizes it
                     place = np.floor(values[j, lane] / step[lane] * np.float32(2)) + np.float32(256)
                     place = place if place > 0 else np.float32(0)
                     found = nearest[np.int32(place if place < 511 else np.float32(511))]
@@ -89,7 +82,7 @@ def descend(q: Floats, gradient: Floats, second: Floats, steps: Floats, nearest:
             for _ in range(sweeps):
                 changed = False
                 for j in range(columns):
-                    best = _round(q[g, r, j] - gradient[g, r, j] / (second[g, j, j] * step), nearest)
+                    best = look_up(q[g, r, j] - gradient[g, r, j] / (second[g, j, j] * step), nearest)
                     move = best - q[g, r, j]
                     if move != 0:
                         changed = True
@@ -151,7 +144,7 @@ def pass_errors_on_inputs(
         for r in range(count):
             step, output = steps[g, r], np.zeros(columns.shape[2])
             for j in range(width):
-                found = _round((rows[g, r, j] - _dot(shares[g, j], output)) / step, nearest)
+                found = look_up((rows[g, r, j] - _dot(shares[g, j], output)) / step, nearest)
                 q[g, r, j] = found
                 error = found * step - rows[g, r, j]
                 for i in range(output.size):
@@ -186,7 +179,7 @@ def descend_on_inputs(
                 for j in range(width):
                     gradient = _dot(columns[g, j], output) + ridge[g] * (q[g, r, j] * step - target[g, r, j])
                     curvature = _dot(columns[g, j], columns[g, j]) + ridge[g]
-                    best = _round(q[g, r, j] - gradient / (curvature * step), nearest)
+                    best = look_up(q[g, r, j] - gradient / (curvature * step), nearest)
                     if best != q[g, r, j]:
                         changed = True
                         error = (best - q[g, r, j]) * step

@@ -12,7 +12,7 @@ from networks import ResidualNet, randomise_norms
 
 import infoq_fx
 from infoq_fx.allocation.cost import weight_bytes
-from infoq_fx.cli.inputs import _choose_levels
+from infoq_fx.cli.inputs import _choose_levels, take_levels
 from infoq_fx.conversion.quantized import find_codebooks
 from infoq_fx.types import Allocation, QuantSite
 
@@ -117,6 +117,28 @@ def test_budgets_of_bitops_take_equal_steps(model):
     allocation = infoq_fx.allocate(table, budget)
     with pytest.warns(UserWarning, match="limits BitOps, and weights have codebooks"):
         infoq_fx.convert(prepared, allocation)
+
+
+def test_scores_are_for_the_levels_of_the_model(model):
+    uniform, learned = (infoq_fx.prepare(model, IMAGES, levels=levels) for levels in ("uniform", "codebook"))
+    table = infoq_fx.score(learned, IMAGES, criterion="weight_mse", progress=False)
+    assert infoq_fx.refine(learned, table, 4.0, IMAGES, recovery="none").bits
+    with pytest.raises(infoq_fx.OptionError, match="levels 'codebook', the model was prepared with 'uniform'"):
+        infoq_fx.refine(uniform, table, 4.0, IMAGES, recovery="none")
+    tolerance = infoq_fx.Tolerance(nats=0.5)
+    with pytest.raises(infoq_fx.OptionError, match="prepare it with levels='codebook', or score again"):
+        infoq_fx.search_tolerance(uniform, table, tolerance, IMAGES, validation_data=IMAGES, progress=False)
+
+
+def test_the_command_line_takes_the_levels_of_scores(model):
+    inventory = infoq_fx.prepare(model, IMAGES).inventory
+    options = {"levels": "auto"}
+    take_levels(options, inventory)
+    assert options["levels"] == "codebook"
+    take_levels(options | {"levels": "uniform"}, inventory)  # asked for: the check of sites refuses it
+    for needs_uniform in ({"bitops": 1e6}, {"target": "qonnx"}, {"minimize": "bitops"}):
+        with pytest.raises(infoq_fx.OptionError, match="--levels uniform"):
+            take_levels({"levels": "auto", **needs_uniform}, inventory)
 
 
 def test_a_codebook_costs_a_byte_a_level():

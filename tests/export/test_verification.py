@@ -10,7 +10,7 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.errors import CalibrationDataError, ExportError, OptionError
-from infoq_fx.export.output_comparison import find_problem
+from infoq_fx.export.output_comparison import _Sums, find_problem
 from infoq_fx.export.verification_result import LevelResult, OutputResult
 from infoq_fx.types import Allocation
 
@@ -103,6 +103,34 @@ def test_an_output_of_one_value_agrees_within_a_step(tmp_path):
     found = infoq_fx.verify_onnx(infoq_fx.export_onnx(quantized, tmp_path / "m.onnx"), quantized, data)
     assert found.is_sound
     assert found.levels[0].agreement == 1.0
+
+
+class WithConstant(nn.Module):
+    """Gives a number for the whole batch, and a column that is the same for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        y = self.second(self.first(x).relu())
+        return y.square().mean(), y, 0 * y[:, :1] + 1.7
+
+
+def test_the_last_bits_of_a_constant_output_are_no_steps(tmp_path):
+    data = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        quantized = quantize_by_hand(WithConstant(), data)
+        found = infoq_fx.verify_onnx(infoq_fx.export_onnx(quantized, tmp_path / "m.onnx"), quantized, data)
+        assert found.is_sound, found.verdict
+
+
+def test_another_constant_is_seen():
+    for wanted, found, steps in ((1.7, 1.7 * (1 + 2**-23), 0.5), (1.7, 1.701, 500)):
+        sums = _Sums()
+        sums.add(None, torch.full((8, 3), wanted), torch.full((8, 3), found))
+        assert (sums.finish("y").mean_error_steps > 2) == (steps > 2)
 
 
 def level(name, agreement, mean_error_steps, largest_error_steps, top1=None):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.codebooks import (
+    choose_codebook,
     choose_levels,
     find_levels,
     nearest_levels,
@@ -83,6 +84,33 @@ def test_a_weight_that_is_on_a_grid_stays_there(bits, has_codebook):
     q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (8, 60), generator=generator)
     weight = q * torch.tensor([0.5, 1, 0.25, 2, 0.75, 0.5, 3, 1])[:, None]
     assert squared_error(weight, spec_of(bits, has_codebook=has_codebook)) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+def test_a_weight_of_few_values_has_a_codebook_without_warnings(bits):
+    generator = torch.Generator().manual_seed(bits)
+    single = torch.zeros(1, 100_000)
+    single[0, 77_777] = -3.0  # a sample of the values misses it
+    few = torch.zeros(600, 600)
+    few[torch.randint(0, 600, (500,), generator=generator), torch.randint(0, 600, (500,), generator=generator)] = 2.0
+    for weight in (torch.eye(600), single, few):
+        qparams = choose_weight_qparams(weight, spec_of(bits))
+        assert bool(qparams.scale.isfinite().all())
+        assert squared_error(weight, spec_of(bits)) <= squared_error(weight, spec_of(bits, has_codebook=False))
+        alive = weight[weight.any(1)].numpy()
+        levels, scales = choose_codebook(alive, bits)
+        assert np.isfinite(scales).all()
+        assert np.abs(levels).max() == LARGEST_LEVEL
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-38])
+def test_a_weight_at_the_smallest_scales_keeps_equal_steps(size):
+    weight = size * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(bits=3, symmetric=True, channel_axis=0, has_codebook=True)
+    qparams = choose_weight_qparams(weight, spec)
+    uniform = choose_weight_qparams(weight, spec_of(3, has_codebook=False), 3)
+    errors = [float(((fake_quantize(weight, q) - weight) / size).square().sum()) for q in (qparams, uniform)]
+    assert errors[0] <= 1.05 * errors[1]
 
 
 def test_one_scale_for_the_whole_weight():
