@@ -53,10 +53,11 @@ class TrainableModule(fx.GraphModule):
 class BiasQuantizer(nn.Module):
     """Rounds a bias as its layer's accumulator does, to multiples of the input's step size times the weight's.
 
-    The bias's gradient passes straight through; the step sizes get no gradient from it.
+    The bias's gradient passes straight through; the step sizes get no gradient from it. ``multiple`` is relative to the
+    parameters ``scale`` of both, see :class:`LearnedStepQuantizer`.
     """
 
-    def __init__(self, name: str, input_digits: int | None, weight_digits: int | None, multiple: int = 1) -> None:
+    def __init__(self, name: str, input_digits: int | None, weight_digits: int | None, multiple: float = 1) -> None:
         super().__init__()
         self.name, self.multiple = name, multiple
         self._input_digits, self._weight_digits = input_digits, weight_digits
@@ -257,7 +258,8 @@ def _learn_bias(draft: QuantizedModule, node: fx.Node, shapes: Mapping[str, tupl
         quantizer = draft.get_submodule(str(operand.target))
         assert isinstance(quantizer, LearnedStepQuantizer)
         digits.append(quantizer.significant_bits)
-        multiple = bias_multiple(quantizer.qparams().levels, quantizer.spec.bits)  # of the weight, the last one
+        # Those of the weight, the last one, remain.
+        multiple = bias_multiple(quantizer.qparams().levels, quantizer.spec.bits) / quantizer.level_unit
         with draft.graph.inserting_before(node):
             operands += [draft.graph.get_attr(f"{operand.target}.{name}") for name in ("scale", "smallest")]
     _replace(draft, node, target, BiasQuantizer(target, digits[0], digits[1], multiple), tuple(operands))

@@ -47,8 +47,10 @@ class LearnedStepQuantizer(nn.Module):
     activation) and Q_P the number of levels above zero. The input's gradient passes straight through inside the range.
     A step size is never used below 1/1024 of its initial value, so that it stays positive and can grow again.
 
-    The levels of a codebook are a second parameter, ``levels [n]``; they are used rounded to integers. The gradient of
-    a level is that of all values rounded to it, divided like that of the step size.
+    The levels of a codebook are a second parameter, ``levels [n]``, in units of ``level_unit``; they are used rounded
+    to integers. The gradient of a level is that of all values rounded to it, divided like that of the step size. The
+    parameter ``scale`` is then the step size times ``level_unit``, about the distance of two neighbouring levels: one
+    learning rate suits both kinds of quantizers.
 
     Args:
         site: of the quantizer.
@@ -67,21 +69,23 @@ class LearnedStepQuantizer(nn.Module):
     def __init__(self, site: QuantSite, qparams: QParams, significant_bits: int | None = None) -> None:
         super().__init__()
         self.site, self.spec, self.significant_bits = site, qparams.spec, significant_bits
-        scale = qparams.scale.detach().clone()
+        has_levels = qparams.levels is not None
+        self.level_unit = choose_level_unit(len(qparams.levels)) if has_levels else 1.0  # type: ignore[arg-type]
+        scale = self.level_unit * qparams.scale.detach()
         self.scale = nn.Parameter(scale)
         self.register_buffer("zero_point", qparams.zero_point.detach().clone())
         self.register_buffer("smallest", _SMALLEST_SHARE * scale)
-        has_levels = qparams.levels is not None
-        self.levels = nn.Parameter(qparams.levels.detach().to(torch.float32)) if has_levels else None  # type: ignore[union-attr]
+        levels = None if qparams.levels is None else qparams.levels.detach().to(torch.float32) / self.level_unit
+        self.levels = None if levels is None else nn.Parameter(levels)
         self._read_zero_point()
         self.gradient_scale = 1 / math.sqrt(max(1, site.numel // scale.numel()) * max(1, self._limits[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantize ``x`` (any shape for an activation, the weight's for a weight)."""
         if self.levels is not None:
-            step = usable_step(self.scale, self.smallest, self.significant_bits)
+            gap = usable_step(self.scale, self.smallest, self.significant_bits).detach()
             z: Tensor = _RoundToLevels.apply(
-                x, self.scale, step.detach(), self.levels, self.gradient_scale, self.spec.channel_axis
+                x, self.scale, gap, self.levels, self.level_unit, self.gradient_scale, self.spec.channel_axis
             )
             return z
         y: Tensor = _FakeQuantize.apply(
@@ -95,15 +99,10 @@ class LearnedStepQuantizer(nn.Module):
         )
         return y
 
-    @property
-    def level_gap(self) -> float:
-        """The mean distance of two neighbouring levels, in step sizes: 1 without a codebook."""
-        return 1.0 if self.levels is None else 2 * LARGEST_LEVEL / max(1, len(self.levels) - 1)
-
     def qparams(self) -> QParams:
         """Return the qparams learned so far, detached."""
-        scale = usable_step(self.scale.detach(), self.smallest, self.significant_bits)
-        levels = None if self.levels is None else usable_levels(self.levels.detach()).to(torch.int8)
+        scale = usable_step(self.scale.detach(), self.smallest, self.significant_bits) / self.level_unit
+        levels = None if self.levels is None else usable_levels(self.level_unit * self.levels.detach()).to(torch.int8)
         return QParams(self.spec, scale, self.zero_point.clone(), levels)
 
     def extra_repr(self) -> str:
@@ -128,6 +127,11 @@ def usable_step(scale: Tensor, smallest: Tensor, significant_bits: int | None) -
     # As numerics.shorten_scale, but on the bits of the float, with half as many operations.
     dropped = 24 - significant_bits
     return ((step.view(torch.int32) + (1 << (dropped - 1))) >> dropped << dropped).view(torch.float32)
+
+
+def choose_level_unit(count: int) -> float:
+    """Return the power of two nearest to the mean distance of ``count`` levels; it scales float numbers exactly."""
+    return 2.0 ** round(math.log2(2 * LARGEST_LEVEL / max(1, count - 1)))
 
 
 def usable_levels(levels: Tensor) -> Tensor:
@@ -262,19 +266,27 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _RoundToLevels(torch.autograd.Function):
-    """Rounds ``x / step`` to the nearest of the :func:`usable_levels`; gradients as :class:`LearnedStepQuantizer` says.
+    """Rounds to the nearest of the :func:`usable_levels`; gradients as :class:`LearnedStepQuantizer` says.
 
-    The step's gradient passes straight through its limit and its rounding to ``scale``.
+    ``gap`` is the usable step size times ``unit``. Its gradient passes straight through its limit and its rounding to
+    ``scale``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, scale: Any, step: Any, levels: Any, gradient_scale: float, channel_axis: int | None
+        ctx: Any,
+        x: Any,
+        scale: Any,
+        gap: Any,
+        levels: Any,
+        unit: float,
+        gradient_scale: float,
+        channel_axis: int | None,
     ) -> Any:
-        ctx.shape, ctx.gradient_scale = scale.shape, gradient_scale
+        ctx.shape, ctx.unit, ctx.gradient_scale, step = scale.shape, unit, gradient_scale, gap / unit
         if channel_axis is not None:
             step = step.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
-        used, order = levels.round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).sort()
+        used, order = (unit * levels).round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL).sort()
         place = find_places(x / step, used)
         q = used[place]
         ctx.save_for_backward(x, step, q, order[place], used[[0, -1]])
@@ -288,7 +300,8 @@ class _RoundToLevels(torch.autograd.Function):
         inside = grad * ((ratio > limits[0]) & (ratio < limits[1]))
         slope = (grad * q - inside * ratio).sum_to_size(step.shape).reshape(ctx.shape)
         by_level = grad.new_zeros(ctx.count).index_add_(0, place.flatten(), (grad * step).flatten())
-        return inside, slope * ctx.gradient_scale, None, by_level * ctx.gradient_scale, None, None
+        scaled = by_level * (ctx.unit * ctx.gradient_scale)
+        return inside, slope * (ctx.gradient_scale / ctx.unit), None, scaled, None, None, None
 
 
 def _pull_back(grad: Any, x: Any, step: Any, low: Any, high: Any, inside: Any) -> float:

@@ -120,7 +120,7 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
     quantizers = [found for found in student.modules() if isinstance(found, LearnedStepQuantizer)]
     of_weights = {found.site.name: found for found in quantizers if found.site.kind == "weight"}
     steps = {id(found.scale) for found in quantizers}
-    levels = {id(found.levels): found.level_gap for found in quantizers if found.levels is not None}
+    levels = {id(found.levels) for found in quantizers if found.levels is not None}
     learned = []
     for name, parameter in student.named_parameters():
         value = parameter.detach()
@@ -128,12 +128,12 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
         if id(parameter) in steps:
             unit = _RATE_OF_STEPS * value.clone()
         elif id(parameter) in levels:
-            unit = torch.full_like(unit, _RATE_OF_STEPS * levels[id(parameter)])
+            unit = torch.full_like(unit, _RATE_OF_STEPS)
         elif name in of_weights:
-            qparams = of_weights[name].qparams()
+            quantizer = of_weights[name]
             shape = [1] * value.ndim
-            shape[qparams.spec.channel_axis or 0] = -1
-            unit = torch.minimum(of_weights[name].level_gap * qparams.scale.reshape(shape), unit)
+            shape[quantizer.spec.channel_axis or 0] = -1
+            unit = torch.minimum((quantizer.level_unit * quantizer.qparams().scale).reshape(shape), unit)
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
         is_step = id(parameter) in steps or id(parameter) in levels

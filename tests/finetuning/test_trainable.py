@@ -198,13 +198,16 @@ def test_gradients_of_a_codebook_are_those_of_its_values():
     assert torch.equal(y, numerics.fake_quantize(weight, qparams))
     (y * outer).sum().backward()
     q, step = numerics.quantize(weight, qparams), qparams.scale[:, None]
-    by_level = [float((outer * step)[q == level].sum()) for level in qparams.levels]
+    unit = 32  # the power of two nearest to the distance of 4 levels from -63 to 63
+    assert torch.equal(module.scale, unit * qparams.scale)
+    assert torch.equal(unit * module.levels, qparams.levels.float())
+    by_level = [unit * float((outer * step)[q == level].sum()) for level in qparams.levels]
     assert module.levels.grad.tolist() == pytest.approx([module.gradient_scale * g for g in by_level], rel=1e-4)
     ratio, limits = weight / step, (int(qparams.levels[0]), int(qparams.levels[-1]))
     is_inside = (ratio > limits[0]) & (ratio < limits[1])
     torch.testing.assert_close(x.grad, outer * is_inside)
     slope = torch.where(is_inside, q - ratio, q.float())
-    torch.testing.assert_close(module.scale.grad, module.gradient_scale * (outer * slope).sum(1))
+    torch.testing.assert_close(module.scale.grad, module.gradient_scale * (outer * slope).sum(1) / unit)
 
 
 def test_learned_levels_are_integers_in_order():
@@ -213,7 +216,7 @@ def test_learned_levels_are_integers_in_order():
     qparams = numerics.choose_weight_qparams(weight, spec)
     module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, has_codebook=True), qparams)
     with torch.no_grad():
-        module.levels.copy_(torch.tensor([3.4, -70.0, 62.6, 0.2]))
+        module.levels.copy_(torch.tensor([3.4, -70.0, 62.6, 0.2]) / 32)
     assert module.qparams().levels.tolist() == [-63, 0, 3, 63]
     assert torch.equal(module(weight), numerics.fake_quantize(weight, module.qparams()))
 

@@ -16,7 +16,7 @@ def case():
     torch.manual_seed(2)
     model = randomise_norms(ResidualNet()).eval()
     images = torch.randn(128, 1, 8, 8)
-    quantized = infoq_fx.quantize(model, 2.5, calibration_data=images, recovery="none", progress=False)
+    quantized = infoq_fx.quantize(model, 2, calibration_data=images, recovery="none", progress=False)
     return model, images, quantized
 
 
