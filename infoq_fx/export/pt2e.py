@@ -68,7 +68,9 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
 
     Weights are int8 within the range of their bits (at 4 bits from -8 to 7), symmetric per output channel, with the
     scales of least squared error, as elsewhere in this package. Activations are affine per tensor, observed by a
-    histogram. Biases, and layers that the allocation does not contain, stay in float.
+    histogram. Biases, and layers that the allocation does not contain, stay in float. Weights of a quantized module
+    with codebooks are declared to have 8 bits, which hold their levels, and a warning says so: kernels of fewer bits
+    need ``quantize(..., levels="uniform")``.
 
     Args:
         source: bit-widths by site name; or a quantized module, whose weights (recovered ones included), biases and
@@ -100,6 +102,12 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             raise OptionError(f"activation_dtype is {activation_dtype}; give torch.int8 or torch.uint8")
         self.allocation = source if isinstance(source, Allocation) else allocation_of(source)
         self._known = _Known({}, {}, ()) if isinstance(source, Allocation) else _read_quantized(source)
+        if self._known.codebooks:
+            logging.getLogger(__name__).warning(
+                "%d weights have codebooks and are declared to have 8 bits; for kernels of fewer bits quantize with "
+                'levels="uniform"',
+                len(self._known.codebooks),
+            )
         for name, option in (("output_bits", output_bits), ("convolution_bits", convolution_bits)):
             if option is not None:
                 check_bits(option, name)

@@ -18,7 +18,7 @@ def lower(model, x, weight_bits):
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    prepared = infoq_fx.prepare(model, x)
+    prepared = infoq_fx.prepare(model, x, levels="uniform")  # kernels of fewer than 8 bits need equal steps
     sites = prepared.inventory.sites
     weights = [site.name for site in sites if site.kind == "weight"]
     bits = {site.name: 8 for site in sites} | {n: weight_bits[i % len(weight_bits)] for i, n in enumerate(weights)}

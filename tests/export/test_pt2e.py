@@ -132,6 +132,18 @@ def test_clamps_are_taken_over_with_the_factors_in_the_weights():
         through_torchao(other, infoq_fx.InfoqQuantizer(quantized))
 
 
+@pytest.mark.parametrize("levels", ["codebook", "uniform"])
+def test_codebooks_are_told(levels, caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(64, 8)
+    quantized = infoq_fx.quantize(model, 3, calibration_data=x, levels=levels, progress=False)
+    caplog.clear()
+    infoq_fx.InfoqQuantizer(quantized)
+    told = [record.getMessage() for record in caplog.records]
+    assert [message for message in told if message.startswith("2 weights have codebooks")] == told
+    assert bool(told) == (levels == "codebook")
+
+
 def test_without_residual_additions_only_halves_round_differently():
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     x = torch.randn(64, 12)
