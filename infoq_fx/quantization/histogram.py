@@ -17,6 +17,7 @@ __all__ = [
     "Histogram",
     "choose_activation_qparams",
     "find_activation_scale",
+    "measure_noise",
     "range_bits",
     "scale_significant_bits",
     "significant_bits_of",
@@ -185,6 +186,20 @@ def choose_activation_qparams(
     # A smaller scale would be subnormal, which accelerators flush to zero.
     scale = min(max(scale, limits.tiny), 2.0**127 if factor else limits.max)
     return QParams(spec, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point, dtype=torch.int32))
+
+
+def measure_noise(histogram: Histogram, qparams: QParams, *, factor: float | None = None) -> float:
+    """Return the expected squared error of qparams under a histogram, relative to the mean square of its values.
+
+    ``factor`` is that of :func:`choose_activation_qparams`. It is 0 for a tensor that stays in float or has only zeros.
+    """
+    if qparams.spec.is_float or histogram.minimum == histogram.maximum == 0:
+        return 0.0
+    table, mean_square = _cumulative_table(histogram)
+    scale = qparams.scale.double().reshape(1) / (1.0 if factor is None else factor)
+    zero_point = qparams.zero_point.double().reshape(1)
+    error = _expected_errors(table, histogram, mean_square, scale, zero_point, qparams.spec.quant_max)
+    return max(0.0, float(error)) / mean_square
 
 
 def _check_affine(histogram: Histogram, spec: QuantSpec) -> None:

@@ -17,7 +17,8 @@ __all__ = ["Observe", "Quantizer", "spec_of"]
 class Quantizer(nn.Module):
     """Fake quantization of one site at a bit-width that can be changed between runs.
 
-    Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses.
+    Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses. ``noise`` is the mean
+    squared error at the bit-widths of calibration, relative to the mean square of the values.
     """
 
     def __init__(self, site: QuantSite) -> None:
@@ -25,6 +26,7 @@ class Quantizer(nn.Module):
         self.site = site
         self.bits = site.bits[0] if len(site.bits) == 1 else BASELINE_BITS
         self.calibrated_bits: tuple[int, ...] = ()
+        self.noise: Mapping[int, float] = {}
 
     def set_qparams(self, qparams: Mapping[int, QParams], device: torch.device) -> None:
         """Store scale, zero point and levels of every bit-width as buffers."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -158,12 +161,23 @@ def recover_accuracy(
         current, nats = prepared, check(prepared)
         for index, step in enumerate(steps):
             bar.set_description(f"recovering ({step.name})")
+            found, found_nats = current, math.inf
+            variants = _find_variants(step, current, bits)
+            advance = functools.partial(_advance, bar, len(variants))
             context = StepContext(
-                batch_size=batch_size, run_options=run_options, cache_dir=cache_dir, held_bytes=held_bytes
+                batch_size=batch_size,
+                run_options=replace(run_options, advance=advance),
+                cache_dir=cache_dir,
+                held_bytes=held_bytes,
             )
-            found = step.recover(current, bits, fitted, context)
-            return_free_memory()
-            found_nats = check(found)
+            for variant in variants:
+                tried = variant.recover(current, bits, fitted, context)
+                return_free_memory()
+                tried_nats = check(tried)
+                log.debug("%s: %.4g nats from the float model", variant, tried_nats)
+                if tried_nats < found_nats:
+                    found, found_nats = tried, tried_nats
+                del tried
             if found_nats < nats:
                 log.info("%s: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)
                 current = replace(found, recovered_by=(*current.recovered_by, step.name))
@@ -172,6 +186,14 @@ def recover_accuracy(
                 log.info("%s is undone: %.4g nats from the float model, %.4g before", step.name, found_nats, nats)
             bar.update(index + 1 - bar.n)
     return current
+
+
+def _find_variants(step: RecoveryStep, prepared: PreparedModel, bits: Mapping[str, int]) -> Sequence[RecoveryStep]:
+    return step.variants(prepared, bits) if isinstance(step, SecondOrderRounding) else [step]
+
+
+def _advance(bar: tqdm[Any], variants: int, share: float) -> None:
+    bar.update(share / variants)
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"

@@ -32,7 +32,7 @@ from infoq_fx.runtime.integer_convolution import (
     quantize_weight,
 )
 from infoq_fx.runtime.outputs import read_nodes, read_readings
-from infoq_fx.types import QParams
+from infoq_fx.types import BASELINE_BITS, QParams
 
 __all__ = [
     "LIGHT_BITS",
@@ -43,6 +43,7 @@ __all__ = [
     "Values",
     "check_reference",
     "choose_samples",
+    "few_bit_activations",
 ]
 
 LIGHT_BITS = 6
@@ -70,7 +71,8 @@ class LayerwiseRunner:
 
     ``prepared`` is a fork whose parameters and qparams may be changed on the way: nodes that were passed are not run
     again, so that every node runs about once in each model. Only the values that later nodes read are kept. In the
-    reference ``"float_weights"``, activations of ``LIGHT_BITS`` and more are quantized at their bit-widths.
+    reference ``"float_weights"``, activations of ``LIGHT_BITS`` and more are quantized at their bit-widths. With
+    ``at_baseline`` those of fewer bits run at 8 bits in both models.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class LayerwiseRunner:
         context: StepContext,
         *,
         reference: Reference = "float_model",
+        at_baseline: bool = False,
     ) -> None:
         bits = prepared.inventory.complete_floats(bits)
         self.prepared, self.bits, self.run_options, self.samples = prepared, bits, context.run_options, data.samples
@@ -94,9 +97,12 @@ class LayerwiseRunner:
         self._held_bytes = context.held_bytes // 4  # of each model, before the nodes that run and behind them
         inputs = _Samples(self._inputs, data, context.batch_size)
         self.batch_samples = inputs.batch_samples
-        bits_sought = bits if reference == "float_weights" else None
+        bits_run = (
+            {**bits, **dict.fromkeys(few_bit_activations(prepared, bits), BASELINE_BITS)} if at_baseline else bits
+        )
+        bits_sought = bits_run if reference == "float_weights" else None
         self._reference = _Place(SegmentRunner(prepared, bits_sought, has_float_weights=True), 0, inputs)
-        self._quantized = _Place(_IntegerRunner(prepared, bits), 0, inputs)
+        self._quantized = _Place(_IntegerRunner(prepared, bits_run), 0, inputs)
 
     @property
     def reference(self) -> ValuesByBatch:
@@ -277,6 +283,12 @@ def check_reference(reference: str) -> None:
     """
     if reference not in get_args(Reference):
         raise OptionError(f"reference={reference!r}; give one of {', '.join(map(repr, get_args(Reference)))}")
+
+
+def few_bit_activations(prepared: PreparedModel, bits: Mapping[str, int]) -> list[str]:
+    """Return the sites of activations of fewer than ``LIGHT_BITS``."""
+    sites = [site for site in prepared.inventory.sites if site.kind == "activation"]
+    return [site.name for site in sites if bits.get(site.name, site.baseline_bits) < LIGHT_BITS]
 
 
 def choose_samples(prepared: PreparedModel, data: CalibrationData, most: int) -> CalibrationData:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Score
 
-__all__ = ["Evidence", "follow_law", "shrink_losses"]
+__all__ = ["Evidence", "Noise", "follow_law", "shrink_losses"]
 
 _LAW_SPREAD = 0.7  # of the loss with one more bit around the law, relative; its mean is about a quarter
 _PAIRS_SPREAD = 0.5  # of a loss around that over pairs, relative
@@ -19,6 +19,8 @@ _CERTAIN = 3.0  # standard errors
 _FARTHEST = 8.0  # standard errors below zero
 
 _Losses = dict[int, Score]
+Noise = Mapping[int, float]
+"""Power of a site's rounding error by bit-width, relative to that of its values."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Evidence:
 
 
 def shrink_losses(
-    measured: Mapping[str, Mapping[int, Evidence]], candidates: Mapping[str, Sequence[int]]
+    measured: Mapping[str, Mapping[int, Evidence]],
+    candidates: Mapping[str, Sequence[int]],
+    noise: Mapping[str, Noise] | None = None,
 ) -> dict[str, _Losses]:
     """Estimate the loss of every site at all its candidate bit-widths.
 
@@ -41,10 +45,12 @@ def shrink_losses(
     least the sites' median, relative to the loss over pairs: the error of a heavy tail looks small where the sample
     missed the tail.
 
-    Rounding noise has the power 4^-b, and the loss is of second order in it. Losses of a site at two bit-widths
-    and more are therefore moved half way, on a logarithmic scale, to the line through them that has this slope.
-    Without pairs, every loss is shrunk towards the prediction from the bit-width below. Bit-widths that were not
-    measured follow the law; losses do not rise with the bits; at 8 bits nothing is lost.
+    The loss is of second order in the rounding error, so that it follows the error's power, which is known at every
+    bit-width: it falls to a quarter with each bit only where nothing is clipped, and much more slowly where a tensor
+    has outliers, whose range few bits give up. Losses of a site at two bit-widths and more are therefore moved half
+    way, on a logarithmic scale, to the law through them. Without pairs, every loss is shrunk towards the prediction
+    from the bit-width below. Bit-widths that were not measured follow the law; losses do not rise with the bits; at 8
+    bits nothing is lost.
 
     With 16 bits among the candidates the loss at 8 bits is what leaving the site in float recovers, and is part of the
     losses at fewer bits. It is 0 unless the measured value is above three standard errors: integer kernels are not
@@ -53,20 +59,31 @@ def shrink_losses(
     Args:
         measured: by site and bit-width.
         candidates: bit-widths by site; those below the least that was measured get no loss.
+        noise: power of the rounding error by site and bit-width, in any unit; of sites without it 4^-b.
     """
     scales, losses = _fit_scales(measured), {}
     for site, found in measured.items():
         below = {bits: evidence for bits, evidence in sorted(found.items()) if bits <= BASELINE_BITS}
         integers = [bits for bits in candidates.get(site, ()) if bits <= BASELINE_BITS]
-        losses[site] = _fill(_shrink_site(below, scales), integers)
+        known = (noise or {}).get(site, {})
+        losses[site] = _fill(_shrink_site(below, scales, known), integers, known)
         if FLOAT16_BITS in found:
             losses[site] = _count_from_float(losses[site], found[FLOAT16_BITS].loss)
     return losses
 
 
-def follow_law(loss: float, measured_bits: int, bits: int) -> float:
-    """Predict a loss at more bits from that at fewer: both are as 4^-b - 4^-8, the noise beyond that of 8 bits."""
-    return loss * (4.0**-bits - 4.0**-BASELINE_BITS) / (4.0**-measured_bits - 4.0**-BASELINE_BITS)
+def follow_law(loss: float, measured_bits: int, bits: int, noise: Noise | None = None) -> float:
+    """Predict a loss at more bits from that at fewer: both are as the power of the error beyond that at 8 bits."""
+    return loss * _excess_noise(bits, noise or {}) / _excess_noise(measured_bits, noise or {})
+
+
+def _excess_noise(bits: int, noise: Noise) -> float:
+    """Power of the rounding error beyond that at 8 bits, positive; the law of 4^-b where it is not known."""
+    base = noise.get(BASELINE_BITS, 0.0)
+    known = {width: power - base for width, power in noise.items() if width < BASELINE_BITS}
+    if bits not in known or min(known.values()) <= 0:
+        return 4.0**-bits - 4.0**-BASELINE_BITS
+    return min(power for width, power in known.items() if width <= bits)
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ def _fit_scales(measured: Mapping[str, Mapping[int, Evidence]]) -> dict[int, _Sc
     return scales
 
 
-def _shrink_site(found: Mapping[int, Evidence], scales: Mapping[int, _Scale]) -> _Losses:
+def _shrink_site(found: Mapping[int, Evidence], scales: Mapping[int, _Scale], noise: Noise) -> _Losses:
     """The losses of one site by ascending bit-width."""
     losses: _Losses = {}
     below: int | None = None
@@ -110,21 +127,22 @@ def _shrink_site(found: Mapping[int, Evidence], scales: Mapping[int, _Scale]) ->
         elif below is None:
             losses[bits] = Score(_positive_mean(loss.value, loss.standard_error), loss.standard_error)
         else:
-            losses[bits] = _update(follow_law(losses[below].value, below, bits), _LAW_SPREAD, loss)
+            losses[bits] = _update(follow_law(losses[below].value, below, bits, noise), _LAW_SPREAD, loss)
         below = bits
     if any(evidence.over_pairs is not None for evidence in found.values()):
-        losses = _move_to_law(losses)
+        losses = _move_to_law(losses, noise)
     return _without_rises(losses)
 
 
-def _move_to_law(losses: _Losses) -> _Losses:
+def _move_to_law(losses: _Losses, noise: Noise) -> _Losses:
     known = {bits: x for bits, x in losses.items() if bits < BASELINE_BITS and x.value > _NOTHING_NATS}
     if len(known) < 2:
         return losses
-    level = math.fsum(math.log(x.value / follow_law(1.0, 1, bits)) for bits, x in known.items()) / len(known)
+    first = min(known)
+    law = {bits: follow_law(1.0, first, bits, noise) for bits in known}
+    level = math.fsum(math.log(x.value / law[bits]) for bits, x in known.items()) / len(known)
     moved = {
-        bits: Score(math.sqrt(x.value * math.exp(level) * follow_law(1.0, 1, bits)), x.standard_error)
-        for bits, x in known.items()
+        bits: Score(math.sqrt(x.value * math.exp(level) * law[bits]), x.standard_error) for bits, x in known.items()
     }
     return {bits: moved.get(bits, x) for bits, x in losses.items()}
 
@@ -137,7 +155,7 @@ def _without_rises(losses: _Losses) -> _Losses:
     return found
 
 
-def _fill(losses: _Losses, candidates: Sequence[int]) -> _Losses:
+def _fill(losses: _Losses, candidates: Sequence[int], noise: Noise) -> _Losses:
     """The losses with those of candidates that were not measured, by the law from the nearest one below."""
     filled = dict(losses)
     for bits in sorted(set(candidates) - set(losses)):
@@ -145,7 +163,7 @@ def _fill(losses: _Losses, candidates: Sequence[int]) -> _Losses:
         if bits >= BASELINE_BITS:
             filled[bits] = Score(0.0)
         elif below is not None:
-            value = follow_law(losses[below].value, below, bits)
+            value = follow_law(losses[below].value, below, bits, noise)
             filled[bits] = Score(value, _LAW_SPREAD * value)
     return _without_rises(dict(sorted(filled.items())))
 

@@ -17,6 +17,7 @@ from infoq_fx.quantization.histogram import (
     MAX_VALUES_PER_SAMPLE,
     Histogram,
     choose_activation_qparams,
+    measure_noise,
     scale_significant_bits,
 )
 from infoq_fx.quantization.numerics import (
@@ -149,6 +150,22 @@ def test_levels_as_fine_as_bins() -> None:
     scale = float(choose_activation_qparams(histogram, activation_spec(8)).scale)
     assert scale < 3 * histogram.bin_width
     assert error(scale) <= 1.02 * min(error(s) for s in short_scales(0.005, 0.5, scale_significant_bits(8, False)))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_noise_is_the_error_relative_to_the_values(kind: str, bits: int) -> None:
+    x = activations(kind)
+    histogram = histogram_of(x)
+    qparams = choose_activation_qparams(histogram, activation_spec(bits))
+    measured = float((fake_quantize(x, qparams) - x).square().mean() / x.square().mean())
+    assert measure_noise(histogram, qparams) == pytest.approx(measured, rel=0.02, abs=1e-9)
+    moved = choose_activation_qparams(histogram, activation_spec(bits), factor=1.25)
+    measured = float((fake_quantize(1.25 * x, moved) / 1.25 - x).square().mean() / x.square().mean())
+    assert measure_noise(histogram, moved, factor=1.25) == pytest.approx(measured, rel=0.02, abs=1e-9)
+    assert measure_noise(histogram, choose_activation_qparams(histogram, activation_spec(16))) == 0
+    zeros = histogram_of(torch.zeros(4, 4))
+    assert measure_noise(zeros, choose_activation_qparams(zeros, activation_spec(bits))) == 0
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

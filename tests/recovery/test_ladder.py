@@ -41,6 +41,42 @@ def test_a_step_that_makes_it_worse_is_undone(residual, caplog):
     assert recover_accuracy(prepared, bits, data, [Worse()], progress=False) is prepared
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_of_both_ways_to_meet_activations_of_few_bits_the_better_is_kept(better, residual, monkeypatch):
+    prepared, data, bits = residual
+    seen, shares = [], []
+
+    def recover(step, prepared, bits, data, context):
+        seen.append(step.compensate)
+        context.run_options.advance(1.0)
+        changed = fork(prepared)
+        weight = read_tensor(prepared.origin.graph_module if prepared.origin else prepared.graph_module, "head.weight")
+        with torch.no_grad():
+            set_parameter(changed, "head.weight", weight * (1.0 if step.compensate is better else -1.0))
+            set_parameter(changed, "head.bias", read_tensor(changed.graph_module, "head.bias") + 1e-6)
+        return changed
+
+    monkeypatch.setattr(SecondOrderRounding, "recover", recover)
+    monkeypatch.setattr(
+        "infoq_fx.recovery.ladder._advance", lambda bar, variants, share: shares.append(share / variants)
+    )
+    monkeypatch.setattr("infoq_fx.recovery.steps.second_order_rounding.few_bit_activations", lambda *_: ["head.input"])
+    worse = fork(prepared)
+    with torch.no_grad():
+        set_parameter(worse, "head.weight", 0 * read_tensor(worse.graph_module, "head.weight"))
+    found = recover_accuracy(worse, bits, data, [SecondOrderRounding()], progress=False)
+    assert seen == [True, False]
+    assert sum(shares) == 1.0
+    assert torch.equal(
+        read_tensor(found.graph_module, "head.weight"), read_tensor(prepared.graph_module, "head.weight")
+    )
+    recover_accuracy(worse, bits, data, [SecondOrderRounding(compensate=better)], progress=False)
+    recover_accuracy(worse, bits, data, [SecondOrderRounding(reference="float_model")], progress=False)
+    assert seen[2:] == [better, "auto"]
+    with pytest.raises(OptionError, match="compensate='maybe'"):
+        SecondOrderRounding(compensate="maybe")
+
+
 def test_held_back_samples_are_not_fitted(residual):
     prepared, data, bits = residual
     seen = []

@@ -56,6 +56,19 @@ def test_without_pairs_a_sure_measurement_stands_and_an_unsure_one_follows_the_l
     assert middle.standard_error == pytest.approx((data + prior) ** -0.5)
 
 
+def test_losses_follow_the_power_of_the_rounding_error_where_it_is_known():
+    noise = {2: 0.4, 3: 0.2, 4: 0.11, 6: 0.05, 8: 0.01}
+    measured = {"a": {2: Evidence(Score(3.9, 1e-9)), 3: Evidence(Score(1.9, 1e-9))}}
+    found = shrink_losses(measured, {"a": tuple(noise)}, {"a": noise})["a"]
+    assert [found[bits].value for bits in noise] == pytest.approx([3.9, 1.9, 1.0, 0.4, 0.0])
+    # A tensor that no bit-width rounds says nothing, and one that more bits do not help loses as much with them.
+    assert shrink_losses(measured, {"a": tuple(noise)}, {"a": dict.fromkeys(noise, 0.0)}) == shrink_losses(
+        measured, {"a": tuple(noise)}
+    )
+    flat = shrink_losses(measured, {"a": tuple(noise)}, {"a": {**noise, 4: 0.3}})["a"]
+    assert flat[4].value == flat[3].value
+
+
 def test_with_pairs_noise_is_replaced_by_what_all_samples_show():
     truth = {"a": 0.4, "b": 0.1, "c": 0.02}
     measured = {

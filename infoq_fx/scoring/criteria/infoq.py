@@ -43,7 +43,7 @@ class InfoQ:
 
     Only the two smallest candidates of a site are measured, on a hundred samples. These losses are means of heavy
     tails, and noisy; what else is known makes scores of them, at all bit-widths: the loss of the same changes at other
-    samples, and that rounding noise has the power 4^-b (:func:`infoq_fx.scoring.shrinkage.shrink_losses`). On
+    samples, and the power of the rounding error (:func:`infoq_fx.scoring.shrinkage.shrink_losses`). On
     ResNet-20 and MobileNetV2, scores from 192 samples at 2 bit-widths are as close to the losses on unseen images as
     means over all calibration samples at 6 bit-widths are, and allocations from 96 samples lose as little as those from
     192.
@@ -124,7 +124,8 @@ class InfoQ:
         by_site: dict[str, dict[int, Evidence]] = {}
         for found in measurements:
             by_site.setdefault(found.site, {})[found.bits] = self._read(found)
-        return shrink_losses(by_site, {site.name: site.bits for site in prepared.inventory.sites})
+        noise = {module.site.name: module.noise for _, module in prepared.quantizer_nodes()}
+        return shrink_losses(by_site, {site.name: site.bits for site in prepared.inventory.sites}, noise)
 
     def choose_bits(self, site: QuantSite) -> tuple[int, ...]:
         """Return the bit-widths that are measured; the scores of the others follow from them."""

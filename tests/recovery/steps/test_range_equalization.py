@@ -203,7 +203,7 @@ def test_a_pair_is_refused_where_it_does_not_help(monkeypatch):
     assert find_changed(prepared, found) == set()
     assert found.origin is prepared
     assert measure_error(found, data, bits) == measure_error(prepared, data, bits)
-    monkeypatch.setattr("infoq_fx.recovery.steps.range_equalization._LEAST_GAIN", -1e6)
+    monkeypatch.setattr("infoq_fx.recovery.ranges.equalization._LEAST_GAIN", -1e6)
     forced = equalize(prepared, data, bits)
     assert len(find_changed(prepared, forced)) == 2
     assert measure_error(forced, data, bits) > 1.02 * measure_error(prepared, data, bits)

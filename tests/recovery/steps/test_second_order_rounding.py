@@ -50,6 +50,12 @@ def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(
             float((read_tensor(recovered.graph_module, path) - read_tensor(prepared.graph_module, path)).abs().max())
             for path in ("0.bias", "2.bias", "4.bias")
         )
+    alone = SecondOrderRounding(compensate=False).recover(prepared, bits, data, CONTEXT)
+    kept = max(
+        float((read_tensor(alone.graph_module, path) - read_tensor(prepared.graph_module, path)).abs().max())
+        for path in ("0.bias", "2.bias", "4.bias")
+    )
+    assert kept < 0.3 * moved["float_model"]
     assert moved["float_model"] > 0.001
     if width < 6:
         assert moved["float_weights"] > 0.5 * moved["float_model"]  # the first input has 8 bits

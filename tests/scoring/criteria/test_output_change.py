@@ -147,7 +147,7 @@ def test_observers_add_what_sliced_information_loses_beyond_its_noise():
         values |= {f"{key}:change": change, f"{key}:standard_error": 0.04, f"{key}:baseline": 1.0}
     criterion, prepared = (
         infoq_fx.InfoQ(observers=["a"], smi_weight=0.5),
-        SimpleNamespace(inventory=Inventory((), (), 0)),
+        SimpleNamespace(inventory=Inventory((), (), 0), quantizer_nodes=tuple),
     )
     found = criterion.score(prepared, [Measurement("a", 2, values)])["a"][2]
     assert found.value == pytest.approx(0.2 + 0.5 * (0.5 - 2 * 0.04))

@@ -1,4 +1,4 @@
-"""Finds where factors per channel can move: from what makes a tensor into the layers that read it."""
+"""Finds where factors per channel can move: from what makes some tensors into the layers that read them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.graph.layer_forms.building import arguments_of
-from infoq_fx.graph.layers import free_path, read_tensor, write_tensor
+from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tensor
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.recovery.layerwise_runner import SegmentRunner
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.unfolding import can_unfold
 
-__all__ = ["RangePair", "RangeSource", "add_factors", "channel_axis", "drop_factors", "find_pairs"]
+__all__ = ["RangeGroup", "RangeSource", "add_factors", "channel_axis", "drop_factors", "find_groups"]
 
 _ATEN = torch.ops.aten
 _ELEMENTWISE = {getattr(_ATEN, name).default for name in ("relu", "leaky_relu", "prelu", "dropout", "clone")}
@@ -28,6 +29,8 @@ _POOLS = {getattr(_ATEN, f"{kind}_pool{spatial}d").default: spatial for kind in 
 _RESHAPES = {_ATEN.flatten.using_ints, _ATEN.reshape.default}
 _NORMS = {_ATEN.layer_norm.default: (2, 3), _ATEN.rms_norm.default: (2,)}  # places of the parameters
 _CURVED = {_ATEN.gelu.default, _ATEN.silu.default, _ATEN.hardswish.default, _ATEN.mish.default, _ATEN.elu.default}
+_RELU = (0.0, math.inf)
+_SUMS = {_ATEN.add.Tensor, _ATEN.sub.Tensor}
 _FACTORS = "range_factors"
 
 
@@ -51,16 +54,28 @@ class RangeSource:
 
 
 @dataclass(frozen=True)
-class RangePair:
-    """A source, and the layers that read its tensor; ``between`` quantize the tensors in between."""
+class RangeGroup:
+    """Tensors whose channels share their factors: those between some sources and the layers that read them.
 
-    first: RangeSource
+    Residual additions connect the tensors of a whole stage of a network. ``axes`` are the nodes of the tensors, each
+    with the axis of its channels; ``quantizers`` are those among them that quantize a tensor, ``clamps`` those that
+    limit one to constant bounds, in graph order.
+    """
+
+    firsts: tuple[RangeSource, ...]
     seconds: tuple[Layer, ...]
-    between: tuple[Quantizer, ...]
+    axes: Mapping[fx.Node, int]
+    quantizers: tuple[fx.Node, ...]
+    clamps: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of its sources, for messages."""
+        return ", ".join(first.name for first in self.firsts)
 
 
-def find_pairs(prepared: PreparedModel, layers: Sequence[Layer]) -> dict[fx.Node, RangePair]:
-    """Return all pairs by the node of the first layer that reads the tensor."""
+def find_groups(prepared: PreparedModel, layers: Sequence[Layer]) -> list[RangeGroup]:
+    """Return all groups in the order of their first sources."""
     *nodes, _ = prepared.graph_module.graph.nodes
     inputs = {node: prepared.example_inputs[str(node.target)] for node in nodes if node.op == "placeholder"}
     with torch.inference_mode():
@@ -75,8 +90,14 @@ def find_pairs(prepared: PreparedModel, layers: Sequence[Layer]) -> dict[fx.Node
     known = {layer.node: layer for layer in own if can_unfold(layer)}
     firsts = [RangeSource(layer.node, layer=layer) for layer in known.values() if _can_scale(prepared, layer, reads)]
     firsts += [source for node in nodes if (source := _read_affine(node, shapes, reads)) is not None]
-    found = [_follow(prepared, first, known, shapes) for first in firsts]
-    return {pair.seconds[0].node: pair for pair in found if pair is not None}
+    by_node = {first.node: first for first in firsts}
+    groups, taken = list[RangeGroup](), set[fx.Node]()
+    for first in sorted(firsts, key=lambda first: first.node):
+        group = None if first.node in taken else _Search(prepared, by_node, known, shapes).run(first)
+        if group is not None and taken.isdisjoint(group.axes):  # a product of two tensors has the factors of one
+            taken.update(group.axes)
+            groups.append(group)
+    return groups
 
 
 def add_factors(prepared: PreparedModel) -> None:
@@ -150,33 +171,88 @@ def _read_affine(
     return RangeSource(node, tuple(paths)) if is_own and parameters[0].op == "get_attr" else None
 
 
-def _follow(
-    prepared: PreparedModel, first: RangeSource, layers: Mapping[fx.Node, Layer], shapes: Mapping[fx.Node, Any]
-) -> RangePair | None:
-    """The pair that starts with a source, if factors of its channels commute with all nodes to other layers."""
-    node, between = first.node, list[Quantizer]()
-    axis = channel_axis(first.layer, shapes[node]) if first.layer is not None else len(shapes[node]) - 1
-    while axis is not None:
-        users = list(node.users)
-        seconds = tuple(layers[user] for user in users if user in layers)
-        if users and len(seconds) == len(users):
-            is_input = all(
-                layer.source is node and channel_axis(layer, shapes[node]) == axis and layer.node.args.count(node) == 1
-                for layer in seconds
-            )
-            is_alike = len(seconds) == 1 or not any(layer.op.is_convolution for layer in seconds)
-            order = sorted(seconds, key=lambda layer: layer.node)
-            return RangePair(first, tuple(order), tuple(between)) if is_input and is_alike else None
-        if len(users) != 1:
+class _Search:
+    """Follows a tensor to all that share its factors; ``axes`` are the nodes found so far.
+
+    A group fails where its factors would meet a node that they do not commute with: an output of the model, a tensor
+    that no source makes, or a layer that reads it along another axis.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        firsts: Mapping[fx.Node, RangeSource],
+        layers: Mapping[fx.Node, Layer],
+        shapes: Mapping[fx.Node, tuple[int, ...]],
+    ) -> None:
+        self._prepared, self._firsts, self._layers, self._shapes = prepared, firsts, layers, shapes
+        self.axes: dict[fx.Node, int] = {}
+        self._seconds: dict[fx.Node, Layer] = {}
+        self._pending: list[fx.Node] = []
+        self._products: dict[fx.Node, fx.Node] = {}  # with the one operand that is scaled
+        self._is_sound = True
+
+    def run(self, first: RangeSource) -> RangeGroup | None:
+        """Return the group of a source; None if it fails or no layer reads it."""
+        shape = self._shapes.get(first.node, ())
+        axis = channel_axis(first.layer, shape) if first.layer is not None else len(shape) - 1
+        self._add(first.node, axis if shape else None)
+        while self._pending and self._is_sound:
+            node = self._pending.pop()
+            self._visit_users(node)
+            self._visit_operands(node)
+        if not (self._is_sound and self._seconds):
             return None
-        user = users[0]
-        module = prepared.graph_module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, Quantizer):
-            between.append(module)
-        elif not isinstance(module, Observe):
-            axis = _axis_behind(user, node, axis, shapes) if user.op == "call_function" else None
-        node = user
-    return None
+        found = sorted(self.axes)
+        return RangeGroup(
+            tuple(self._firsts[node] for node in found if node in self._firsts and node not in self._products),
+            tuple(self._seconds[node] for node in sorted(self._seconds)),
+            {node: self.axes[node] for node in found},
+            tuple(node for node in found if isinstance(self._module(node), Quantizer)),
+            tuple(node for node in found if constant_bounds(node) not in (None, _RELU)),
+        )
+
+    def _add(self, node: fx.Node, axis: int | None) -> None:
+        if axis is None or self.axes.get(node, axis) != axis:
+            self._is_sound = False
+        elif node not in self.axes:
+            self.axes[node] = axis
+            self._pending.append(node)
+
+    def _visit_users(self, node: fx.Node) -> None:
+        axis = self.axes[node]
+        for user in node.users:
+            layer = self._layers.get(user)
+            if layer is not None and layer.source is node and user.args.count(node) == 1:
+                self._is_sound &= channel_axis(layer, self._shapes[node]) == axis
+                self._seconds[user] = layer
+            elif isinstance(self._module(user), Quantizer | Observe):
+                self._add(user, axis)
+            elif user in self._firsts or user.op != "call_function":  # a norm or product with parameters starts anew
+                self._is_sound = False
+            else:
+                if user.target is _ATEN.mul.Tensor:
+                    self._is_sound &= self._products.setdefault(user, node) is node
+                self._add(user, _axis_behind(user, node, axis, self._shapes))
+
+    def _visit_operands(self, node: fx.Node) -> None:
+        axis = self.axes[node]
+        if node in self._firsts or node in self._products:
+            return
+        if isinstance(self._module(node), Quantizer | Observe):
+            self._add(node.all_input_nodes[0], axis)
+        elif node.op == "call_function" and node.target not in LAYER_OPS and node.target is not _ATEN.mul.Tensor:
+            for source in [x for x in node.args[: 2 if node.target in _SUMS else 1] if isinstance(x, fx.Node)]:
+                ways = [a for a in range(len(self._shapes.get(source, ()))) if self._leads(node, source, a)]
+                self._add(source, ways[0] if len(ways) == 1 else None)
+        else:
+            self._is_sound = False
+
+    def _leads(self, node: fx.Node, source: fx.Node, axis: int) -> bool:
+        return _axis_behind(node, source, axis, self._shapes) == self.axes[node]
+
+    def _module(self, node: fx.Node) -> Any:
+        return self._prepared.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _axis_behind(node: fx.Node, source: fx.Node, axis: int, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int | None:
@@ -186,9 +262,12 @@ def _axis_behind(node: fx.Node, source: fx.Node, axis: int, shapes: Mapping[fx.N
     if node.target is _ATEN.mul.Tensor:  # linear in each operand, as in gated layers
         is_twice = list(node.args).count(source) > 1
         return axis if shapes[source] == shapes[node] and not is_twice else None
+    if node.target in _SUMS:  # residual additions
+        is_plain = not _is_scaled(node) and all(shapes.get(x) == shapes[node] for x in node.all_input_nodes)
+        return axis if is_plain else None
     if node.args[0] is not source:
         return None
-    if node.target in _ELEMENTWISE:
+    if node.target in _ELEMENTWISE or constant_bounds(node) is not None:
         return axis
     before, after = shapes[source], shapes[node]
     if node.target in _POOLS:
@@ -200,3 +279,8 @@ def _axis_behind(node: fx.Node, source: fx.Node, axis: int, shapes: Mapping[fx.N
     if node.target in _RESHAPES:  # one that only drops dimensions of size 1 after the channels
         return axis if before[: axis + 1] == after and math.prod(before[axis + 1 :]) == 1 else None
     return None
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    """Whether an addition multiplies its second operand, or adds a number."""
+    return bool(node.kwargs) or not all(isinstance(x, fx.Node) for x in node.args)

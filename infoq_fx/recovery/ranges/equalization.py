@@ -1,0 +1,266 @@
+"""Equalizes the channels of a prepared model: measures their values, and moves factors between the layers around."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
+from infoq_fx.graph.calibration import weight_digits
+from infoq_fx.graph.clamps import constant_bounds
+from infoq_fx.graph.float_interpreter import FloatInterpreter
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.numerics import choose_weight_qparams
+from infoq_fx.quantization.prepared import PreparedModel
+from infoq_fx.quantization.quantizers import Quantizer, spec_of
+from infoq_fx.recovery.parameters import set_parameter, weight_quantizer
+from infoq_fx.recovery.ranges.factors import Reader, RoundedTensor, choose_factors
+from infoq_fx.recovery.ranges.groups import RangeGroup, RangeSource, find_groups
+from infoq_fx.recovery.segments import Layer, find_segments
+from infoq_fx.recovery.unfolding import can_unfold, groups_of, rows_to_weight, weight_to_rows
+from infoq_fx.types import QParams, QuantSpec
+
+__all__ = ["equalize_depthwise", "equalize_groups", "renew_qparams"]
+
+_SAMPLES = 64
+_VALUES = 512  # of each channel
+_WEIGHTS = 1 << 18  # of a layer, about, that errors are measured on
+_LEAST_GAIN, _LEAST_GAIN_ADDED = 0.02, 0.2  # the latter for a product that is added
+
+
+def equalize_groups(
+    prepared: PreparedModel,
+    groups: Sequence[RangeGroup],
+    bits: Mapping[str, int],
+    data: CalibrationData,
+    spread: ThreadMap,
+    *,
+    batch_size: int,
+) -> list[RangeGroup]:
+    """Multiply the channels of every group by the factors of least error, in place, where that pays.
+
+    The outputs of the float model do not change by a bit, but for subnormal numbers, and for values at a clamp that are
+    larger than all of ``data``. Weights that were calibrated get new qparams; activations keep theirs.
+
+    Args:
+        prepared: changed in place.
+        groups: of the model; no two share a tensor.
+        bits: bit-widths that errors are measured at, by site.
+        data: by the model's input names; one float pass is run over all of it.
+        spread: runs batches.
+        batch_size: samples per run.
+
+    Returns:
+        The groups that were changed.
+    """
+    log, changed = logging.getLogger(__name__), []
+    measured = _measure_channels(prepared, groups, data, spread, batch_size)
+    for group in groups:
+        factors, share = _choose(prepared, group, measured, bits)
+        least_gain = _LEAST_GAIN_ADDED if any(first.is_added for first in group.firsts) else _LEAST_GAIN
+        is_better = share < 1 - least_gain
+        found = "equalized" if is_better else "left alone"
+        log.info("behind %s channels are %s: %.3g of the squared error", group.name, found, share)
+        if is_better:
+            for first in group.firsts:
+                _multiply_outputs(prepared, first, factors)
+            for second in group.seconds:
+                _divide_inputs(prepared, second, factors)
+            changed.append(group)
+    return changed
+
+
+def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
+    """Equalize the inputs of depthwise layers of a model that is not calibrated yet, in place.
+
+    Every output of such a layer reads one channel, so that the factors multiply whole rows of both weights, and with
+    them scales: no integer of a weight changes. Which bits an input will get is not known: its error is measured at the
+    middle one of its candidates, the lower of two.
+
+    Args:
+        prepared: with quantizers that have no qparams.
+        data: by the model's input names; at most 64 samples are used.
+        batch_size: samples per run.
+    """
+    layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
+    if not any(_is_depthwise(layer) for layer in layers):
+        return
+    groups = [group for group in find_groups(prepared, layers) if _is_free(group)]
+    bits = {site.name: site.bits[(len(site.bits) - 1) // 2] for site in prepared.inventory.sites if site.bits}
+    fixed = prepared.batch_size or 1
+    used = data.spread(max(_SAMPLES, fixed))
+    used = used.take(used.samples - used.samples % fixed)
+    with (
+        one_torch_thread() as threads,
+        thread_map(threads if prepared.device.type == "cpu" else 1, threading.Event()) as spread,
+    ):
+        equalize_groups(prepared, groups, bits, used, spread, batch_size=batch_size)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    return can_unfold(layer) and groups_of(layer) == layer.site.shape[layer.op.channel_axis] > 1
+
+
+def _is_free(group: RangeGroup) -> bool:
+    """Whether factors change no integer: layers make the tensor, and depthwise layers read it."""
+    return all(first.layer is not None for first in group.firsts) and all(map(_is_depthwise, group.seconds))
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Some values of each channel ``[channels, values]``, and the smallest and the largest of all ``[channels]``."""
+
+    values: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class _ChannelRecorder(FloatInterpreter):
+    """Runs a batch and keeps values of the channels of some nodes; ``most`` of each sample and channel."""
+
+    def __init__(self, prepared: PreparedModel, axes: Mapping[fx.Node, int], most: int) -> None:
+        super().__init__(prepared)
+        self._axes, self._most = axes, most
+        self.found: dict[fx.Node, _Channels] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self._axes:
+            by_channel = (
+                value.movedim(self._axes[n], 0).flatten(2) if value.ndim > 2 else value.movedim(-1, 0)[..., None]
+            )
+            rows = by_channel.flatten(1)
+            stride = _coprime_stride(by_channel.shape[2], self._most)
+            self.found[n] = _Channels(by_channel[:, :, ::stride].flatten(1).clone(), rows.amin(1), rows.amax(1))
+        return value
+
+
+def _measure_channels(
+    prepared: PreparedModel,
+    groups: Sequence[RangeGroup],
+    data: CalibrationData,
+    spread: ThreadMap,
+    batch_size: int,
+) -> dict[fx.Node, _Channels]:
+    axes = {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
+    most = math.ceil(_VALUES / data.samples)
+
+    def run(batch: Mapping[str, Tensor]) -> dict[fx.Node, _Channels]:
+        recorder = _ChannelRecorder(prepared, axes, most)
+        with torch.inference_mode():
+            recorder.run(*batch.values())
+        return recorder.found
+
+    parts = list(spread(run, data.batches(batch_size) if axes else ()))
+    return {
+        node: _Channels(
+            torch.cat([part[node].values for part in parts], 1),
+            torch.stack([part[node].low for part in parts]).amin(0),
+            torch.stack([part[node].high for part in parts]).amax(0),
+        )
+        for node in axes
+    }
+
+
+def _choose(
+    prepared: PreparedModel, group: RangeGroup, measured: Mapping[fx.Node, _Channels], bits: Mapping[str, int]
+) -> tuple[Tensor, float]:
+    """The factors of a group, and their error relative to that without."""
+    modules = {node: prepared.graph_module.get_submodule(str(node.target)) for node in group.quantizers}
+    channels = {node: measured[node] for node in group.quantizers}
+    if any(layer.source not in channels for layer in group.seconds):  # an input that is not quantized
+        return torch.ones(1), 1.0
+    readers = [_read(prepared, layer, channels, bits) for layer in group.seconds]
+    energies = torch.stack([reader.energy() for reader in readers])
+    tensors = []
+    for node, module in modules.items():
+        assert isinstance(module, Quantizer)
+        own = [i for i, layer in enumerate(group.seconds) if layer.source is node] or list(range(len(readers)))
+        tensors.append(RoundedTensor(channels[node].values, energies[own].sum(0), _spec(module, bits)))
+    lowest, highest = _limits([(node, measured[node]) for node in group.clamps], energies[0])
+    return choose_factors(tensors, readers, lowest, highest)
+
+
+def _read(
+    prepared: PreparedModel, layer: Layer, channels: Mapping[fx.Node, _Channels], bits: Mapping[str, int]
+) -> Reader:
+    rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
+    every = max(1, min(rows.shape[1], rows.numel() // _WEIGHTS))
+    square = channels[layer.source].values.var(1, correction=0)  # the mean's part is left to the bias
+    return Reader(rows[:, ::every], every, bits.get(layer.site.name, layer.site.baseline_bits), square)
+
+
+def _limits(clamps: Sequence[tuple[fx.Node, _Channels]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Limits on log2 of the factors ``[channels]`` so that no value that passed a clamp meets it, nor the other way."""
+    lowest, highest = torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)
+    for node, channels in clamps:
+        low, high = constant_bounds(node) or (-math.inf, math.inf)
+        if low > 0 or high < 0:
+            return torch.zeros_like(like), torch.zeros_like(like)
+        for bound, reached in ((low, -channels.low), (high, channels.high)):
+            if 0 < abs(bound) < math.inf:
+                lowest = torch.zeros_like(like)
+                highest = torch.minimum(highest, (abs(bound) / reached.clamp_min(1e-30)).log2().floor().clamp_min(0))
+    return lowest, highest
+
+
+def _multiply_outputs(prepared: PreparedModel, first: RangeSource, factors: Tensor) -> None:
+    """Multiply what makes a tensor; a layer's scales too, so that its integers do not change."""
+    for path in first.parameters:
+        set_parameter(prepared, path, read_tensor(prepared.graph_module, path) * factors)
+    if first.layer is None:
+        return
+    layer = first.layer
+    shape = [-1 if axis == layer.op.channel_axis else 1 for axis in range(len(layer.site.shape))]
+    set_parameter(prepared, layer.weight, read_tensor(prepared.graph_module, layer.weight) * factors.reshape(shape))
+    if layer.bias is not None:
+        set_parameter(prepared, layer.bias, read_tensor(prepared.graph_module, layer.bias) * factors)
+    quantizer = weight_quantizer(prepared, layer)
+    known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
+
+    def scaled(spec: QuantSpec) -> QParams:
+        found = known[spec.bits]
+        return found if spec.is_float else replace(found, scale=found.scale * factors)
+
+    renew_qparams(quantizer, scaled)
+
+
+def _divide_inputs(prepared: PreparedModel, layer: Layer, factors: Tensor) -> None:
+    """Divide the weight of a layer that reads the tensor, by input channel."""
+    rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
+    groups, _, columns = rows.shape
+    by_column = factors.repeat_interleave(groups * columns // len(factors)).reshape(groups, 1, columns)
+    set_parameter(prepared, layer.weight, rows_to_weight(layer, rows / by_column))
+    moved = read_tensor(prepared.graph_module, layer.weight)
+    digits = functools.partial(weight_digits, dict(prepared.quantizer_nodes()), layer.quantizer)
+    quantizer = weight_quantizer(prepared, layer)
+    renew_qparams(quantizer, lambda spec: choose_weight_qparams(moved, spec, digits(spec.bits)))
+
+
+def renew_qparams(quantizer: Quantizer, choose: Callable[[QuantSpec], QParams]) -> None:
+    """Choose new qparams for every bit-width that a quantizer was calibrated for."""
+    if quantizer.calibrated_bits:
+        chosen = {bits: choose(spec_of(quantizer.site, bits)) for bits in quantizer.calibrated_bits}
+        quantizer.set_qparams(chosen, next(quantizer.buffers()).device)
+
+
+def _spec(quantizer: Quantizer, bits: Mapping[str, int]) -> QuantSpec:
+    site = quantizer.site
+    return spec_of(site, bits.get(site.name, site.baseline_bits))
+
+
+def _coprime_stride(count: int, most: int) -> int:
+    """The smallest stride that leaves at most ``most`` of ``count`` values and shares no divisor with it."""
+    stride = max(1, -(-count // most))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride

@@ -1,0 +1,116 @@
+"""Depthwise layers' inputs are equalized before calibration: no integer of a weight changes, clamps hold."""
+
+import pytest
+import torch
+from torch import nn
+
+import infoq_fx
+from infoq_fx.finetuning.trainable import float_copy
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.numerics import quantize
+from infoq_fx.recovery.ranges import equalization
+
+
+def make_model(clamp):
+    """An inverted bottleneck whose channels have ranges from 6 down to 6 / 32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), clamp, nn.Conv2d(12, 12, 3, groups=12), nn.ReLU(), nn.Conv2d(12, 5, 1))
+    factors = torch.exp2(-torch.linspace(0, 5, 12))
+    with torch.no_grad():
+        model[0].weight *= 3 * factors[:, None, None, None]
+        model[0].bias *= factors
+        model[2].weight /= factors[:, None, None, None]
+    return model.eval()
+
+
+def prepare(model, x, bits=8):
+    return infoq_fx.prepare(model, x, bits=(4, 8), activation_bits=bits, levels="uniform")
+
+
+@pytest.fixture
+def without_scale_factors(monkeypatch):
+    """Calibration that multiplies no whole tensor."""
+    monkeypatch.setattr("infoq_fx.graph.calibration.find_scale_groups", lambda graph_module: {})
+
+
+def weight_of(prepared, path):
+    return read_tensor(prepared.graph_module, path)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def without(monkeypatch):
+    monkeypatch.setattr("infoq_fx.api.equalize_depthwise", lambda *_, **__: None)
+
+
+def error_of(prepared, model, x, bits):
+    quantized = infoq_fx.convert(prepared, infoq_fx.Allocation(bits={s.name: bits for s in prepared.inventory.sites}))
+    with torch.no_grad():
+        return float((quantized(x) - model(x)).square().mean())
+
+
+@pytest.mark.usefixtures("without_scale_factors")
+@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.ReLU(), nn.Hardtanh(-6, 6)], ids=["relu6", "relu", "hardtanh"])
+def test_the_float_model_and_all_integers_of_weights_stay(clamp, images, monkeypatch):
+    model = make_model(clamp)
+    found = prepare(model, images)
+    without(monkeypatch)
+    plain = prepare(model, images)
+    with torch.no_grad():
+        assert torch.equal(float_copy(found)(images), float_copy(plain)(images))
+    changed = set()
+    for (node, new), (_, old) in zip(found.quantizer_nodes(), plain.quantizer_nodes(), strict=True):
+        if new.site.kind == "weight":
+            path = str(node.all_input_nodes[0].target)
+            weights = weight_of(found, path), weight_of(plain, path)
+            changed |= set() if torch.equal(*weights) else {path}
+            integers = [quantize(w, module.qparams_at(4)) for w, module in zip(weights, (new, old), strict=True)]
+            assert torch.equal(*integers)
+    assert changed == {"0.weight", "2.weight"}
+    assert error_of(found, model, images, 8) < 0.7 * error_of(plain, model, images, 8)
+
+
+@pytest.mark.usefixtures("without_scale_factors")
+def test_values_at_the_bound_of_a_clamp_stay_there(images):
+    """A channel that the clamp limits keeps its factor; unseen values of others are cut above all that were seen."""
+    model = make_model(nn.ReLU6())
+    found = prepare(model, images)
+    factors = (weight_of(found, "0.weight") / model[0].weight).detach().flatten(1)[:, 0]
+    with torch.no_grad():
+        reached = model[:2](images).amax((0, 2, 3))
+    assert bool((factors * reached <= 6).all())
+    assert float(factors[reached >= 6].max()) == 1
+    assert float(factors.max()) >= 8
+
+
+def test_models_without_depthwise_layers_are_not_run(images, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(equalization, "equalize_groups", refuse)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    assert prepare(model, images).inventory.sites
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_factor(threads, images):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = prepare(make_model(nn.ReLU6()), images, bits=(2, 4, 8))
+    finally:
+        torch.set_num_threads(before)
+    alone = prepare(make_model(nn.ReLU6()), images, bits=(2, 4, 8))
+    for (path, a), (_, b) in zip(
+        found.graph_module.state_dict().items(), alone.graph_module.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), path
+
+
+def test_a_file_gives_the_bits_of_torch(images, tmp_path):
+    quantized = infoq_fx.quantize(make_model(nn.ReLU6()), 5, calibration_data=images, progress=False)
+    path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")
+    assert infoq_fx.verify_onnx(path, quantized, images).is_sound
