@@ -6,7 +6,6 @@ import cmath
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from threading import Event, Lock
 from typing import Any
 
@@ -30,14 +29,12 @@ from infoq_fx.quantization.histogram import (
     scale_significant_bits,
     significant_bits_of,
 )
-from infoq_fx.quantization.numerics import choose_weight_qparams, fake_quantize
+from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, MAX_BITS, QParams
 
 __all__ = ["calibrate", "weight_digits"]
-
-_NOISE_WEIGHTS = 1 << 16  # of a weight, about, that its rounding error is measured on
 
 
 def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
@@ -101,21 +98,6 @@ def _calibrate(
     weights = [node for node, module in quantizers.items() if module.site.kind == "weight"]
     for node, chosen in zip(weights, spread(choose_of_weight, weights), strict=True):
         quantizers[node].set_qparams(chosen, device)
-        quantizers[node].noise = _measure_weight_noise(read_weight(prepared, node), chosen)
-
-
-def _measure_weight_noise(weight: Tensor, qparams: Mapping[int, QParams]) -> dict[int, float]:
-    """Squared error at every bit-width relative to the weight's, on some of its channels where it is large."""
-    axis = next(iter(qparams.values())).spec.channel_axis or 0
-    every = -(-weight.numel() // _NOISE_WEIGHTS)
-    chosen = torch.arange(0, weight.shape[axis], min(every, weight.shape[axis]), device=weight.device)
-    part = weight.index_select(axis, chosen)
-    square = max(float(part.square().sum()), torch.finfo(torch.float32).tiny)
-    found = {}
-    for bits, x in qparams.items():
-        taken = x if x.scale.ndim == 0 else replace(x, scale=x.scale[chosen], zero_point=x.zero_point[chosen])
-        found[bits] = 0.0 if x.spec.is_float else float((fake_quantize(part, taken) - part).square().sum()) / square
-    return found
 
 
 def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:

@@ -17,8 +17,8 @@ __all__ = ["Observe", "Quantizer", "spec_of"]
 class Quantizer(nn.Module):
     """Fake quantization of one site at a bit-width that can be changed between runs.
 
-    Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses. ``noise`` is the mean
-    squared error at the bit-widths of calibration, relative to the mean square of the values.
+    Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses. ``noise`` is an
+    activation's mean squared error at the bit-widths of calibration, relative to the mean square of its values.
     """
 
     def __init__(self, site: QuantSite) -> None:

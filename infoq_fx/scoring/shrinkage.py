@@ -45,12 +45,12 @@ def shrink_losses(
     least the sites' median, relative to the loss over pairs: the error of a heavy tail looks small where the sample
     missed the tail.
 
-    The loss is of second order in the rounding error, so that it follows the error's power, which is known at every
-    bit-width: it falls to a quarter with each bit only where nothing is clipped, and much more slowly where a tensor
-    has outliers, whose range few bits give up. Losses of a site at two bit-widths and more are therefore moved half
-    way, on a logarithmic scale, to the law through them. Without pairs, every loss is shrunk towards the prediction
-    from the bit-width below. Bit-widths that were not measured follow the law; losses do not rise with the bits; at 8
-    bits nothing is lost.
+    The loss is of second order in the rounding error, so that it follows the error's power. That of an activation is
+    known from calibration: it falls to a quarter with each bit only where nothing is clipped, and much more slowly
+    where a tensor has outliers, whose range few bits give up. That of a weight is taken as 4^-b: recovery changes it
+    anyway. Losses of a site at two bit-widths and more are therefore moved half way, on a logarithmic scale, to the law
+    through them. Without pairs, every loss is shrunk towards the prediction from the bit-width below. Bit-widths that
+    were not measured follow the law; losses do not rise with the bits; at 8 bits nothing is lost.
 
     With 16 bits among the candidates the loss at 8 bits is what leaving the site in float recovers, and is part of the
     losses at fewer bits. It is 0 unless the measured value is above three standard errors: integer kernels are not
@@ -59,7 +59,7 @@ def shrink_losses(
     Args:
         measured: by site and bit-width.
         candidates: bit-widths by site; those below the least that was measured get no loss.
-        noise: power of the rounding error by site and bit-width, in any unit; of sites without it 4^-b.
+        noise: power of the rounding error by site and bit-width, in any unit; 4^-b for sites without it.
     """
     scales, losses = _fit_scales(measured), {}
     for site, found in measured.items():
