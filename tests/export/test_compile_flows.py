@@ -233,6 +233,23 @@ def test_a_function_around_a_model_is_compiled_too(case):
     assert torch.equal(call(IMAGES), quantized(IMAGES).argmax(1))
 
 
+class Open(nn.Sequential):
+    def forward(self, *tensors):
+        return super().forward(tensors[0])
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Open])
+def test_models_that_take_any_number_of_tensors_are_compiled(kind):
+    """Dynamo's guards of such inputs do not see the sizes that are found while the backend captures the graph."""
+    torch.manual_seed(0)
+    model, x = kind(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval(), torch.randn(32, 6)
+    torch.compiler.reset()
+    found = compiled(model, 8, x, inner="eager", progress=False)
+    with torch.no_grad():
+        assert float((found(x) - model(x)).abs().max()) < 0.05
+        assert found(x[:5]).shape == (5, 3)
+
+
 def test_training_mode_is_refused_by_name(case):
     _, allocation, _ = case
     model = randomise_norms(ResidualNet()).train()

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import tracing
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
@@ -48,13 +49,17 @@ class _WithoutFastPath(TorchFunctionMode):
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """Let one thread at a time trace a model; torch's warnings and messages about it stay inside."""
+    """Let one thread at a time trace a model; torch's warnings and messages about it stay inside.
+
+    What Dynamo is tracing meanwhile, if it calls this as a backend, does not see it: it would take the sizes that are
+    found here for its own.
+    """
     thread = threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    with _LOCK, warnings.catch_warnings(), inferring_recurrent_shapes():
+    with _LOCK, tracing(None), warnings.catch_warnings(), inferring_recurrent_shapes():
         warnings.simplefilter("ignore")
         loggers = [logging.getLogger(name) for name in _LOGGERS]
         for logger in loggers:
