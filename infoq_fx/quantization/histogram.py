@@ -191,11 +191,14 @@ def choose_activation_qparams(
 def measure_noise(histogram: Histogram, qparams: QParams, *, factor: float | None = None) -> float:
     """Return the expected squared error of qparams under a histogram, relative to the mean square of its values.
 
-    ``factor`` is that of :func:`choose_activation_qparams`. It is 0 for a tensor that stays in float or has only zeros.
+    ``factor`` is that of :func:`choose_activation_qparams`. It is 0 for a tensor that stays in float, or of which only
+    zeros were counted.
     """
     if qparams.spec.is_float or histogram.minimum == histogram.maximum == 0:
         return 0.0
     table, mean_square = _cumulative_table(histogram)
+    if mean_square == 0:  # of the values that were counted
+        return 0.0
     scale = qparams.scale.double().reshape(1) / (1.0 if factor is None else factor)
     zero_point = qparams.zero_point.double().reshape(1)
     error = _expected_errors(table, histogram, mean_square, scale, zero_point, qparams.spec.quant_max)

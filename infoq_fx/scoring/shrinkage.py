@@ -15,6 +15,7 @@ _LAW_SPREAD = 0.7  # of the loss with one more bit around the law, relative; its
 _PAIRS_SPREAD = 0.5  # of a loss around that over pairs, relative
 _SMALLEST_SHARE = 0.05
 _NOTHING_NATS = 1e-12
+_ROUND_OFF, _LEAST_SHARE_OF_LAW = 1e-6, 0.1
 _CERTAIN = 3.0  # standard errors
 _FARTHEST = 8.0  # standard errors below zero
 
@@ -78,12 +79,18 @@ def follow_law(loss: float, measured_bits: int, bits: int, noise: Noise | None =
 
 
 def _excess_noise(bits: int, noise: Noise) -> float:
-    """Power of the rounding error beyond that at 8 bits, positive; the law of 4^-b where it is not known."""
-    base = noise.get(BASELINE_BITS, 0.0)
+    """Power of the rounding error beyond that at 8 bits, positive; the law of 4^-b where it is not known.
+
+    It is taken to be at least a tenth of what that law makes of the power at the fewest bits: integers, which a few
+    bits hold exactly, leave nothing but round-off.
+    """
+    base, law = noise.get(BASELINE_BITS, 0.0), 4.0**-bits - 4.0**-BASELINE_BITS
     known = {width: power - base for width, power in noise.items() if width < BASELINE_BITS}
-    if bits not in known or min(known.values()) <= 0:
-        return 4.0**-bits - 4.0**-BASELINE_BITS
-    return min(power for width, power in known.items() if width <= bits)
+    fewest = min(known, default=BASELINE_BITS)
+    if bits not in known or known[fewest] <= _ROUND_OFF * noise[fewest]:
+        return law
+    least = _LEAST_SHARE_OF_LAW * known[fewest] * law / (4.0**-fewest - 4.0**-BASELINE_BITS)
+    return max(least, min(power for width, power in known.items() if width <= bits))
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,9 @@ def test_noise_is_the_error_relative_to_the_values(kind: str, bits: int) -> None
     measured = float((fake_quantize(1.25 * x, moved) / 1.25 - x).square().mean() / x.square().mean())
     assert measure_noise(histogram, moved, factor=1.25) == pytest.approx(measured, rel=0.02, abs=1e-9)
     assert measure_noise(histogram, choose_activation_qparams(histogram, activation_spec(16))) == 0
+    rare = torch.zeros(1, 10_000)
+    rare[0, 1] = -1.0  # where a histogram does not count
+    assert measure_noise(histogram_of(rare), choose_activation_qparams(histogram_of(rare), activation_spec(bits))) == 0
     zeros = histogram_of(torch.zeros(4, 4))
     assert measure_noise(zeros, choose_activation_qparams(zeros, activation_spec(bits))) == 0
 

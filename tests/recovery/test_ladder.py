@@ -73,8 +73,9 @@ def test_of_both_ways_to_meet_activations_of_few_bits_the_better_is_kept(better,
     recover_accuracy(worse, bits, data, [SecondOrderRounding(compensate=better)], progress=False)
     recover_accuracy(worse, bits, data, [SecondOrderRounding(reference="float_model")], progress=False)
     assert seen[2:] == [better, "auto"]
-    with pytest.raises(OptionError, match="compensate='maybe'"):
-        SecondOrderRounding(compensate="maybe")
+    for wrong in ("maybe", 0, None):
+        with pytest.raises(OptionError, match="compensate="):
+            SecondOrderRounding(compensate=wrong)
 
 
 def test_held_back_samples_are_not_fitted(residual):

@@ -69,6 +69,18 @@ def test_losses_follow_the_power_of_the_rounding_error_where_it_is_known():
     assert flat[4].value == flat[3].value
 
 
+@pytest.mark.parametrize("round_off", [-1e-15, 0.0, 1e-15])
+def test_round_off_where_a_few_bits_hold_a_tensor_exactly_is_no_law(round_off):
+    exact = {2: 0.02, 3: round_off, 4: round_off, 8: 0.0}
+    measured = {"a": {2: Evidence(Score(0.1, 0.02), Score(0.1, 0.002)), 3: Evidence(*[Score(0.1 / 16, 0.002)] * 2)}}
+    found = shrink_losses(measured, {"a": tuple(exact)}, {"a": exact})["a"]
+    assert 0.05 < found[2].value < 0.2
+    assert found[4].value < 0.1 / 16
+    outlier = {2: 0.9, 3: 0.5, 4: 0.3, 7: 1e-3, 8: 1e-3 - round_off}  # as much at 7 bits as at 8
+    found = shrink_losses(measured, {"a": tuple(outlier)}, {"a": outlier})["a"]
+    assert found[4].value == pytest.approx(found[3].value * 0.299 / 0.499)
+
+
 def test_with_pairs_noise_is_replaced_by_what_all_samples_show():
     truth = {"a": 0.4, "b": 0.1, "c": 0.02}
     measured = {

@@ -31,7 +31,7 @@ from infoq_fx.types import QParams, QuantSpec
 
 __all__ = ["equalize_depthwise", "equalize_groups", "renew_qparams"]
 
-_SAMPLES = 64
+_SAMPLES = 64  # that factors are chosen on
 _VALUES = 512  # of each channel
 _WEIGHTS = 1 << 18  # of a layer, about, that errors are measured on
 _LEAST_GAIN, _LEAST_GAIN_ADDED = 0.02, 0.2  # the latter for a product that is added
@@ -41,6 +41,7 @@ def equalize_groups(
     prepared: PreparedModel,
     groups: Sequence[RangeGroup],
     bits: Mapping[str, int],
+    chosen: CalibrationData,
     data: CalibrationData,
     spread: ThreadMap,
     *,
@@ -55,7 +56,8 @@ def equalize_groups(
         prepared: changed in place.
         groups: of the model; no two share a tensor.
         bits: bit-widths that errors are measured at, by site.
-        data: by the model's input names; one float pass is run over all of it.
+        chosen: samples that errors are measured on, by the model's input names.
+        data: all samples, for the largest values at clamps.
         spread: runs batches.
         batch_size: samples per run.
 
@@ -63,7 +65,10 @@ def equalize_groups(
         The groups that were changed.
     """
     log, changed = logging.getLogger(__name__), []
-    measured = _measure_channels(prepared, groups, data, spread, batch_size)
+    quantized = {node: group.axes[node] for group in groups for node in group.quantizers}
+    clamped = {node: group.axes[node] for group in groups for node in group.clamps}
+    measured = _measure_channels(prepared, quantized, chosen, spread, batch_size, values=_VALUES)
+    measured |= _measure_channels(prepared, clamped, data, spread, batch_size, values=0)
     for group in groups:
         factors, share = _choose(prepared, group, measured, bits)
         least_gain = _LEAST_GAIN_ADDED if any(first.is_added for first in group.firsts) else _LEAST_GAIN
@@ -88,7 +93,8 @@ def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_
 
     Args:
         prepared: with quantizers that have no qparams.
-        data: by the model's input names; at most 64 samples are used.
+        data: by the model's input names. Factors are chosen on 64 samples; a float pass over all of it then finds how
+            large they may be at clamps.
         batch_size: samples per run.
     """
     layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
@@ -97,17 +103,18 @@ def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_
     groups = [group for group in find_groups(prepared, layers) if _is_free(group)]
     bits = {site.name: site.bits[(len(site.bits) - 1) // 2] for site in prepared.inventory.sites if site.bits}
     fixed = prepared.batch_size or 1
-    used = data.spread(max(_SAMPLES, fixed))
-    used = used.take(used.samples - used.samples % fixed)
+    chosen = data.spread(max(_SAMPLES, fixed))
+    chosen = chosen.take(chosen.samples - chosen.samples % fixed)
     with (
         one_torch_thread() as threads,
         thread_map(threads if prepared.device.type == "cpu" else 1, threading.Event()) as spread,
     ):
-        equalize_groups(prepared, groups, bits, used, spread, batch_size=batch_size)
+        equalize_groups(prepared, groups, bits, chosen, data, spread, batch_size=batch_size)
 
 
 def _is_depthwise(layer: Layer) -> bool:
-    return can_unfold(layer) and groups_of(layer) == layer.site.shape[layer.op.channel_axis] > 1
+    """Whether each output reads one of several channels."""
+    return layer.op.is_convolution and can_unfold(layer) and groups_of(layer) > 1 == layer.site.shape[1]
 
 
 def _is_free(group: RangeGroup) -> bool:
@@ -139,20 +146,22 @@ class _ChannelRecorder(FloatInterpreter):
                 value.movedim(self._axes[n], 0).flatten(2) if value.ndim > 2 else value.movedim(-1, 0)[..., None]
             )
             rows = by_channel.flatten(1)
-            stride = _coprime_stride(by_channel.shape[2], self._most)
-            self.found[n] = _Channels(by_channel[:, :, ::stride].flatten(1).clone(), rows.amin(1), rows.amax(1))
+            stride = _coprime_stride(by_channel.shape[2], self._most) if self._most else 1
+            values = by_channel[:, :, ::stride].flatten(1).clone() if self._most else rows[:, :0]
+            self.found[n] = _Channels(values, rows.amin(1), rows.amax(1))
         return value
 
 
 def _measure_channels(
     prepared: PreparedModel,
-    groups: Sequence[RangeGroup],
+    axes: Mapping[fx.Node, int],
     data: CalibrationData,
     spread: ThreadMap,
     batch_size: int,
+    *,
+    values: int,
 ) -> dict[fx.Node, _Channels]:
-    axes = {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
-    most = math.ceil(_VALUES / data.samples)
+    most = math.ceil(values / data.samples)
 
     def run(batch: Mapping[str, Tensor]) -> dict[fx.Node, _Channels]:
         recorder = _ChannelRecorder(prepared, axes, most)
@@ -209,7 +218,8 @@ def _limits(clamps: Sequence[tuple[fx.Node, _Channels]], like: Tensor) -> tuple[
         for bound, reached in ((low, -channels.low), (high, channels.high)):
             if 0 < abs(bound) < math.inf:
                 lowest = torch.zeros_like(like)
-                highest = torch.minimum(highest, (abs(bound) / reached.clamp_min(1e-30)).log2().floor().clamp_min(0))
+                room = torch.frexp(abs(bound) / reached.double().clamp_min(1e-30)).exponent.to(like) - 1
+                highest = torch.minimum(highest, room.clamp_min(0))
     return lowest, highest
 
 

@@ -45,7 +45,7 @@ class RangeEqualization:
     The first may also be a layer norm, an RMS norm or a product with a parameter per channel, and several layers may
     read the tensor. Between them there may be ReLU, leaky ReLU, PReLU, pooling, means over space, products with another
     tensor (gates), quantizers and residual additions, whose tensors all share their factors; nothing else may read the
-    values. A clamp such as ReLU6 lets factors of at least 1 through, with which no value of the samples reaches its
+    values. A clamp such as ReLU6 lets factors of at least 1 through, with which no value of the data reaches its
     bound that did not before. Behind GELU, SiLU and other curves, which no factor passes, a product with the factors is
     added to the graph.
 
@@ -87,7 +87,7 @@ class RangeEqualization:
         add_factors(changed)
         groups = find_groups(changed, [layer for segment in find_segments(changed) for layer in segment.layers])
         with thread_map(context.run_options.threads, context.run_options.stop) as spread:
-            taken = equalize_groups(changed, groups, bits, used, spread, batch_size=context.batch_size)
+            taken = equalize_groups(changed, groups, bits, used, data, spread, batch_size=context.batch_size)
         context.run_options.advance(0.5)
         _calibrate_between(changed, taken, used, context)
         context.run_options.advance(0.5)

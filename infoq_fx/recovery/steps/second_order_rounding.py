@@ -102,7 +102,7 @@ class SecondOrderRounding:
         for option, least in (("samples", 1), ("rows", 1), ("sweeps", 0)):
             check_count(option, getattr(self, option), least)
         check_reference(self.reference)
-        if self.compensate not in (True, False, "auto"):
+        if not isinstance(self.compensate, bool) and self.compensate != "auto":
             raise OptionError(f"compensate={self.compensate!r}; give True, False or 'auto'")
 
     def variants(self, prepared: PreparedModel, bits: Mapping[str, int]) -> Sequence[RecoveryStep]:

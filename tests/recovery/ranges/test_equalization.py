@@ -86,6 +86,45 @@ def test_values_at_the_bound_of_a_clamp_stay_there(images):
     assert float(factors.max()) >= 8
 
 
+def make_pair():
+    """Two channels, passed on as they are to a depthwise layer behind a clamp."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 1, bias=False),
+        nn.ReLU6(),
+        nn.Conv2d(2, 2, 1, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(2, 3),
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)[..., None, None])
+        model[2].weight.fill_(1.0)
+    return model.eval()
+
+
+@pytest.mark.usefixtures("without_scale_factors")
+def test_rare_values_among_many_samples_meet_no_clamp():
+    model = make_pair()
+    x = torch.rand(512, 2, 1, 1) * torch.tensor([6.0, 0.09]).reshape(1, 2, 1, 1)
+    x[1::50, 1] = 5.0
+    with torch.no_grad():
+        assert torch.equal(float_copy(prepare(model, x))(x), model(x))
+
+
+@pytest.mark.usefixtures("without_scale_factors")
+@pytest.mark.parametrize("largest", [0.0937500149011612, 0.09375, 0.0937499925494194])
+def test_a_factor_that_round_off_alone_allows_is_not_taken(largest):
+    model, x = make_pair(), torch.rand(64, 2, 1, 1) * torch.tensor([6.0, largest]).reshape(1, 2, 1, 1)
+    x[5, 1], x[6, 0] = largest, 6.0
+    with torch.no_grad():
+        assert torch.equal(float_copy(prepare(model, x))(x), model(x))
+
+
+def test_grouped_layers_that_mix_channels_are_not_depthwise(images, monkeypatch):
+    monkeypatch.setattr(equalization, "find_groups", None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert prepare(model.eval(), images).inventory.sites
+
+
 def test_models_without_depthwise_layers_are_not_run(images, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError

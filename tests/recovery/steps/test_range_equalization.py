@@ -23,6 +23,12 @@ pytestmark = pytest.mark.slow  # of features that few models meet
 STEP = RangeEqualization()
 
 
+@pytest.fixture(autouse=True)
+def without_preparation(monkeypatch):
+    """The step alone, without what `prepare` does for depthwise layers."""
+    monkeypatch.setattr("infoq_fx.api.equalize_depthwise", lambda *_, **__: None)
+
+
 class Sequence(nn.Sequential):
     """Layers in a row, the mean over space at the end."""
 
@@ -203,7 +209,8 @@ def test_a_pair_is_refused_where_it_does_not_help(monkeypatch):
     assert find_changed(prepared, found) == set()
     assert found.origin is prepared
     assert measure_error(found, data, bits) == measure_error(prepared, data, bits)
-    monkeypatch.setattr("infoq_fx.recovery.ranges.equalization._LEAST_GAIN", -1e6)
+    equal = torch.tensor([1.0, 64.0]), 0.5  # the factors that make ranges equal
+    monkeypatch.setattr("infoq_fx.recovery.ranges.equalization.choose_factors", lambda *_: equal)
     forced = equalize(prepared, data, bits)
     assert len(find_changed(prepared, forced)) == 2
     assert measure_error(forced, data, bits) > 1.02 * measure_error(prepared, data, bits)
@@ -246,13 +253,8 @@ class SpaceAsChannels(nn.Module):
         return self.second(self.first(x).relu()).mean((2, 3))
 
 
-@pytest.mark.slow
-def test_clamps_and_other_axes_let_no_factor_through(images):
-    models = [
-        make_unbalanced(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3)),
-        make_unbalanced(nn.Conv2d(1, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3)),
-        SpaceAsChannels(),
-    ]
+def test_curves_and_other_axes_let_no_factor_through(images):
+    models = [make_unbalanced(nn.Conv2d(1, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3)), SpaceAsChannels()]
     unequal = images[0] * torch.exp2(torch.linspace(-6, 0, 8))
     for model in models:
         prepared, data = prepare(model, unequal)
@@ -261,6 +263,46 @@ def test_clamps_and_other_axes_let_no_factor_through(images):
         assert find_changed(prepared, found) == set()
         assert found.origin is prepared
         assert sum(shares) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.Hardtanh(-6, 6)], ids=["relu6", "hardtanh"])
+def test_clamps_let_factors_through_that_no_value_meets(clamp, images):
+    model = make_unbalanced(nn.Conv2d(1, 8, 3), clamp, nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        model[0].weight[-1] *= 20  # a channel that the clamp cuts
+    prepared, data = prepare(model, images[0])
+    found = equalize(prepared, data)
+    assert find_changed(prepared, found) == {"0.weight", "2.weight"}
+    assert_same_float(prepared, found, data)
+    assert measure_error(found, data) < 0.5 * measure_error(prepared, data)
+
+
+class Stage(nn.Module):
+    """Two residual blocks whose sums have channels of very different ranges."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 5, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        for made in (self.stem, *(block[2] for block in self.blocks)):
+            unbalance(made)
+        for read in (self.head, *(block[0] for block in self.blocks)):
+            rebalance(read)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x).mean((2, 3))
+
+
+def test_residual_additions_share_their_factors(images):
+    torch.manual_seed(0)
+    prepared, data = prepare(Stage(), images[0])
+    found = equalize(prepared, data)
+    assert_same_float(prepared, found, data)
+    assert {"stem.weight", "head.weight", "blocks.0.2.weight", "blocks.1.0.weight"} <= find_changed(prepared, found)
+    assert measure_error(found, data) < 0.1 * measure_error(prepared, data)
 
 
 def test_it_comes_before_other_steps(images):
