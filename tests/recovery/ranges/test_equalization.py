@@ -53,7 +53,15 @@ def error_of(prepared, model, x, bits):
 
 
 @pytest.mark.usefixtures("without_scale_factors")
-@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.ReLU(), nn.Hardtanh(-6, 6)], ids=["relu6", "relu", "hardtanh"])
+@pytest.mark.parametrize(
+    "clamp",
+    [
+        nn.ReLU6(),
+        pytest.param(nn.ReLU(), marks=pytest.mark.slow),
+        pytest.param(nn.Hardtanh(-6, 6), marks=pytest.mark.slow),
+    ],
+    ids=["relu6", "relu", "hardtanh"],
+)
 def test_the_float_model_and_all_integers_of_weights_stay(clamp, images, monkeypatch):
     model = make_model(clamp)
     found = prepare(model, images)
@@ -134,11 +142,10 @@ def test_models_without_depthwise_layers_are_not_run(images, monkeypatch):
     assert prepare(model, images).inventory.sites
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_no_factor(threads, images):
+def test_threads_change_no_factor(images):
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(3)
         found = prepare(make_model(nn.ReLU6()), images, bits=(2, 4, 8))
     finally:
         torch.set_num_threads(before)
@@ -149,6 +156,7 @@ def test_threads_change_no_factor(threads, images):
         assert torch.equal(a, b), path
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_bits_of_torch(images, tmp_path):
     quantized = infoq_fx.quantize(make_model(nn.ReLU6()), 5, calibration_data=images, progress=False)
     path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx")

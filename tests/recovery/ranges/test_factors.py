@@ -34,7 +34,7 @@ def error_of(tensor, factors):
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2))])
 def test_no_other_factors_are_much_better(seed, bits):
     tensor, reader = make_case(seed, bits)
     factors, share = choose_factors([tensor], [reader], -FREE, FREE)

@@ -60,7 +60,10 @@ def test_residual_additions_join_a_stage():
         assert set(found[pair].axes.values()) == {1}
 
 
-@pytest.mark.parametrize("leak", ["output", "constant", "parameter", "sigmoid", "square"])
+@pytest.mark.parametrize(
+    "leak",
+    ["output", "square", *(pytest.param(x, marks=pytest.mark.slow) for x in ("constant", "parameter", "sigmoid"))],
+)
 def test_what_factors_do_not_commute_with_ends_a_group(leak):
     assert set(groups_of(Stage(leak), torch.randn(16, 2, 5, 5))) == set(INSIDE.items())
 
