@@ -36,6 +36,7 @@ def test_equals_another_solver_with_searched_activations(index: int) -> None:
     assert found.score == pytest.approx(solve_pairs_with_highs(table, budget), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "speeds"), [(4, 3), pytest.param(10, 5, marks=pytest.mark.slow)])
 def test_more_of_either_limit_is_never_worse(sizes: int, speeds: int) -> None:
     table = resnet50_sized_table(1)

@@ -129,6 +129,7 @@ def test_allocations_keep_the_compression_of_tables_3_and_4(network, compression
     assert len({bits for _, bits in weights}) > 1
 
 
+@pytest.mark.slow
 def test_what_the_tables_round_a_budget_takes_by_the_letter():
     inventory = take_inventory("resnet18")
     table = invent_table(inventory)

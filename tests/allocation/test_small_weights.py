@@ -38,6 +38,7 @@ def test_what_is_not_packed_gets_all_bits_that_cost_nothing():
         infoq_fx.allocate(tiny, infoq_fx.Budget(size_bytes=150))
 
 
+@pytest.mark.slow
 def test_the_file_of_a_tiny_network_takes_what_is_counted(tmp_path):
     """Besides, it has constants of a few dozen bytes."""
     model, data = (

@@ -114,6 +114,7 @@ def test_limits_ties_pins_and_activations_hold_and_a_seed_decides(search, case, 
         assert found["head.weight"] == 4
 
 
+@pytest.mark.slow
 def test_an_audit_has_their_rows_and_keeps_them(small, residual, tmp_path, monkeypatch):
     model, images = residual
     options = dict(bits=(2, 4, 8), cache_dir=tmp_path, progress=False, outputs="categorical", references=SEARCHES)

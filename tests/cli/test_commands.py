@@ -160,6 +160,7 @@ def test_quantize_writes_a_verified_file_and_keeps_what_made_it(folder, quantize
     assert kept["quantize"]["bits"] == "4,8"
 
 
+@pytest.mark.slow
 def test_quantize_takes_a_tolerance_within_a_budget(folder, tmp_path):
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "t.onnx"]
     result = done(*files, "--max-nats", 1, "--bitops", 1e9, "--minimize", "weight_bits", *FAST, "--json")
@@ -183,6 +184,7 @@ def test_a_tolerance_is_validated_on_samples_of_its_own(folder, tmp_path):
     assert "--max-nats 1e-12 is out of reach on 20 samples: with all sites at 8 bits it loses" in failed.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:the samples that are held back", "always:the scores behind this allocation")
 def test_scores_that_may_have_seen_the_validation_samples_are_warned_of(folder, tmp_path):
     files = ["quantize", folder / "model.pt2", folder / "data.npz", "-o", tmp_path / "t.pt2", *FAST, "--max-nats", 9]
@@ -221,6 +223,7 @@ def test_scores_of_other_options_are_refused(folder, tmp_path):
     assert "with candidates (4, 8) here" in run(*files, *scores, "--bits", "4,8", "--no-progress").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:the scores behind this allocation")
 def test_ties_come_from_the_settings_and_hold_for_scores_without_them(folder, tmp_path):
     (tmp_path / "c.toml").write_text('[quantize]\ntie = [["*.conv1", "*.conv2"]]\n')

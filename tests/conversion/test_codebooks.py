@@ -119,6 +119,7 @@ def test_budgets_of_bitops_take_equal_steps(model):
         infoq_fx.convert(prepared, allocation)
 
 
+@pytest.mark.slow
 def test_scores_are_for_the_levels_of_the_model(model):
     uniform, learned = (infoq_fx.prepare(model, IMAGES, levels=levels) for levels in ("uniform", "codebook"))
     table = infoq_fx.score(learned, IMAGES, criterion="weight_mse", progress=False)

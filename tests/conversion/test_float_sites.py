@@ -111,6 +111,7 @@ class Shared(nn.Module):
         return self.head((self.last(self.wide(x).relu()).relu() + self.narrow(x)).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "name"),
     [

@@ -235,6 +235,7 @@ def test_nodes_have_names_where_one_value_is_sliced_several_times(tmp_path):
     assert all(node.name for node in graph.node if sliced.intersection(node.output))
 
 
+@pytest.mark.slow
 def test_verification_tells_what_is_folded(files):
     quantized, data = quantized_kinds("convolutions")
     exact, int8 = files("convolutions")

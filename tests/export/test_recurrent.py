@@ -93,6 +93,7 @@ def some_slow(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(MODELS, ["gru with a state"]))
 def test_files_compute_what_the_module_computes(name, tmp_path):
     torch.manual_seed(0)

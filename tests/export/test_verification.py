@@ -117,6 +117,7 @@ class WithConstant(nn.Module):
         return y.square().mean(), y, 0 * y[:, :1] + 1.7
 
 
+@pytest.mark.slow
 def test_the_last_bits_of_a_constant_output_are_no_steps(tmp_path):
     data = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
     for seed in range(4):

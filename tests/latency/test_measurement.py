@@ -192,6 +192,7 @@ def test_every_layer_is_found_in_the_file(exported):
         assert added == ["blocks.0.conv2", "blocks.1.conv2"]
 
 
+@pytest.mark.slow
 def test_every_weight_of_a_recurrent_layer_has_its_share_of_a_node(tmp_path):
     """All weights of one node, projections too, and nothing of it belongs to the layers around it."""
     recurrent = Exported((Recurrent().eval(), torch.randn(32, 5, 8)), tmp_path)

@@ -18,6 +18,7 @@ from infoq_fx.recovery.steps.block_reconstruction import BlockReconstruction
 from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "branches"])
 def test_a_walk_ends_where_whole_runs_end(name, request):
     case = request.getfixturevalue(name)

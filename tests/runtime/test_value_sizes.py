@@ -1,5 +1,6 @@
 """What is alive at once in a run that frees values as it goes."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -8,6 +9,7 @@ from infoq_fx.runtime.forward import bytes_per_sample, choose_batch_size, choose
 from infoq_fx.runtime.value_sizes import measure_peak_and_largest_bytes, measure_peak_bytes, measure_sizes
 
 
+@pytest.mark.slow
 def test_a_chain_holds_two_values_at_once():
     layers = [nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 60), nn.ReLU(), *[nn.Linear(60, 60) for _ in range(20)]]
     prepared = infoq_fx.prepare(nn.Sequential(*layers).eval(), torch.randn(20, 8), activation_bits=None)
@@ -30,6 +32,7 @@ def test_a_skipped_value_stays_alive():
     assert measure_peak_bytes(prepared) == 4 * (50 + 50 + 50)
 
 
+@pytest.mark.slow
 def test_whole_runs_take_larger_batches_than_runs_that_hold_all_sites():
     layers = [m for _ in range(30) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
     prepared = infoq_fx.prepare(nn.Sequential(*layers).eval(), torch.randn(2, 4, 24, 24))

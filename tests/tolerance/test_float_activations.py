@@ -65,6 +65,7 @@ def truth(monkeypatch):
     return lost_by
 
 
+@pytest.mark.slow
 def test_the_smallest_file_has_no_more_floats_than_it_needs(prepared, truth):
     tolerance = Tolerance(nats=0.1)
     with_all = search_module._run(make_search(prepared, tolerance, {})).allocation.cost.size_bytes

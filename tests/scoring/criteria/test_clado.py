@@ -41,6 +41,7 @@ def case(request):
     return build(randomise_norms(ResidualNet()), 8) if request.param == "residual" else build(TwoHeads(), 6)
 
 
+@pytest.mark.slow
 def test_pairs_are_those_of_whole_runs(case):
     prepared, data = case
     criterion = CLADO(is_projected=False)
