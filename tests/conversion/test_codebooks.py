@@ -108,6 +108,7 @@ def test_finetuning_moves_the_levels(model):
     assert moved
 
 
+@pytest.mark.slow
 def test_budgets_of_bitops_take_equal_steps(model):
     budget = infoq_fx.Budget(bitops=3e6)
     prepared = infoq_fx.prepare(model, IMAGES, budget=budget)

@@ -170,6 +170,7 @@ def test_convolutions_and_residual_additions_become_integer_kernels(exported, tm
     assert "Conv" not in kinds
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_file(tmp_path):
     images = torch.randn(48, 1, 8, 8)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
@@ -341,6 +342,7 @@ def test_a_relu_that_something_else_reads_stays_in_an_exact_file(tmp_path):
     np.testing.assert_allclose(run(path, {"input": data.numpy()})[0][0], in_float(data).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def test_large_models_go_out_with_external_data(container, tmp_path, monkeypatch):
     from infoq_fx.export.qdq_onnx import writing

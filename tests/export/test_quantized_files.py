@@ -50,6 +50,7 @@ def saved(residual, tmp_path_factory):
     return infoq_fx.save_quantized(residual[0], tmp_path_factory.mktemp("saved") / "model.pt2")
 
 
+@pytest.mark.slow
 def test_a_loaded_module_is_the_saved_one(residual, saved, tmp_path):
     quantized, images = residual
     loaded = infoq_fx.load_quantized(saved)

@@ -124,6 +124,7 @@ def test_all_stages_read_an_input_called_like_labels(tmp_path):
     assert infoq_fx.verify_onnx(path, quantized, data).is_sound
 
 
+@pytest.mark.slow
 def test_a_forward_of_any_number_of_inputs(tmp_path):
     torch.manual_seed(0)
     quantized = infoq_fx.quantize(Many(), 8.0, calibration_data=loader(A, B), bits=8, progress=False)

@@ -43,6 +43,7 @@ def prepare(data, **options):
     return infoq_fx.prepare(Network().eval(), data, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tie", "ties"),
     [
