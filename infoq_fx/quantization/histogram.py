@@ -16,6 +16,7 @@ __all__ = [
     "MAX_VALUES_PER_SAMPLE",
     "Histogram",
     "choose_activation_qparams",
+    "coprime_stride",
     "find_activation_scale",
     "measure_noise",
     "range_bits",
@@ -86,7 +87,7 @@ class Histogram:
         if not (math.isfinite(low) and math.isfinite(high)):
             return
         self._cover_range()
-        counted = samples[:, :: _coprime_stride(samples.shape[1])]
+        counted = samples[:, :: coprime_stride(samples.shape[1], MAX_VALUES_PER_SAMPLE)]
         if counted.device.type == "cpu":
             count_bins(counted.numpy(), math.ldexp(1.0, -self.exponent), self.first_bin, self.counts.numpy())
             return
@@ -213,9 +214,9 @@ def _check_affine(histogram: Histogram, spec: QuantSpec) -> None:
         raise CalibrationDataError(f"cannot choose qparams: the histogram saw {found}; check the calibration data")
 
 
-def _coprime_stride(numel: int) -> int:
-    """Smallest stride that leaves few enough values; coprime to the size, so that it aligns with no axis."""
-    stride = -(-numel // MAX_VALUES_PER_SAMPLE)
+def coprime_stride(numel: int, most: int) -> int:
+    """Return the smallest stride that leaves at most ``most`` values; coprime to the size, it aligns with no axis."""
+    stride = max(1, -(-numel // most))
     while math.gcd(stride, numel) > 1:
         stride += 1
     return stride

@@ -19,6 +19,7 @@ from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import read_tensor
+from infoq_fx.quantization.histogram import coprime_stride
 from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
@@ -57,7 +58,7 @@ def equalize_groups(
         groups: of the model; no two share a tensor.
         bits: bit-widths that errors are measured at, by site.
         chosen: samples that errors are measured on, by the model's input names.
-        data: all samples, for the largest values at clamps.
+        data: all samples, for the ranges of channels.
         spread: runs batches.
         batch_size: samples per run.
 
@@ -65,12 +66,12 @@ def equalize_groups(
         The groups that were changed.
     """
     log, changed = logging.getLogger(__name__), []
-    quantized = {node: group.axes[node] for group in groups for node in group.quantizers}
-    clamped = {node: group.axes[node] for group in groups for node in group.clamps}
-    measured = _measure_channels(prepared, quantized, chosen, spread, batch_size, values=_VALUES)
-    measured |= _measure_channels(prepared, clamped, data, spread, batch_size, values=0)
+    axes = {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
+    measured = ranges = _measure_channels(prepared, axes, chosen, spread, batch_size, values=_VALUES)
+    if chosen.samples < data.samples:
+        ranges = _measure_channels(prepared, axes, data, spread, batch_size, values=0)
     for group in groups:
-        factors, share = _choose(prepared, group, measured, bits)
+        factors, share = _choose(prepared, group, measured, ranges, bits)
         least_gain = _LEAST_GAIN_ADDED if any(first.is_added for first in group.firsts) else _LEAST_GAIN
         is_better = share < 1 - least_gain
         found = "equalized" if is_better else "left alone"
@@ -93,8 +94,8 @@ def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_
 
     Args:
         prepared: with quantizers that have no qparams.
-        data: by the model's input names. Factors are chosen on 64 samples; a float pass over all of it then finds how
-            large they may be at clamps.
+        data: by the model's input names. Factors are chosen on 64 samples; a float pass over all of it finds how large
+            they may be.
         batch_size: samples per run.
     """
     layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
@@ -146,7 +147,7 @@ class _ChannelRecorder(FloatInterpreter):
                 value.movedim(self._axes[n], 0).flatten(2) if value.ndim > 2 else value.movedim(-1, 0)[..., None]
             )
             rows = by_channel.flatten(1)
-            stride = _coprime_stride(by_channel.shape[2], self._most) if self._most else 1
+            stride = coprime_stride(by_channel.shape[2], self._most) if self._most else 1
             values = by_channel[:, :, ::stride].flatten(1).clone() if self._most else rows[:, :0]
             self.found[n] = _Channels(values, rows.amin(1), rows.amax(1))
         return value
@@ -181,7 +182,11 @@ def _measure_channels(
 
 
 def _choose(
-    prepared: PreparedModel, group: RangeGroup, measured: Mapping[fx.Node, _Channels], bits: Mapping[str, int]
+    prepared: PreparedModel,
+    group: RangeGroup,
+    measured: Mapping[fx.Node, _Channels],
+    ranges: Mapping[fx.Node, _Channels],
+    bits: Mapping[str, int],
 ) -> tuple[Tensor, float]:
     """The factors of a group, and their error relative to that without."""
     modules = {node: prepared.graph_module.get_submodule(str(node.target)) for node in group.quantizers}
@@ -195,8 +200,13 @@ def _choose(
         assert isinstance(module, Quantizer)
         own = [i for i, layer in enumerate(group.seconds) if layer.source is node] or list(range(len(readers)))
         tensors.append(RoundedTensor(channels[node].values, energies[own].sum(0), _spec(module, bits)))
-    lowest, highest = _limits([(node, measured[node]) for node in group.clamps], energies[0])
-    return choose_factors(tensors, readers, lowest, highest)
+    highest = torch.full_like(energies[0], torch.inf)
+    for node in group.quantizers:  # rare values of a channel must not widen the range of the others
+        reached = torch.maximum(ranges[node].high, -ranges[node].low)
+        highest = torch.minimum(highest, _octaves_up_to(float(reached.max()), reached))
+    for node in group.clamps:
+        highest = torch.minimum(highest, _limit_at_clamp(node, ranges[node]))
+    return choose_factors(tensors, readers, highest)
 
 
 def _read(
@@ -208,19 +218,22 @@ def _read(
     return Reader(rows[:, ::every], every, bits.get(layer.site.name, layer.site.baseline_bits), square)
 
 
-def _limits(clamps: Sequence[tuple[fx.Node, _Channels]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Limits on log2 of the factors ``[channels]`` so that no value that passed a clamp meets it, nor the other way."""
-    lowest, highest = torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)
-    for node, channels in clamps:
-        low, high = constant_bounds(node) or (-math.inf, math.inf)
-        if low > 0 or high < 0:
-            return torch.zeros_like(like), torch.zeros_like(like)
-        for bound, reached in ((low, -channels.low), (high, channels.high)):
-            if 0 < abs(bound) < math.inf:
-                lowest = torch.zeros_like(like)
-                room = torch.frexp(abs(bound) / reached.double().clamp_min(1e-30)).exponent.to(like) - 1
-                highest = torch.minimum(highest, room.clamp_min(0))
-    return lowest, highest
+def _limit_at_clamp(node: fx.Node, channels: _Channels) -> Tensor:
+    """The largest log2 of the factors ``[channels]``, at least 0, with which no value meets a clamp that passed it."""
+    highest = torch.full_like(channels.high, torch.inf)
+    low, high = constant_bounds(node) or (-math.inf, math.inf)
+    if low > 0 or high < 0:
+        return torch.zeros_like(highest)
+    for bound, reached in ((low, -channels.low), (high, channels.high)):
+        if 0 < abs(bound) < math.inf:
+            highest = torch.minimum(highest, _octaves_up_to(abs(bound), reached))
+    return highest
+
+
+def _octaves_up_to(bound: float, reached: Tensor) -> Tensor:
+    """The largest integers k of at least 0 with ``reached 2^k <= bound``, exactly."""
+    ratio = bound / reached.double().clamp_min(1e-30)
+    return (torch.frexp(ratio).exponent - 1).clamp_min(0).to(reached)
 
 
 def _multiply_outputs(prepared: PreparedModel, first: RangeSource, factors: Tensor) -> None:
@@ -266,11 +279,3 @@ def renew_qparams(quantizer: Quantizer, choose: Callable[[QuantSpec], QParams]) 
 def _spec(quantizer: Quantizer, bits: Mapping[str, int]) -> QuantSpec:
     site = quantizer.site
     return spec_of(site, bits.get(site.name, site.baseline_bits))
-
-
-def _coprime_stride(count: int, most: int) -> int:
-    """The smallest stride that leaves at most ``most`` of ``count`` values and shares no divisor with it."""
-    stride = max(1, -(-count // most))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return stride

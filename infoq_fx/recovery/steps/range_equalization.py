@@ -37,7 +37,7 @@ class RangeEqualization:
 
     Activations have one scale per tensor: if the ranges of channels differ, the narrow ones get few levels. The row of
     a channel in the first weight and its bias are multiplied by a factor, and the second weight's values for it are
-    divided by the factor. Factors are powers of two from 2^-6 to 2^6, which are exact: the float model's outputs do not
+    divided by the factor. Factors are powers of two from 1 to 2^6, which are exact: the float model's outputs do not
     change by a bit (except for subnormal numbers), nor do the integers of the first weight, whose scales are multiplied
     too. They are those of least squared error of the second layers' outputs, see
     :func:`infoq_fx.recovery.ranges.factors.choose_factors`.
