@@ -45,8 +45,8 @@ class RangeEqualization:
     The first may also be a layer norm, an RMS norm or a product with a parameter per channel, and several layers may
     read the tensor. Between them there may be ReLU, leaky ReLU, PReLU, pooling, means over space, products with another
     tensor (gates), quantizers and residual additions, whose tensors all share their factors; nothing else may read the
-    values. A clamp such as ReLU6 lets factors of at least 1 through, with which no value of the data reaches its
-    bound that did not before. Behind GELU, SiLU and other curves, which no factor passes, a product with the factors is
+    values. No factor widens the range of the tensor over the data, or lets a value reach the bound of a clamp such as
+    ReLU6. Behind GELU, SiLU and other curves, which no factor passes, a product with the factors is
     added to the graph.
 
     Factors are applied only if the error falls by more than 2 %, and by more than 20 % for a product that is added. The
