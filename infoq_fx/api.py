@@ -43,7 +43,7 @@ from infoq_fx.pipeline import quantize_prepared
 from infoq_fx.quantization.codebooks import Levels, choose_levels
 from infoq_fx.quantization.prepared import PreparedModel, check_prepared
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, recover_accuracy
-from infoq_fx.recovery.ranges.equalization import equalize_depthwise
+from infoq_fx.recovery.ranges.equalization import find_depthwise
 from infoq_fx.runtime.forward import choose_batch_size
 from infoq_fx.scoring.criteria import AnyCriterion, make_criterion
 from infoq_fx.scoring.information.encoders import Encoder
@@ -260,9 +260,9 @@ def prepare(
     )
     notes = describe_choice(choice, captured.output_names)
     prepared = replace(prepared, readings=choice.readings, output_notes=notes, loss_function=choice.function)
-    if data is not None:
-        equalize_depthwise(prepared, held, batch_size=choose_batch_size(prepared))
-    calibrate(prepared, held, batch_size=choose_batch_size(prepared))
+    size = choose_batch_size(prepared)
+    equalizer = None if data is None else find_depthwise(prepared, held, batch_size=size)
+    calibrate(prepared, held, batch_size=size, equalizer=equalizer)
     return prepared
 
 

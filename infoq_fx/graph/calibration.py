@@ -5,9 +5,10 @@ from __future__ import annotations
 import cmath
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Event, Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +22,10 @@ from infoq_fx.graph.layers import LAYER_OPS
 from infoq_fx.graph.passes.quantize_biases import fit_input_scale
 from infoq_fx.graph.passes.scale_equalization import equalize_scales, find_scale_groups
 from infoq_fx.quantization.histogram import (
+    MAX_VALUES_PER_SAMPLE,
     Histogram,
     choose_activation_qparams,
+    coprime_stride,
     find_activation_scale,
     measure_noise,
     range_bits,
@@ -34,10 +37,36 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, MAX_BITS, QParams
 
-__all__ = ["calibrate", "weight_digits"]
+__all__ = ["ChannelEqualizer", "ChannelRange", "calibrate", "join_ranges", "range_of_channels", "weight_digits"]
+
+_VALUES_HELD = 1 << 21  # of a tensor whose channels are equalized; of 512 samples as many as a histogram counts
 
 
-def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
+@dataclass(frozen=True)
+class ChannelRange:
+    """The smallest and the largest value of every channel, ``[channels]``."""
+
+    low: Tensor
+    high: Tensor
+
+
+class ChannelEqualizer(Protocol):
+    """Multiplies channels of some tensors by factors that depend on their ranges over all data.
+
+    ``axes`` are the nodes whose ranges it needs, each with the axis of its channels.
+    """
+
+    @property
+    def axes(self) -> Mapping[fx.Node, int]:
+        """Nodes and axes; quantizers among them may be multiplied."""
+
+    def equalize(self, ranges: Mapping[fx.Node, ChannelRange]) -> Mapping[fx.Node, Tensor]:
+        """Change the weights around some quantizers' nodes, and return these with their factors ``[channels]``."""
+
+
+def calibrate(
+    prepared: PreparedModel, data: CalibrationData, *, batch_size: int, equalizer: ChannelEqualizer | None = None
+) -> None:
     """Set the qparams of every quantizer for all its candidate bit-widths and for the 8-bit baseline.
 
     Weights: the scales of least squared error, per output channel. Activations: one pass of the float model over
@@ -52,6 +81,7 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
         prepared: changed in place.
         data: by the model's input names, on the model's device.
         batch_size: samples per run of the float model.
+        equalizer: equalizes channels behind the pass; the histograms of the tensors that it may multiply wait for it.
 
     Raises:
         CalibrationDataError: an activation is NaN or infinite; the message names the site.
@@ -59,26 +89,84 @@ def calibrate(prepared: PreparedModel, data: CalibrationData, *, batch_size: int
     quantizers = dict(prepared.quantizer_nodes())
     activations = [(node, module) for node, module in quantizers.items() if module.site.kind == "activation"]
     with one_torch_thread() as threads, thread_map(threads if prepared.device.type == "cpu" else 1, Event()) as spread:
-        _calibrate(prepared, quantizers, activations, data, batch_size, spread)
+        histograms = {module.site.name: Histogram() for _, module in activations}
+        batches = data.batches(batch_size) if activations else ()
+        _fill_histograms(prepared, histograms, batches, data.samples, equalizer, spread)
+        _choose_all(prepared, quantizers, activations, histograms, spread)
 
 
-def _calibrate(
+def range_of_channels(x: Tensor, axis: int) -> ChannelRange:
+    """Return the range of every channel of a tensor."""
+    rows = x.movedim(axis, 0).flatten(1)
+    return ChannelRange(rows.amin(1), rows.amax(1))
+
+
+def _fill_histograms(
+    prepared: PreparedModel,
+    histograms: Mapping[str, Histogram],
+    batches: Iterable[Mapping[str, Tensor]],
+    samples: int,
+    equalizer: ChannelEqualizer | None,
+    spread: ThreadMap,
+) -> None:
+    """Run the float model over the batches; tensors that an equalizer multiplies are counted behind it."""
+    axes = {} if equalizer is None else equalizer.axes
+    locks = {name: Lock() for name in histograms}
+    most = min(MAX_VALUES_PER_SAMPLE, max(1, _VALUES_HELD // max(1, samples)))
+
+    def run(batch: Mapping[str, Tensor]) -> Mapping[fx.Node, _Channels]:
+        calibrator = _Calibrator(prepared, histograms, locks, axes, most)
+        with torch.inference_mode():
+            calibrator.run(*batch.values())
+        return calibrator.held
+
+    held = list(spread(run, batches))
+    if equalizer is None or not held:
+        return
+    ranges = {node: join_ranges([found[node].range for found in held]) for node in axes}
+    factors = equalizer.equalize(ranges)
+    quantizers = dict(prepared.quantizer_nodes())
+    for node in axes.keys() & quantizers.keys():
+        histogram = histograms[quantizers[node].site.name]
+        for found in held:
+            found[node].count(histogram, factors.get(node, torch.ones_like(ranges[node].low)))
+
+
+def join_ranges(ranges: Sequence[ChannelRange]) -> ChannelRange:
+    """Return the ranges over all batches from those of each."""
+    return ChannelRange(
+        torch.stack([found.low for found in ranges]).amin(0), torch.stack([found.high for found in ranges]).amax(0)
+    )
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """What is kept of a batch until factors are known: ranges, some values ``[samples, values]`` and their channels."""
+
+    range: ChannelRange
+    values: Tensor
+    channels: Tensor
+
+    def count(self, histogram: Histogram, factors: Tensor) -> None:
+        low, high = (self.range.low * factors).amin(), (self.range.high * factors).amax()
+        histogram.add(self.values * factors[self.channels], float(low), float(high))
+
+
+def _hold(x: Tensor, axis: int, most: int) -> _Channels:
+    per_sample = math.prod(x.shape[1:])
+    positions = torch.arange(0, per_sample, coprime_stride(per_sample, most), device=x.device)
+    channels = positions.div(math.prod(x.shape[axis + 1 :]), rounding_mode="floor") % x.shape[axis]
+    return _Channels(range_of_channels(x, axis), x.reshape(x.shape[0], -1)[:, positions].float(), channels)
+
+
+def _choose_all(
     prepared: PreparedModel,
     quantizers: Mapping[fx.Node, Quantizer],
     activations: Sequence[tuple[fx.Node, Quantizer]],
-    data: CalibrationData,
-    batch_size: int,
+    histograms: Mapping[str, Histogram],
     spread: ThreadMap,
 ) -> None:
-    histograms = {module.site.name: Histogram() for _, module in activations}
-    locks = {name: Lock() for name in histograms}
-
-    def run(batch: Mapping[str, Tensor]) -> None:
-        with torch.inference_mode():
-            _Calibrator(prepared, histograms, locks).run(*batch.values())
-
-    for _ in spread(run, data.batches(batch_size) if activations else ()):
-        pass
+    """Choose the qparams of all quantizers, those of activations from their histograms."""
     factors = _choose_factors(prepared, activations, histograms)
     equalize_scales(prepared.graph_module, factors)
     prepared.graph_module.recompile()
@@ -159,11 +247,30 @@ def _is_clamped(node: fx.Node) -> bool:
 
 
 class _Calibrator(FloatInterpreter):
-    """Fills the histogram of every activation site; neither the order of the batches nor threads change it."""
+    """Fills the histograms of activations, and holds what others need; no order of batches or threads changes it."""
 
-    def __init__(self, prepared: PreparedModel, histograms: Mapping[str, Histogram], locks: Mapping[str, Lock]) -> None:
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        histograms: Mapping[str, Histogram],
+        locks: Mapping[str, Lock],
+        axes: Mapping[fx.Node, int],
+        most: int,
+    ) -> None:
         super().__init__(prepared)
-        self._histograms, self._locks = histograms, locks
+        self._histograms, self._locks, self._axes, self._most = histograms, locks, axes, most
+        self.held: dict[fx.Node, _Channels] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._axes:
+            return super().run_node(n)
+        is_counted = n.op == "call_module"
+        value = self.env[n.all_input_nodes[0]] if is_counted else super().run_node(n)
+        self.held[n] = _hold(value, self._axes[n], self._most if is_counted else 1)
+        if is_counted:
+            found = self.held[n].range
+            _check_finite(self.fetch_attr(str(n.target)), bool((found.low.isfinite() & found.high.isfinite()).all()))
+        return value
 
     def see(self, quantizer: Quantizer, x: Tensor) -> None:
         if quantizer.site.kind == "weight":
@@ -172,8 +279,12 @@ class _Calibrator(FloatInterpreter):
         with self._locks[name]:
             self._histograms[name].update(x)
             is_finite = self._histograms[name].is_finite
-        if not is_finite:
-            raise CalibrationDataError(
-                f"the activation at {name!r} is NaN or infinite for a calibration batch: check the inputs' "
-                "normalisation and the checkpoint, or leave the layer before it in float with ignore=[...]"
-            )
+        _check_finite(quantizer, is_finite)
+
+
+def _check_finite(quantizer: Any, is_finite: bool) -> None:
+    if not is_finite:
+        raise CalibrationDataError(
+            f"the activation at {quantizer.site.name!r} is NaN or infinite for a calibration batch: check the inputs' "
+            "normalisation and the checkpoint, or leave the layer before it in float with ignore=[...]"
+        )

@@ -82,12 +82,21 @@ class Histogram:
             return
         samples = x.detach().to(torch.float32).reshape(x.shape[0] if x.ndim else 1, -1)
         low, high = (float(bound) for bound in torch.aminmax(samples))
+        self.add(samples[:, :: coprime_stride(samples.shape[1], MAX_VALUES_PER_SAMPLE)], low, high)
+
+    def add(self, counted: torch.Tensor, low: float, high: float) -> None:
+        """Add a batch of which some values were taken.
+
+        Args:
+            counted: float32, those to count.
+            low: the smallest of all values.
+            high: the largest.
+        """
         # Python's min and max keep a NaN that comes first.
         self.minimum, self.maximum = min(low, self.minimum), max(high, self.maximum)
         if not (math.isfinite(low) and math.isfinite(high)):
             return
         self._cover_range()
-        counted = samples[:, :: coprime_stride(samples.shape[1], MAX_VALUES_PER_SAMPLE)]
         if counted.device.type == "cpu":
             count_bins(counted.numpy(), math.ldexp(1.0, -self.exponent), self.first_bin, self.counts.numpy())
             return

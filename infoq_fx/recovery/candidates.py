@@ -43,7 +43,7 @@ _DAMPING = 0.03
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
-_ALGORITHM_VERSION = 5  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 6  # raised when the same data gives other rounded weights
 
 
 class Candidates:

@@ -127,7 +127,14 @@ def find_shares(columns: Floats, ridge: Floats, shares: Floats) -> None:
 
 @jit
 def pass_errors_on_inputs(
-    rows: Floats, columns: Floats, shares: Floats, steps: Floats, nearest: Floats, q: Floats
+    rows: Floats,
+    columns: Floats,
+    shares: Floats,
+    ridge: Floats,
+    steps: Floats,
+    nearest: Floats,
+    q: Floats,
+    form: Floats,
 ) -> None:
     """Round column after column as :func:`pass_errors_on` does.
 
@@ -135,20 +142,24 @@ def pass_errors_on_inputs(
         rows: ``[groups, rows, columns]``; not changed.
         columns: the inputs by column, ``[groups, columns, input rows]``.
         shares: of :func:`find_shares`.
+        ridge: ``[groups]``.
         steps: scales, ``[groups, rows]``.
         nearest: the level of every half integer, see :func:`infoq_fx.quantization.codebooks.table_of_levels`.
         q: output: the levels, shaped like ``rows``.
+        form: output: the squared output of every row's error and ``ridge`` times its square, ``[groups, rows]``.
     """
     groups, count, width = rows.shape
     for g in range(groups):
         for r in range(count):
-            step, output = steps[g, r], np.zeros(columns.shape[2])
+            step, output, square = steps[g, r], np.zeros(columns.shape[2]), 0.0
             for j in range(width):
                 found = look_up((rows[g, r, j] - _dot(shares[g, j], output)) / step, nearest)
                 q[g, r, j] = found
                 error = found * step - rows[g, r, j]
+                square += error * error
                 for i in range(output.size):
                     output[i] += error * columns[g, j, i]
+            form[g, r] = _dot(output, output) + ridge[g] * square
 
 
 @jit

@@ -38,14 +38,14 @@ class Curvature(Protocol):
     def order(self) -> Tensor:
         """Of the columns, int64 ``[groups, columns]``."""
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
-        """Round column after column, the error of each fed back to the later ones: levels, shaped like ``rows``."""
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> tuple[Tensor, Tensor]:
+        """Round column after column, the error of each fed back to the later ones.
+
+        Returns the levels, shaped like ``rows``, and the form of every row's error, ``[groups, rows]``.
+        """
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """Set every column to its best level given all others, up to ``sweeps`` times."""
-
-    def errors(self, difference: Tensor) -> Tensor:
-        """The form of every row, ``[groups, rows]``."""
 
 
 def round_rows(
@@ -73,9 +73,8 @@ def round_rows(
     candidates = scales.shape[2]
     repeated = target.repeat_interleave(candidates, dim=1)
     steps = scales.reshape(groups, -1)
-    q = curvature.pass_errors_on(repeated, steps, nearest)
-    errors = curvature.errors(q * steps[..., None] - repeated).view(groups, count, candidates)
-    best = errors.argmin(2, keepdim=True)
+    q, errors = curvature.pass_errors_on(repeated, steps, nearest)
+    best = errors.view(groups, count, candidates).argmin(2, keepdim=True)
     q = q.view(groups, count, candidates, columns)
     q = q.gather(2, best[..., None].expand(-1, -1, -1, columns))[:, :, 0]
     step = scales.gather(2, best)[..., 0]
@@ -91,9 +90,13 @@ class DenseCurvature:
     second: Tensor
     factor: Tensor
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
-        """See :class:`Curvature`; errors go to columns beyond a block by a matrix product."""
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> tuple[Tensor, Tensor]:
+        """See :class:`Curvature`; errors go to columns beyond a block by a matrix product.
+
+        What a column adds to the form, once the later ones have made up for it, is the square of what it passes on.
+        """
         columns, values, found = rows.shape[2], rows, []
+        form = torch.zeros_like(steps)
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
             part, factor = _array(values[:, :, : end - start]), self.factor[:, start:end]
@@ -101,20 +104,17 @@ class DenseCurvature:
             own = _array(factor[:, :, start:end])
             pass_errors_on(part, own, _array(steps), nearest, q, errors)
             found.append(torch.from_numpy(q))
+            passed_on = torch.from_numpy(errors).to(rows.device)
+            form += passed_on.square().sum(2)
             if end < columns:
-                shift = torch.from_numpy(errors).to(rows.device) @ factor[:, :, end:]
-                values = shift.neg_().add_(values[:, :, end - start :])
-        return torch.cat(found, 2).to(rows.device)
+                values = (passed_on @ factor[:, :, end:]).neg_().add_(values[:, :, end - start :])
+        return torch.cat(found, 2).to(rows.device), form
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
         found, gradient = _array(q.clone()), _array((q * steps[..., None] - target) @ self.second)
         descend(found, gradient, _array(self.second), _array(steps), nearest, sweeps)
         return torch.from_numpy(found).to(q.device)
-
-    def errors(self, difference: Tensor) -> Tensor:
-        """See :class:`Curvature`."""
-        return ((difference @ self.second) * difference).sum(2)
 
 
 @dataclass(frozen=True)
@@ -137,23 +137,20 @@ class LowRankCurvature:
     ridge: Tensor
     shares: Tensor
 
-    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> Tensor:
+    def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> tuple[Tensor, Tensor]:
         """See :class:`Curvature`."""
-        q = np.empty(rows.shape, np.float32)
+        q, form = np.empty(rows.shape, np.float32), np.empty(rows.shape[:2], np.float64)
         columns = _array(self.inputs.mT)
-        pass_errors_on_inputs(_array(rows), columns, _array(self.shares), _array(steps), nearest, q)
-        return torch.from_numpy(q).to(rows.device)
+        pass_errors_on_inputs(
+            _array(rows), columns, _array(self.shares), _array(self.ridge), _array(steps), nearest, q, form
+        )
+        return torch.from_numpy(q).to(rows.device), torch.from_numpy(form).to(rows.device)
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
         found, columns = _array(q.clone()), _array(self.inputs.mT)
         descend_on_inputs(found, _array(target), columns, _array(self.ridge), _array(steps), nearest, sweeps)
         return torch.from_numpy(found).to(q.device)
-
-    def errors(self, difference: Tensor) -> Tensor:
-        """See :class:`Curvature`."""
-        wide = difference.double()
-        return (wide @ self.inputs.mT).square().sum(2) + self.ridge[:, None] * wide.square().sum(2)
 
 
 def factorize(second: Tensor) -> DenseCurvature:

@@ -41,7 +41,7 @@ __all__ = ["Search", "StepTaker", "explain_failure"]
 _LOGGER = logging.getLogger(__name__)
 _UNLIMITED = Budget(size_bytes=1e30)
 _KIND = "tolerance"
-_VERSION = 1  # raised when the same step is measured differently
+_VERSION = 2  # raised when the same step is measured differently
 
 
 @dataclass(frozen=True, kw_only=True)

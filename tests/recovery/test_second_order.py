@@ -173,8 +173,11 @@ def test_few_input_rows_are_rounded_by_the_definition():
     few, dense = few_rows(5)
     curvature, other = few.factorize(0.05), dense.factorize(0.05)
     assert torch.equal(curvature.order, other.order)
-    difference = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(curvature.errors(difference).float(), other.errors(difference), rtol=1e-4, atol=1e-4)
+    rows = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
+    steps = torch.full((2, 3), 0.3)
+    (levels, form), (same, expected) = (x.pass_errors_on(rows, steps, within(-4, 3)) for x in (curvature, other))
+    assert torch.equal(levels, same)
+    torch.testing.assert_close(form.float(), expected, rtol=1e-4, atol=1e-4)
     ridge = few.ridge(0.05)
     for group in range(2):
         for first in (0, 7, 19):
@@ -182,6 +185,19 @@ def test_few_input_rows_are_rounded_by_the_definition():
             inner = later @ later.mT + ridge[group] * torch.eye(6, dtype=torch.float64)
             expected = torch.linalg.solve(inner, curvature.inputs[group][:, first])
             assert torch.allclose(curvature.shares[group, first], expected)
+
+
+@pytest.mark.parametrize("columns", [5, 128, 300])
+def test_what_columns_pass_on_adds_up_to_the_form_of_the_error(columns):
+    """Once the later columns have made up for an error, its square over the pivot's is all that is left of it."""
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(2, 4 * columns, columns, generator=generator, dtype=torch.float64)
+    curvature = factorize(x.mT @ x / len(x))
+    rows, steps = torch.randn(2, 4, columns, generator=generator), torch.tensor([[0.1, 0.3, 0.7, 2.0]]).repeat(2, 1)
+    levels, form = curvature.pass_errors_on(rows, steps, within(-4, 3))
+    difference = levels * steps[..., None] - rows
+    expected = torch.einsum("gri,gij,grj->gr", difference, curvature.second, difference)
+    torch.testing.assert_close(form, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_constant_input_keeps_its_ridge_positive():

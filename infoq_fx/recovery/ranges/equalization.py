@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
-from infoq_fx.graph.calibration import weight_digits
+from infoq_fx.graph.calibration import ChannelRange, join_ranges, range_of_channels, weight_digits
 from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import read_tensor
@@ -30,46 +30,84 @@ from infoq_fx.recovery.segments import Layer, find_segments
 from infoq_fx.recovery.unfolding import can_unfold, groups_of, rows_to_weight, weight_to_rows
 from infoq_fx.types import QParams, QuantSpec
 
-__all__ = ["equalize_depthwise", "equalize_groups", "renew_qparams"]
+__all__ = [
+    "ChannelValues",
+    "DepthwiseEqualizer",
+    "equalize_groups",
+    "find_depthwise",
+    "measure_channels",
+    "renew_qparams",
+]
 
 _SAMPLES = 64  # that factors are chosen on
-_VALUES = 512  # of each channel
+VALUES = 512  # of each channel
 _WEIGHTS = 1 << 18  # of a layer, about, that errors are measured on
 _LEAST_GAIN, _LEAST_GAIN_ADDED = 0.02, 0.2  # the latter for a product that is added
+
+
+@dataclass(frozen=True)
+class ChannelValues:
+    """Some values of each channel ``[channels, values]``, and the range of all."""
+
+    values: Tensor
+    range: ChannelRange
+
+
+def measure_channels(
+    prepared: PreparedModel,
+    groups: Sequence[RangeGroup],
+    data: CalibrationData,
+    spread: ThreadMap,
+    *,
+    batch_size: int,
+    values: int = VALUES,
+) -> dict[fx.Node, ChannelValues]:
+    """Run the float model, and return ``values`` of each channel of the groups' tensors and their ranges."""
+    axes, most = axes_of(groups), math.ceil(values / data.samples)
+
+    def run(batch: Mapping[str, Tensor]) -> dict[fx.Node, ChannelValues]:
+        recorder = _ChannelRecorder(prepared, axes, most)
+        with torch.inference_mode():
+            recorder.run(*batch.values())
+        return recorder.found
+
+    parts = list(spread(run, data.batches(batch_size) if axes else ()))
+    return {
+        node: ChannelValues(
+            torch.cat([part[node].values for part in parts], 1), join_ranges([part[node].range for part in parts])
+        )
+        for node in axes
+    }
+
+
+def axes_of(groups: Sequence[RangeGroup]) -> dict[fx.Node, int]:
+    """Return the quantizers and clamps of some groups with the axes of their channels."""
+    return {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
 
 
 def equalize_groups(
     prepared: PreparedModel,
     groups: Sequence[RangeGroup],
     bits: Mapping[str, int],
-    chosen: CalibrationData,
-    data: CalibrationData,
-    spread: ThreadMap,
-    *,
-    batch_size: int,
-) -> list[RangeGroup]:
+    measured: Mapping[fx.Node, ChannelValues],
+    ranges: Mapping[fx.Node, ChannelRange],
+) -> list[tuple[RangeGroup, Tensor]]:
     """Multiply the channels of every group by the factors of least error, in place, where that pays.
 
     The outputs of the float model do not change by a bit, but for subnormal numbers, and for values at a clamp that are
-    larger than all of ``data``. Weights that were calibrated get new qparams; activations keep theirs.
+    larger than the ranges. Weights that were calibrated get new qparams; activations keep theirs.
 
     Args:
         prepared: changed in place.
         groups: of the model; no two share a tensor.
         bits: bit-widths that errors are measured at, by site.
-        chosen: samples that errors are measured on, by the model's input names.
-        data: all samples, for the ranges of channels.
-        spread: runs batches.
-        batch_size: samples per run.
+        measured: values that errors are measured on.
+        ranges: over all samples.
 
     Returns:
-        The groups that were changed.
+        The groups that were changed, with their factors.
     """
     log, changed = logging.getLogger(__name__), []
-    axes = {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
-    measured = ranges = _measure_channels(prepared, axes, chosen, spread, batch_size, values=_VALUES)
-    if chosen.samples < data.samples:
-        ranges = _measure_channels(prepared, axes, data, spread, batch_size, values=0)
     for group in groups:
         factors, share = _choose(prepared, group, measured, ranges, bits)
         least_gain = _LEAST_GAIN_ADDED if any(first.is_added for first in group.firsts) else _LEAST_GAIN
@@ -81,28 +119,48 @@ def equalize_groups(
                 _multiply_outputs(prepared, first, factors)
             for second in group.seconds:
                 _divide_inputs(prepared, second, factors)
-            changed.append(group)
+            changed.append((group, factors))
     return changed
 
 
-def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> None:
-    """Equalize the inputs of depthwise layers of a model that is not calibrated yet, in place.
+@dataclass(frozen=True)
+class DepthwiseEqualizer:
+    """Equalizes the inputs of depthwise layers while a model is calibrated.
 
     Every output of such a layer reads one channel, so that the factors multiply whole rows of both weights, and with
     them scales: no integer of a weight changes. Which bits an input will get is not known: its error is measured at the
     middle one of its candidates, the lower of two.
+    """
+
+    prepared: PreparedModel
+    groups: Sequence[RangeGroup]
+    measured: Mapping[fx.Node, ChannelValues]
+
+    @property
+    def axes(self) -> Mapping[fx.Node, int]:
+        """See :class:`infoq_fx.graph.calibration.ChannelEqualizer`."""
+        return axes_of(self.groups)
+
+    def equalize(self, ranges: Mapping[fx.Node, ChannelRange]) -> Mapping[fx.Node, Tensor]:
+        """See :class:`infoq_fx.graph.calibration.ChannelEqualizer`."""
+        sites = self.prepared.inventory.sites
+        bits = {site.name: site.bits[(len(site.bits) - 1) // 2] for site in sites if site.bits}
+        changed = equalize_groups(self.prepared, self.groups, bits, self.measured, ranges)
+        return {node: factors for group, factors in changed for node in group.quantizers}
+
+
+def find_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_size: int) -> DepthwiseEqualizer | None:
+    """Find the inputs of depthwise layers of a model that is not calibrated yet; None if it has none to equalize.
 
     Args:
         prepared: with quantizers that have no qparams.
-        data: by the model's input names. Factors are chosen on 64 samples; a float pass over all of it finds how large
-            they may be.
+        data: by the model's input names; 64 samples are run.
         batch_size: samples per run.
     """
     layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
     if not any(_is_depthwise(layer) for layer in layers):
-        return
+        return None
     groups = [group for group in find_groups(prepared, layers) if _is_free(group)]
-    bits = {site.name: site.bits[(len(site.bits) - 1) // 2] for site in prepared.inventory.sites if site.bits}
     fixed = prepared.batch_size or 1
     chosen = data.spread(max(_SAMPLES, fixed))
     chosen = chosen.take(chosen.samples - chosen.samples % fixed)
@@ -110,7 +168,8 @@ def equalize_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_
         one_torch_thread() as threads,
         thread_map(threads if prepared.device.type == "cpu" else 1, threading.Event()) as spread,
     ):
-        equalize_groups(prepared, groups, bits, chosen, data, spread, batch_size=batch_size)
+        measured = measure_channels(prepared, groups, chosen, spread, batch_size=batch_size)
+    return DepthwiseEqualizer(prepared, groups, measured) if groups else None
 
 
 def _is_depthwise(layer: Layer) -> bool:
@@ -123,22 +182,13 @@ def _is_free(group: RangeGroup) -> bool:
     return all(first.layer is not None for first in group.firsts) and all(map(_is_depthwise, group.seconds))
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """Some values of each channel ``[channels, values]``, and the smallest and the largest of all ``[channels]``."""
-
-    values: Tensor
-    low: Tensor
-    high: Tensor
-
-
 class _ChannelRecorder(FloatInterpreter):
     """Runs a batch and keeps values of the channels of some nodes; ``most`` of each sample and channel."""
 
     def __init__(self, prepared: PreparedModel, axes: Mapping[fx.Node, int], most: int) -> None:
         super().__init__(prepared)
         self._axes, self._most = axes, most
-        self.found: dict[fx.Node, _Channels] = {}
+        self.found: dict[fx.Node, ChannelValues] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -146,46 +196,17 @@ class _ChannelRecorder(FloatInterpreter):
             by_channel = (
                 value.movedim(self._axes[n], 0).flatten(2) if value.ndim > 2 else value.movedim(-1, 0)[..., None]
             )
-            rows = by_channel.flatten(1)
             stride = coprime_stride(by_channel.shape[2], self._most) if self._most else 1
-            values = by_channel[:, :, ::stride].flatten(1).clone() if self._most else rows[:, :0]
-            self.found[n] = _Channels(values, rows.amin(1), rows.amax(1))
+            values = by_channel[:, :, ::stride] if self._most else by_channel[:, :, :0]
+            self.found[n] = ChannelValues(values.flatten(1).clone(), range_of_channels(value, self._axes[n]))
         return value
-
-
-def _measure_channels(
-    prepared: PreparedModel,
-    axes: Mapping[fx.Node, int],
-    data: CalibrationData,
-    spread: ThreadMap,
-    batch_size: int,
-    *,
-    values: int,
-) -> dict[fx.Node, _Channels]:
-    most = math.ceil(values / data.samples)
-
-    def run(batch: Mapping[str, Tensor]) -> dict[fx.Node, _Channels]:
-        recorder = _ChannelRecorder(prepared, axes, most)
-        with torch.inference_mode():
-            recorder.run(*batch.values())
-        return recorder.found
-
-    parts = list(spread(run, data.batches(batch_size) if axes else ()))
-    return {
-        node: _Channels(
-            torch.cat([part[node].values for part in parts], 1),
-            torch.stack([part[node].low for part in parts]).amin(0),
-            torch.stack([part[node].high for part in parts]).amax(0),
-        )
-        for node in axes
-    }
 
 
 def _choose(
     prepared: PreparedModel,
     group: RangeGroup,
-    measured: Mapping[fx.Node, _Channels],
-    ranges: Mapping[fx.Node, _Channels],
+    measured: Mapping[fx.Node, ChannelValues],
+    ranges: Mapping[fx.Node, ChannelRange],
     bits: Mapping[str, int],
 ) -> tuple[Tensor, float]:
     """The factors of a group, and their error relative to that without."""
@@ -210,7 +231,7 @@ def _choose(
 
 
 def _read(
-    prepared: PreparedModel, layer: Layer, channels: Mapping[fx.Node, _Channels], bits: Mapping[str, int]
+    prepared: PreparedModel, layer: Layer, channels: Mapping[fx.Node, ChannelValues], bits: Mapping[str, int]
 ) -> Reader:
     rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight))
     every = max(1, min(rows.shape[1], rows.numel() // _WEIGHTS))
@@ -218,7 +239,7 @@ def _read(
     return Reader(rows[:, ::every], every, bits.get(layer.site.name, layer.site.baseline_bits), square)
 
 
-def _limit_at_clamp(node: fx.Node, channels: _Channels) -> Tensor:
+def _limit_at_clamp(node: fx.Node, channels: ChannelRange) -> Tensor:
     """The largest log2 of the factors ``[channels]``, at least 0, with which no value meets a clamp that passed it."""
     highest = torch.full_like(channels.high, torch.inf)
     low, high = constant_bounds(node) or (-math.inf, math.inf)

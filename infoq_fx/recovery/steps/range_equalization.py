@@ -23,7 +23,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.layerwise_runner import choose_samples
 from infoq_fx.recovery.parameters import fork
-from infoq_fx.recovery.ranges.equalization import equalize_groups, renew_qparams
+from infoq_fx.recovery.ranges.equalization import equalize_groups, measure_channels, renew_qparams
 from infoq_fx.recovery.ranges.groups import RangeGroup, add_factors, drop_factors, find_groups
 from infoq_fx.recovery.segments import find_segments
 from infoq_fx.recovery.step import StepContext
@@ -87,7 +87,13 @@ class RangeEqualization:
         add_factors(changed)
         groups = find_groups(changed, [layer for segment in find_segments(changed) for layer in segment.layers])
         with thread_map(context.run_options.threads, context.run_options.stop) as spread:
-            taken = equalize_groups(changed, groups, bits, used, data, spread, batch_size=context.batch_size)
+            size = context.batch_size
+            measured = measure_channels(changed, groups, used, spread, batch_size=size)
+            whole = measured
+            if used.samples < data.samples:
+                whole = measure_channels(changed, groups, data, spread, batch_size=size, values=0)
+        ranges = {node: found.range for node, found in whole.items()}
+        taken = [group for group, _ in equalize_groups(changed, groups, bits, measured, ranges)]
         context.run_options.advance(0.5)
         _calibrate_between(changed, taken, used, context)
         context.run_options.advance(0.5)

@@ -1,11 +1,16 @@
 """Depthwise layers' inputs are equalized before calibration: no integer of a weight changes, clamps hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import infoq_fx
+from infoq_fx.core.data import CalibrationData
 from infoq_fx.finetuning.trainable import float_copy
+from infoq_fx.graph import calibration
+from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.numerics import quantize
 from infoq_fx.recovery.ranges import equalization
@@ -43,7 +48,7 @@ def images():
 
 
 def without(monkeypatch):
-    monkeypatch.setattr("infoq_fx.api.equalize_depthwise", lambda *_, **__: None)
+    monkeypatch.setattr("infoq_fx.api.find_depthwise", lambda *_, **__: None)
 
 
 def error_of(prepared, model, x, bits):
@@ -149,6 +154,42 @@ def test_models_without_depthwise_layers_are_not_run(images, monkeypatch):
     monkeypatch.setattr(equalization, "equalize_groups", refuse)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     assert prepare(model, images).inventory.sites
+
+
+@pytest.mark.usefixtures("without_scale_factors")
+@pytest.mark.parametrize("samples", [1, 64])
+def test_one_pass_calibrates_the_equalized_model(images, samples):
+    """The pass that finds the ranges fills the histograms of the multiplied tensors too."""
+    data = CalibrationData({"input": images[:samples]}, None, False)
+    found = prepare(make_model(nn.ReLU6()), images[:samples], bits=(2, 4, 8))
+    again = prepare(make_model(nn.ReLU6()), images[:samples], bits=(2, 4, 8))
+    calibrate(again, replace(data, inputs={again.input_names[0]: images[:samples]}), batch_size=7)
+    for (_, one), (_, other) in zip(found.quantizer_nodes(), again.quantizer_nodes(), strict=True):
+        assert one.calibrated_bits == other.calibrated_bits
+        for bits in one.calibrated_bits:
+            assert torch.equal(one.qparams_at(bits).scale, other.qparams_at(bits).scale)
+            assert torch.equal(one.qparams_at(bits).zero_point, other.qparams_at(bits).zero_point)
+
+
+def test_many_samples_hold_few_values_each(images, monkeypatch):
+    monkeypatch.setattr(calibration, "_VALUES_HELD", 64 * 100)
+    model = make_model(nn.ReLU6())
+    found, all_held = prepare(model, images), []
+    monkeypatch.setattr(
+        calibration, "_hold", lambda *given, _hold=calibration._hold: all_held.append(_hold(*given)) or all_held[-1]
+    )
+    again = prepare(model, images)
+    assert max(held.values.shape[1] for held in all_held) <= 100
+    assert error_of(again, model, images, 8) == error_of(found, model, images, 8)
+
+
+def test_a_value_that_is_not_finite_is_told(images):
+    model = make_model(nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.mul_(1e38)
+    images[3] *= 1e6
+    with pytest.raises(infoq_fx.CalibrationDataError, match="is NaN or infinite for a calibration batch"):
+        prepare(model, images)
 
 
 def test_threads_change_no_factor(images):

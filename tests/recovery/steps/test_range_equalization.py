@@ -26,7 +26,7 @@ STEP = RangeEqualization()
 @pytest.fixture(autouse=True)
 def without_preparation(monkeypatch):
     """The step alone, without what `prepare` does for depthwise layers."""
-    monkeypatch.setattr("infoq_fx.api.equalize_depthwise", lambda *_, **__: None)
+    monkeypatch.setattr("infoq_fx.api.find_depthwise", lambda *_, **__: None)
 
 
 class Sequence(nn.Sequential):
