@@ -116,5 +116,5 @@ def _describe_codebooks(allocation: Allocation, inventory: Inventory) -> list[st
 
 def _describe_uniform(allocation: Allocation) -> str:
     if allocation.uniform_bits is None or allocation.uniform_score is None:
-        return "no uniform bit-width fits the budget"
+        return "no uniform bit-width to compare with"
     return f"uniform {allocation.uniform_bits} bits, the largest that fit, score {allocation.uniform_score:.4g}"

@@ -94,7 +94,7 @@ class Form:
 
     @staticmethod
     def check_alike(inputs: Any, before: Mapping[str, Tensor]) -> None:
-        """Check that augmented inputs have the form of those before.
+        """Check that augmented inputs have the form of those before, and are finite.
 
         Raises:
             OptionError: they do not.
@@ -108,6 +108,11 @@ class Form:
             raise OptionError(
                 f"augment returned inputs of another form; give a function that returns what it gets: {wanted}"
             )
+        for name in before:
+            if inputs[name].is_floating_point() and not bool(inputs[name].isfinite().all()):
+                raise OptionError(
+                    f"augment returned NaN or infinity for input {name!r}; correct it, or leave augment= out"
+                )
 
 
 @dataclass(frozen=True)

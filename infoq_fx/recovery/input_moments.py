@@ -179,13 +179,16 @@ class RunningMoments:
                 self._multiply()
 
     def finish(self) -> Inputs | None:
-        """Return the moments of all rows, once; None if there were none, or too many columns."""
+        """Return the moments of all rows, once; None if there were none, too many columns, or values beyond float32.
+
+        Squares of values above 1e19 are infinite.
+        """
         if self._samples:
             return average_moments(self._samples)
         if self._waiting:
             self._multiply()
         found, self._total = self._total, None
-        if found is None:
+        if found is None or not all(bool(_diagonal(x).isfinite().all()) for x in (found.second, found.cross)):
             return None
         _mirror(found.second)
         return _divide(found, found.count)
@@ -206,6 +209,10 @@ class RunningMoments:
             mean=total.mean + x.sum(1, dtype=torch.float64),
             mean_quantized=total.mean_quantized + found.sum(1, dtype=torch.float64),
         )
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal(dim1=1, dim2=2)
 
 
 def _zero_moments(rows: Tensor, is_same: bool) -> InputMoments:

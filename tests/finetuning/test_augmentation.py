@@ -97,6 +97,14 @@ def test_the_float_model_answers_for_the_augmented_inputs(case):
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in found.state_dict().items())
 
 
+def test_augmented_inputs_that_are_not_finite_are_refused(case):
+    def spoil(inputs, generator):
+        return {name: x / 0 for name, x in inputs.items()}
+
+    with pytest.raises(OptionError, match="augment returned NaN or infinity for input"):
+        infoq_fx.finetune(*case, epochs=1, augment=spoil, progress=False)
+
+
 def quantized_origin(quantized):
     from infoq_fx.conversion.quantized import provenance_of
     from infoq_fx.finetuning.trainable import float_copy

@@ -140,7 +140,9 @@ class SecondOrderRounding:
                 _round_layer(changed, layer, halves, bits, self)
             else:
                 log = logging.getLogger(__name__)
-                log.info("%s is left rounded to nearest: %d columns, or transposed", layer.site.name, columns)
+                log.info(
+                    "%s is left rounded to nearest: %d columns, transposed, or huge inputs", layer.site.name, columns
+                )
         return changed
 
 

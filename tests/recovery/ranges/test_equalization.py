@@ -14,6 +14,8 @@ from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.numerics import quantize
 from infoq_fx.recovery.ranges import equalization
+from infoq_fx.recovery.ranges.groups import find_groups
+from infoq_fx.recovery.segments import find_segments
 
 
 def make_model(clamp):
@@ -181,6 +183,28 @@ def test_many_samples_hold_few_values_each(images, monkeypatch):
     again = prepare(model, images)
     assert max(held.values.shape[1] for held in all_held) <= 100
     assert error_of(again, model, images, 8) == error_of(found, model, images, 8)
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_no_more_is_held_than_is_counted(axis):
+    """A view would hold the values of the whole batch."""
+    x = torch.randn(4, 6, 20, 30)
+    held = calibration._hold(x, axis, 50)
+    assert held.values.shape[1] <= 50
+    assert held.values.untyped_storage().nbytes() == 4 * held.values.numel()
+    expected = torch.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(4)]).expand(x.shape)[0]
+    stride = calibration.coprime_stride(3600, 50)
+    assert torch.equal(held.channels, expected.flatten()[::stride])
+    assert torch.equal(held.values, x.flatten(1)[:, ::stride])
+
+
+def test_ranges_alone_hold_no_values(images):
+    prepared = prepare(make_model(nn.ReLU6()), images)
+    layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
+    data = CalibrationData({prepared.input_names[0]: images}, None, False)
+    found = equalization.measure_channels(prepared, find_groups(prepared, layers), data, map, batch_size=8, values=0)
+    assert found
+    assert all(x.values.untyped_storage().nbytes() == 0 for x in found.values())
 
 
 def test_a_value_that_is_not_finite_is_told(images):

@@ -30,6 +30,17 @@ def test_second_order_rounding_is_what_conversion_stores(residual):
     assert any(not torch.equal(plain[name], stored[name]) for name in stored)
 
 
+def test_inputs_whose_squares_overflow_are_recovered_around():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = 1e25 * torch.randn(64, 8)
+    with torch.no_grad():
+        model[2].weight /= 1e25
+        expected = model(x)
+        found = infoq_fx.quantize(model, 4.0, calibration_data=x, progress=False)(x)
+    assert float((found - expected).abs().max()) < 0.2 * float(expected.abs().max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 5, 6])
 def test_what_activations_of_six_bits_cost_is_answered_only_for_the_float_model(width):
