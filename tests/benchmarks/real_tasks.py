@@ -1,11 +1,13 @@
 """Mixed precision on four real tasks beside uniform bits: detection, super-resolution, keywords, a language model.
 
-    python tests/benchmarks/real_tasks.py [fastestdet imdn kws stories] [--bits 4 3] [--data FOLDER]
+    python tests/benchmarks/real_tasks.py [fastestdet imdn kws stories] [--bits 4 3] [--epochs 0] [--data FOLDER]
 
 Weights at the mean given, activations at 8 bits, the default options of ``quantize()``; calibrated on one split,
 measured on another. Each line: the field's metric in float, at uniform bits with the same recovery, and with
 infoq_fx, with the paired difference between the latter two and its standard error over samples where the metric has
-one; CPU seconds of ``quantize()`` on one thread. The models and data are in a folder that is not part of the project.
+one; CPU seconds of ``quantize()`` on one thread. With ``--epochs``, what finetuning for so many epochs on the same
+samples, without labels, then makes of it, with the paired difference to before. The models and data are in a folder
+that is not part of the project.
 """
 
 from __future__ import annotations
@@ -66,18 +68,14 @@ def load_task(rt: Any, name: str) -> Task:
     return Task(rt.stories260k(), rt.tinystories("train"), lambda m: (float(rt.loss_per_token(m, tokens)), None))
 
 
-def run(name: str, task: Task, bits: float) -> None:
-    """Quantize at a mean bit-width and uniformly, and print a line."""
+def run(name: str, task: Task, bits: float, finetuning: dict[str, Any]) -> None:
+    """Quantize at a mean bit-width and uniformly, and print a line; another one of finetuning."""
     start = time.process_time()
     quantized = infoq_fx.quantize(task.model, bits, calibration_data=task.calibration, progress=False)
     seconds = time.process_time() - start
     uniform = infoq_fx.quantize(task.model, bits, calibration_data=task.calibration, bits=int(bits), progress=False)
     (in_float, _), (even, each_even), (mixed, each_mixed) = (task.measure(m) for m in (task.model, uniform, quantized))
-    paired = ""
-    if each_even is not None and each_mixed is not None:
-        difference = each_mixed - each_even
-        error = float(difference.std()) / len(difference) ** 0.5
-        paired = f", paired {float(difference.mean()):+.2f} +- {error:.2f}"
+    paired = describe_difference(each_mixed, each_even)
     found = infoq_fx.allocation_of(quantized)
     mean = found.cost.weight_bits if found.cost is not None else float("nan")
     print(
@@ -85,6 +83,23 @@ def run(name: str, task: Task, bits: float) -> None:
         f"{seconds:.0f} s",
         flush=True,
     )
+    if not finetuning["epochs"]:
+        return
+    start = time.process_time()
+    tuned = infoq_fx.finetune(quantized, task.calibration, progress=False, **finetuning)
+    seconds = time.process_time() - start
+    metric, each = task.measure(tuned)
+    shown = ", ".join(f"{option} {value}" for option, value in finetuning.items())
+    print(f"  finetuned ({shown}) {metric:.3f}{describe_difference(each, each_mixed)}, {seconds:.0f} s", flush=True)
+
+
+def describe_difference(each: Tensor | None, before: Tensor | None) -> str:
+    """The mean difference of a metric over samples, and its standard error."""
+    if each is None or before is None:
+        return ""
+    difference = each - before
+    error = float(difference.std()) / len(difference) ** 0.5
+    return f", paired {float(difference.mean()):+.3f} +- {error:.3f}"
 
 
 def main() -> None:
@@ -92,6 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=["fastestdet", "imdn", "kws", "stories"])
     parser.add_argument("--bits", nargs="+", type=float, default=[4.0, 3.0])
+    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--augment", action="store_true")
     parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
     if not (options.data / "real_tasks.py").is_file():
@@ -99,10 +117,12 @@ def main() -> None:
     sys.path.insert(0, str(options.data))
     torch.set_num_threads(1)
     rt = importlib.import_module("real_tasks")
+    finetuning = {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    finetuning |= {"augment": "images"} if options.augment else {}
     for name in options.tasks:
         task = load_task(rt, name)
         for bits in options.bits:
-            run(name, task, bits)
+            run(name, task, bits, finetuning)
 
 
 if __name__ == "__main__":
