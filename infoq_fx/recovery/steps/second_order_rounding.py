@@ -39,7 +39,7 @@ __all__ = ["SecondOrderRounding", "scale_choices"]
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _LEAST_ROWS_PER_COLUMN, _MOST_ROWS_PER_COLUMN = 16, 512
-_MOST_TO_TRY_ALL = 2048  # columns
+_MOST_TO_TRY_ALL = 1024  # columns
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -191,7 +191,7 @@ def _round_layer(
 def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) -> tuple[float, float]:
     """The shrinkage and the damping of least error on each half of what was fitted to the other.
 
-    A matrix of more than 2,048 columns is factorized in seconds: the first half alone is fitted, and the error is taken
+    A matrix of more than 1,024 columns takes long to factorize: the first half alone is fitted, and the error is taken
     to have a single minimum.
     """
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
