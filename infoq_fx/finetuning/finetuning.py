@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import io
 import logging
 import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +20,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, provenance_of, wrap_quantized
-from infoq_fx.core.atomic_files import write_atomically
 from infoq_fx.core.data import read_classes
 from infoq_fx.core.option_checks import check_count, check_memory_limit, check_rate
 from infoq_fx.core.readings import Categorical, OutputLoss, Reading
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.augmentation import Augment, find_augment, name_augment
+from infoq_fx.finetuning.checkpoint import Checkpoint, TrainingState, load_state, read_numbers, save_state
+from infoq_fx.finetuning.features import check_feature_weight, find_features
 from infoq_fx.finetuning.retraining import TrainableModule, to_quantized, to_trainable
 from infoq_fx.finetuning.trainable import float_copy
 from infoq_fx.finetuning.training_data import Form, Samples, Source, digest_tensors, open_source
 from infoq_fx.finetuning.training_loop import (
-    Optimizer,
     Settings,
     Training,
     begin_optimizer,
@@ -54,7 +53,7 @@ from infoq_fx.runtime.outputs import find_labelled
 __all__ = ["finetune"]
 
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
-_FORMAT, _VERSION = "infoq_fx.finetune", 5
+_SHARE_OF_COMPARED = 2  # of the memory: the float model's activations, and differences
 
 
 def finetune(
@@ -68,6 +67,7 @@ def finetune(
     batch_size: int = 32,
     label_weight: float = 0.0,
     temperature: float = 4.0,
+    feature_weight: float = 0.0,
     augment: Augment | Literal["images"] | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -105,6 +105,10 @@ def finetune(
         temperature: divisor of both models' outputs in the loss, which is multiplied by its square. Above 1, the float
             model's probabilities of the less likely classes have more influence, which helps if there are few samples
             per class. The loss on held-out samples always uses 1.
+        feature_weight: of another loss, the squared error of all activations before they are quantized, relative to
+            their variance; their mean is multiplied by it. Every layer is then told what to compute, and not the
+            outputs alone, which few samples say little about: 10 helps where activations have few bits. It costs a run
+            of the float model for every batch, and needs ``teacher=None`` or what ``prepare`` returned.
         augment: changes the inputs of every batch at random, and the float model says what comes out of them: a
             training on few samples can then be longer. ``"images"`` crops, mirrors and mixes images, see
             :func:`infoq_fx.finetuning.augmentation.augment_images`; a function of your own takes the inputs by name and
@@ -146,44 +150,26 @@ def finetune(
         )
     check_rate("temperature", temperature)
     check_memory_limit(memory_limit)
-    settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature))
+    weight = check_feature_weight(feature_weight, label_weight)
+    settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature), weight)
     student = to_trainable(quantized).to(memory_format=torch.channels_last)
     provenance = provenance_of(quantized)
     assert provenance is not None
     with one_torch_thread() as threads, torch.inference_mode(False), torch.no_grad():
         threads = threads if next(student.parameters()).device.type == "cpu" else 1
         float_model = _find_teacher(teacher, provenance) if label_weight < 1 else None
+        compared = _find_compared(teacher, provenance, settings)
         form = Form(provenance.example_inputs, needs_labels=label_weight > 0)
         whole = provenance.batch_size or 1
         source = open_source(data, validation_data, form, batch_size=batch_size, seed=seed, whole=whole)
         source = replace(source, augment=changed)
-        file = None if path is None else _File(path, _digest_call(student, float_model, source, settings, provenance))
+        made_of = _digest_call(student, float_model, source, settings, provenance)
+        file = None if path is None else Checkpoint(path, made_of)
         with thread_map(threads, threading.Event()) as spread:
             run_bytes = choose_gradient_bytes(memory_limit)
-            training = _prepare(student, float_model, source, settings, provenance, spread, run_bytes)
+            training = _prepare(student, float_model, source, settings, provenance, spread, run_bytes, compared)
             state = _train(training, file, spread, progress=progress)
     return _finish(quantized, training, state)
-
-
-@dataclass(frozen=True)
-class _State:
-    """State of training: held-out losses, initial and after each epoch; the optimizer; the best parameters."""
-
-    losses: tuple[float, ...]
-    optimizer: Optimizer
-    best: Mapping[str, Tensor]
-
-    @property
-    def epoch(self) -> int:
-        return len(self.losses) - 1
-
-
-@dataclass(frozen=True)
-class _File:
-    """A checkpoint file, and hashes and options that it must have been made with."""
-
-    path: Path
-    made_of: Mapping[str, str | float]
 
 
 def _find_teacher(teacher: nn.Module | PreparedModel | None, provenance: Provenance) -> nn.Module:
@@ -198,6 +184,21 @@ def _find_teacher(teacher: nn.Module | PreparedModel | None, provenance: Provena
     if not isinstance(given, nn.Module):
         raise OptionError(f"teacher is a {type(given).__name__}; give the float nn.Module, or what prepare() returned")
     return copy.deepcopy(given)
+
+
+def _find_compared(
+    teacher: nn.Module | PreparedModel | None, provenance: Provenance, settings: Settings
+) -> PreparedModel | None:
+    """The prepared model whose activations are compared; None if none are."""
+    if not settings.feature_weight:
+        return None
+    given = provenance.prepared if teacher is None else teacher
+    if isinstance(given, PreparedModel):
+        return given
+    raise OptionError(
+        f"feature_weight={settings.feature_weight:g} compares activations inside the float model, and teacher is a "
+        f"{type(given).__name__}; give what prepare() returned, or leave teacher out"
+    )
 
 
 def _digest_call(
@@ -227,12 +228,14 @@ def _prepare(
     provenance: Provenance,
     spread: ThreadMap,
     run_bytes: int,
+    compared: PreparedModel | None,
 ) -> Training:
     device = next(student.parameters()).device
     examples = place(provenance.example_inputs, device)
     size = provenance.batch_size or settings.batch_size
     if provenance.batch_size is None and device.type == "cpu":
-        size = choose_run_size(student, examples, settings.batch_size, run_bytes)
+        share = _SHARE_OF_COMPARED if compared is not None else 1
+        size = choose_run_size(student, examples, settings.batch_size, run_bytes // share)
     read = provenance.read_outputs
     readings = tuple(provenance.readings[index] for index in read)
     ask: Callable[[Samples], tuple[Tensor, ...]] | None = None
@@ -251,8 +254,12 @@ def _prepare(
             kept = hold_reference(kept, ask, size, spread)
         source = replace(source, held_back=held, training=kept)
     loss = OutputLoss(readings, variances, provenance.loss_function)
+    features = None
+    if compared is not None:
+        parts = (place(part.inputs, device) for part in source.held_back.split(size))
+        features = find_features(compared, student, parts, settings.feature_weight)
     learned = list_learned(student, settings.learning_rate)
-    return Training(student, learned, source, settings, ask, loss, read, labelled, device, size)
+    return Training(student, learned, source, settings, ask, loss, read, labelled, device, size, features)
 
 
 def _ask(float_model: nn.Module, read: Sequence[int], device: torch.device, samples: Samples) -> tuple[Tensor, ...]:
@@ -296,10 +303,10 @@ def _find_labels(readings: tuple[Reading, ...], outputs: tuple[Tensor, ...], sou
     return index
 
 
-def _train(training: Training, file: _File | None, spread: ThreadMap, *, progress: bool) -> _State:
+def _train(training: Training, file: Checkpoint | None, spread: ThreadMap, *, progress: bool) -> TrainingState:
     settings, steps, log = training.settings, training.source.steps, logging.getLogger(__name__)
     is_new = file is None or not file.path.exists()
-    state = _begin(training, spread) if file is None or is_new else _load(file, training)
+    state = _begin(training, spread) if file is None or is_new else load_state(file, training)
     bar = tqdm(total=settings.epochs * steps, disable=not progress, desc="finetuning", unit="update")
     with bar:
         bar.update(state.epoch * steps)
@@ -315,7 +322,7 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
                 bar.set_postfix_str(f"loss {state.losses[0]:.3g} -> {min(state.losses):.3g}")
                 log.info("epoch %d of %d: %.4g nats per held-out sample", state.epoch, settings.epochs, loss)
                 if file is not None:
-                    _save(file, training, state)
+                    save_state(file, training, state)
         except KeyboardInterrupt:
             how = "with checkpoint=PATH, the same call would resume"
             if file is not None and state.epoch:
@@ -324,9 +331,9 @@ def _train(training: Training, file: _File | None, spread: ThreadMap, *, progres
     return state
 
 
-def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
+def _measure_average(training: Training, state: TrainingState, spread: ThreadMap) -> tuple[float, dict[str, Tensor]]:
     """The loss with the averaged parameters, and these."""
-    now = _numbers(training)
+    now = read_numbers(training)
     average = {name: mean.clone() for name, mean in zip(now, state.optimizer.average, strict=True)}
     training.student.load_state_dict(average, strict=False)
     loss = measure_loss(training, spread)
@@ -334,14 +341,14 @@ def _measure_average(training: Training, state: _State, spread: ThreadMap) -> tu
     return loss, average
 
 
-def _judge(training: Training, state: _State, loss: float, numbers: Mapping[str, Tensor]) -> _State:
+def _judge(training: Training, state: TrainingState, loss: float, numbers: Mapping[str, Tensor]) -> TrainingState:
     """The state after an epoch with this loss and these parameters; may return to the best parameters."""
     losses, epochs = (*state.losses, loss), training.settings.epochs
     best = numbers if loss < min(state.losses) else state.best
     if _count_returns(losses, epochs) == _count_returns(state.losses, epochs):
         return replace(state, losses=losses, best=best)
     training.student.load_state_dict(best, strict=False)
-    return _State(losses, begin_optimizer(training.learned), best)
+    return TrainingState(losses, begin_optimizer(training.learned), best)
 
 
 def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
@@ -357,15 +364,11 @@ def _count_returns(losses: tuple[float, ...], epochs: int) -> int:
     return returns
 
 
-def _begin(training: Training, spread: ThreadMap) -> _State:
-    return _State((measure_loss(training, spread),), begin_optimizer(training.learned), _numbers(training))
+def _begin(training: Training, spread: ThreadMap) -> TrainingState:
+    return TrainingState((measure_loss(training, spread),), begin_optimizer(training.learned), read_numbers(training))
 
 
-def _numbers(training: Training) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in training.student.named_parameters()}
-
-
-def _finish(quantized: nn.Module, training: Training, state: _State) -> QuantizedModule:
+def _finish(quantized: nn.Module, training: Training, state: TrainingState) -> QuantizedModule:
     log, before, after = logging.getLogger(__name__), state.losses[0], min(state.losses)
     if not math.isfinite(state.losses[-1]):
         warnings.warn(f"finetuning diverged in epoch {state.epoch}: lower learning_rate", UserWarning, stacklevel=3)
@@ -384,45 +387,3 @@ def _finish(quantized: nn.Module, training: Training, state: _State) -> Quantize
     steps = (*provenance.allocation.recovered_by, "finetune")
     allocation = replace(provenance.allocation, recovered_by=steps)
     return wrap_quantized(found, replace(provenance, allocation=allocation))
-
-
-def _save(file: _File, training: Training, state: _State) -> None:
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "made_of": dict(file.made_of),
-        "losses": list(state.losses),
-        "adam": state.optimizer.adam.state_dict(),
-        "average": list(state.optimizer.average),
-        "best": dict(state.best),
-        "numbers": _numbers(training),
-    }
-    content = io.BytesIO()
-    torch.save(document, content)
-    try:
-        write_atomically(file.path, content.getvalue())
-    except OSError as error:
-        raise OptionError(f"cannot write checkpoint={str(file.path)!r}: {error}; give another path") from error
-
-
-def _load(file: _File, training: Training) -> _State:
-    shown = f"checkpoint={str(file.path)!r}"
-    try:
-        document = torch.load(file.path, map_location=training.device, weights_only=True)
-    except Exception as error:
-        raise OptionError(f"cannot read {shown} ({error}); remove it, or give another path") from error
-    if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
-        raise OptionError(f"{shown} is not a checkpoint of finetune() in this release; give another path")
-    theirs, options = document["made_of"], dataclasses.asdict(training.settings)
-    others = [name for name, value in file.made_of.items() if theirs.get(name) != value]
-    if others:
-        told = [f"{name}={theirs.get(name)} instead of {options[name]}" if name in options else name for name in others]
-        raise OptionError(
-            f"{shown} is of another call, which differs in: {', '.join(told)}; repeat that call, or give another path"
-        )
-    training.student.load_state_dict(document["numbers"], strict=False)
-    optimizer = begin_optimizer(training.learned)
-    optimizer.adam.load_state_dict(document["adam"])
-    for mine, theirs in zip(optimizer.average, document["average"], strict=True):
-        mine.copy_(theirs)
-    return _State(tuple(document["losses"]), optimizer, document["best"])

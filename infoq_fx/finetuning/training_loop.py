@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from infoq_fx.core.data import read_classes
 from infoq_fx.core.readings import Categorical, OutputLoss, measure_cross_entropy
 from infoq_fx.core.threads import ThreadMap
+from infoq_fx.finetuning.features import FeatureLoss, run_with_features
 from infoq_fx.finetuning.retraining import TrainableModule
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer
 from infoq_fx.finetuning.training_data import Samples, Source
@@ -58,6 +59,7 @@ class Settings:
     label_weight: float
     seed: int
     temperature: float = 1.0
+    feature_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Training:
     """A training: the module, its parameters, the data and the options.
 
     ``ask`` returns the float model's outputs that are read, None if labels alone count; ``loss`` compares them with the
-    student's. ``read`` are the indices of these outputs among all; ``labelled`` is the index of the one that has the
-    labels, among those that are read. Batches are run in parts of ``run_size`` samples, by several threads.
+    student's. ``features`` are compared too while it trains, if they are given; the reference outputs are then those of
+    their float model. ``read`` are the indices of these outputs among all; ``labelled`` is the index of the one that
+    has the labels, among those that are read. Batches are run in parts of ``run_size`` samples, by several threads.
     """
 
     student: fx.GraphModule
@@ -106,6 +109,7 @@ class Training:
     labelled: int | None
     device: torch.device
     run_size: int
+    features: FeatureLoss | None = None
 
 
 def begin_optimizer(learned: Sequence[Learned]) -> Optimizer:
@@ -172,7 +176,7 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
 
     def run(samples: Samples) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
-            loss = _losses(training, samples, training.settings.temperature).sum() / batch.count
+            loss = _training_losses(training, samples).sum() / batch.count
             return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     total: list[Tensor] = []
@@ -235,10 +239,29 @@ def hold_reference(
     return replace(samples, reference=holder.finish().tensors)
 
 
+def _training_losses(training: Training, samples: Samples) -> Tensor:
+    """What is trained on: the loss of every sample at the temperature of the training, and that of the features."""
+    features, temperature = training.features, training.settings.temperature
+    if features is None:
+        return _losses(training, samples, temperature)
+    inputs = place(samples.inputs, training.device)
+    outputs, ours = run_with_features(training.student, inputs)
+    with torch.no_grad():
+        reference, theirs = run_with_features(features.float_model, inputs)
+    asked = replace(samples, reference=tuple(reference[index] for index in training.read))
+    read = tuple(outputs[index] for index in training.read)
+    return _compare(training, asked, read, temperature) + features.measure(ours, theirs)
+
+
 def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
     """The loss of every sample, float64 ``[samples]``."""
+    outputs = run_student(training.student, samples.inputs, training.read, training.device)
+    return _compare(training, samples, outputs, temperature)
+
+
+def _compare(training: Training, samples: Samples, outputs: tuple[Tensor, ...], temperature: float) -> Tensor:
+    """The loss of every sample's outputs, by the float model's outputs and by labels."""
     weight, device = training.settings.label_weight, training.device
-    outputs = run_student(training.student, samples.inputs, training.read, device)
     losses = torch.zeros(samples.count, dtype=torch.float64, device=device)
     if training.ask is not None:
         reference = training.ask(samples) if samples.reference is None else samples.reference
