@@ -1,6 +1,7 @@
 """Mixed precision on four real tasks beside uniform bits: detection, super-resolution, keywords, a language model.
 
-    python tests/benchmarks/real_tasks.py [fastestdet imdn kws stories] [--bits 4 3] [--epochs 0] [--data FOLDER]
+    python tests/benchmarks/real_tasks.py [fastestdet imdn kws stories] [--bits 4 3] [--data FOLDER]
+        [--epochs 0] [--learning-rate 0.01] [--feature-weight 0] [--augment]
 
 Weights at the mean given, activations at 8 bits, the default options of ``quantize()``; calibrated on one split,
 measured on another. Each line: the field's metric in float, at uniform bits with the same recovery, and with
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, default=[4.0, 3.0])
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
@@ -117,7 +119,7 @@ def main() -> None:
     sys.path.insert(0, str(options.data))
     torch.set_num_threads(1)
     rt = importlib.import_module("real_tasks")
-    finetuning = {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    finetuning = {name: getattr(options, name) for name in ("epochs", "learning_rate", "feature_weight")}
     finetuning |= {"augment": "images"} if options.augment else {}
     for name in options.tasks:
         task = load_task(rt, name)

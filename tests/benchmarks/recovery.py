@@ -2,6 +2,7 @@
 
     python tests/benchmarks/recovery.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3] [--seeds 1] [--bitops 3]
         [--recovery none fast best finetuned] [--bits 2 3 4 5 6 8] [--epochs 20] [--augment] [--levels uniform]
+        [--learning-rate 0.01] [--feature-weight 0]
         [--cache-dir FOLDER]
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). The allocation is that of
@@ -36,7 +37,8 @@ def quantize_rung(rung, prepared, allocation, calibration, checkpoint, arguments
     quantized = infoq_fx.convert(recovered, allocation)
     if rung == "finetuned":
         options = dict(epochs=arguments.epochs, checkpoint=checkpoint, augment=augment, progress=False)
-        quantized = infoq_fx.finetune(quantized, images, **options)
+        rates = dict(learning_rate=arguments.learning_rate, feature_weight=arguments.feature_weight)
+        quantized = infoq_fx.finetune(quantized, images, **options, **rates)
     return quantized
 
 
@@ -82,6 +84,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--bitops", type=int, nargs="+", default=[], help="also those of these uniform bits")
     parser.add_argument("--augment", action="store_true", help="the images of finetuning")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--levels", default="auto")
     parser.add_argument("--cache-dir")
     arguments = parser.parse_args()
