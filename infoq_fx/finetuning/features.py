@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import mse_loss
 
 from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, copy_with
@@ -36,12 +37,12 @@ class FeatureLoss:
     weight: float
 
     def measure(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of every sample, float64 ``[samples]``."""
-        errors = [
-            (ours[site] - theirs[site]).square().flatten(1).mean(1) / variance
-            for site, variance in self.variances.items()
-        ]
-        return self.weight * torch.stack(errors).mean(0).double()
+        """Return the sum of the samples' losses, a float64 scalar."""
+        errors = []
+        for site, variance in self.variances.items():
+            of_sample = ours[site].numel() // ours[site].shape[0]
+            errors.append(mse_loss(ours[site], theirs[site], reduction="sum") / (of_sample * variance))
+        return self.weight * torch.stack(errors).double().mean()
 
 
 def check_feature_weight(feature_weight: Any, label_weight: float) -> float:

@@ -176,7 +176,7 @@ def compute_gradients(training: Training, batch: Samples, spread: ThreadMap) -> 
 
     def run(samples: Samples) -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.enable_grad():
-            loss = _training_losses(training, samples).sum() / batch.count
+            loss = _training_loss(training, samples) / batch.count
             return torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     total: list[Tensor] = []
@@ -239,18 +239,18 @@ def hold_reference(
     return replace(samples, reference=holder.finish().tensors)
 
 
-def _training_losses(training: Training, samples: Samples) -> Tensor:
-    """What is trained on: the loss of every sample at the temperature of the training, and that of the features."""
+def _training_loss(training: Training, samples: Samples) -> Tensor:
+    """What is trained on: the sum of the samples' losses at the training's temperature, and of those of features."""
     features, temperature = training.features, training.settings.temperature
     if features is None:
-        return _losses(training, samples, temperature)
+        return _losses(training, samples, temperature).sum()
     inputs = place(samples.inputs, training.device)
     outputs, ours = run_with_features(training.student, inputs)
     with torch.no_grad():
         reference, theirs = run_with_features(features.float_model, inputs)
     asked = replace(samples, reference=tuple(reference[index] for index in training.read))
     read = tuple(outputs[index] for index in training.read)
-    return _compare(training, asked, read, temperature) + features.measure(ours, theirs)
+    return _compare(training, asked, read, temperature).sum() + features.measure(ours, theirs)
 
 
 def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:
