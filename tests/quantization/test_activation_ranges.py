@@ -35,7 +35,8 @@ def test_channels_far_above_the_rest_are_found_first(caplog):
     assert f"1 activations have outliers, {DOWN!r} the most" in caplog.text
     text = infoq_fx.summarize(prepared)
     assert text.splitlines()[1].split()[:1] == [DOWN]
-    assert "1 of 3 activations have outliers" in text and "activation_bits=(8, 16)" in text
+    assert "1 of 3 activations have outliers" in text
+    assert "activation_bits=(8, 16)" in text
     assert "<table>" in text._repr_html_()
 
 
