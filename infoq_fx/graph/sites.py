@@ -329,7 +329,7 @@ def _place_fused(
     """Fixed 8-bit sites on convolution outputs and on residual additions that join them.
 
     They help integer kernels only, and are in float where the convolution is, where another layer reads the same
-    tensor in float, or where the addition that reads them runs in float anyway. Layers that are left in float do not
+    tensor in float, or where the addition that reads them does its work in float. Layers that are left in float do not
     read them: onnxruntime would quantize their weights itself.
     """
     in_float = {layer.node for layer in all_layers} - {layer.node for layer in layers}
@@ -374,10 +374,11 @@ def _place_fused(
 def _follow_additions(
     fused: Sequence[Placement], layers: Sequence[Placement], additions: Sequence[fx.Node], made_by: Collection[fx.Node]
 ) -> list[Placement]:
-    """Let an operand of an addition follow what puts the other operand, or the sum, in float: there is no kernel then.
+    """Let an operand of an addition follow what puts the sum, or the other operand, in float: there is no kernel then.
 
-    An operand that something else reads too is left alone, and so is the output of a convolution, whose own kernel
-    needs it.
+    A sum with outliers has them from its operands, so that only all together gain from float. The output of a
+    convolution, whose own kernel needs it, does not follow the other operand. An operand that something else reads too
+    is left alone.
 
     Args:
         fused: the fixed sites.
@@ -388,18 +389,19 @@ def _follow_additions(
     may_float = {p.site.name for p in (*fused, *layers) if p.site.follows or FLOAT16_BITS in p.site.bits}
     read_by_layers = {p.node: p.site.name for p in layers if p.site.kind == "activation"}
     found = {p.node: p for p in fused}
-    movable = [p for p in fused if len(p.users) == 1 and p.users[0] in additions and p.node not in made_by]
+    movable = [p for p in fused if len(p.users) == 1 and p.users[0] in additions]
     is_grown = True
     while is_grown:  # an addition may be an operand of the next one
         is_grown = False
         for node, (user,) in ((p.node, p.users) for p in movable):
-            total = _after_activation(user)
-            others = [found[x].site.name for x in user.args[:2] if x is not node and x in found]
-            held = read_by_layers.get(total) or (found[total].site.name if total in found else "")
-            site = found[node].site
-            leaders = [name for name in (*others, held) if name in may_float and name not in site.follows]
-            if leaders:
-                found[node] = replace(found[node], site=replace(site, follows=(*site.follows, *leaders)))
+            site, total = found[node].site, _after_activation(user)
+            leaders = [read_by_layers[total]] if total in read_by_layers else []
+            if node not in made_by:
+                others = (*user.args[:2], *(() if leaders else (total,)))
+                leaders += [found[x].site.name for x in others if x is not node and x in found]
+            added = [name for name in leaders if name in may_float and name not in site.follows]
+            if added:
+                found[node] = replace(found[node], site=replace(site, follows=(*site.follows, *added)))
                 may_float.add(site.name)
                 is_grown = True
     return list(found.values())

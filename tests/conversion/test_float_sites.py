@@ -251,6 +251,12 @@ def test_both_operands_of_an_addition_are_in_float_where_one_is(prepared, tmp_pa
     assert sqnr_decibels(run_file(path, IMAGES), quantized(IMAGES)) > 35
 
 
+def test_the_operands_of_a_sum_that_is_read_in_float_are_in_float(prepared):
+    floats = prepared.inventory.complete_floats({"blocks.1.conv1.input": 16})
+    (first, _) = (site.name for site in prepared.inventory.sites if ".add_" in site.name)
+    assert set(floats) == {"blocks.1.conv1.input", first, "blocks.0.conv2.output", "stem.0.output"}
+
+
 class Sums(nn.Module):
     """Sums that only sums read, one that two sums read, and the output of a convolution as an operand."""
 
