@@ -155,7 +155,13 @@ from .latency import (
     measure_latency as measure_latency,
 )
 from .quantization import (
+    ActivationRange as ActivationRange,
+)
+from .quantization import (
     PreparedModel as PreparedModel,
+)
+from .quantization import (
+    rank_activations as rank_activations,
 )
 from .recovery import (
     RECOVERY_STEPS as RECOVERY_STEPS,

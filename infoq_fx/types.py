@@ -124,9 +124,10 @@ class QuantSite:
     candidate bit-widths, ascending, 16 for float; a single candidate is a fixed bit-width. ``is_searched`` is False for
     tensors that are quantized only so that integer kernels fuse (operands of residual additions, outputs of
     convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
-    in ``follows`` is: for such a tensor an operand of the convolution that makes it, or the same tensor as another
-    layer reads it; for the input of a single layer its weight; for the second operand of a product the first. With
-    ``has_codebook``, a weight of up to :data:`CODEBOOK_BITS` bits has a codebook of levels.
+    in ``follows`` is: for such a tensor an operand of the convolution that makes it, the same tensor as another layer
+    reads it, or the other operand and the sum of the addition that alone reads it; for the input of a single layer its
+    weight; for the second operand of a product the first. With ``has_codebook``, a weight of up to
+    :data:`CODEBOOK_BITS` bits has a codebook of levels.
     """
 
     name: str

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.summary import FileSize, Summary, summarize_allocation
+from infoq_fx.conversion.activation_summary import summarize_activations
 from infoq_fx.core.readings import Ignored, LossFunction, Reading
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.graph.passes.annotate_bits import annotate_bits, read_bits
+from infoq_fx.quantization.activation_ranges import rank_activations
 from infoq_fx.quantization.call_forms import CallForm
 from infoq_fx.quantization.codebooks import read_codebook
 from infoq_fx.quantization.custom_ops import dequantize_op
@@ -139,15 +141,17 @@ def allocation_of(quantized: nn.Module | ExportedProgram) -> Allocation:
 
 
 def summarize(
-    source: Allocation | nn.Module | ExportedProgram,
+    source: Allocation | nn.Module | ExportedProgram | PreparedModel,
     inventory: Inventory | None = None,
     *,
     file: FileSize | None = None,
 ) -> Summary:
     """Return a table of an allocation: bits, score and share of the size by layer, the cost, the uniform bit-width.
 
+    Of a prepared model, it is a table of its activations, see :func:`infoq_fx.rank_activations`.
+
     Args:
-        source: a quantized module, or an allocation, which needs ``inventory``.
+        source: a quantized module, an allocation, which needs ``inventory``, or a prepared model.
         inventory: of the prepared model: ``table.inventory``.
         file: ``infoq_fx.measure_file("model.onnx")``, to say how many bytes of the file are counted and how many are
             its graph.
@@ -159,6 +163,8 @@ def summarize(
     Raises:
         OptionError: the model has no quantized site.
     """
+    if isinstance(source, PreparedModel):
+        return summarize_activations(rank_activations(source))
     allocation = source if isinstance(source, Allocation) else allocation_of(source)
     provenance = None if isinstance(source, Allocation) else provenance_of(source)
     known = inventory or (None if provenance is None else provenance.inventory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from infoq_fx.graph.float_interpreter import FloatInterpreter, read_weight
 from infoq_fx.graph.layers import LAYER_OPS
 from infoq_fx.graph.passes.quantize_biases import fit_input_scale
 from infoq_fx.graph.passes.scale_equalization import equalize_scales, find_scale_groups
+from infoq_fx.quantization.activation_ranges import OUTLIER_REMEDY, rank_activations
 from infoq_fx.quantization.histogram import (
     MAX_VALUES_PER_SAMPLE,
     Histogram,
@@ -28,6 +30,7 @@ from infoq_fx.quantization.histogram import (
     coprime_stride,
     find_activation_scale,
     measure_noise,
+    measure_peak,
     range_bits,
     scale_significant_bits,
     significant_bits_of,
@@ -37,8 +40,17 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, MAX_BITS, QParams
 
-__all__ = ["ChannelEqualizer", "ChannelRange", "calibrate", "join_ranges", "range_of_channels", "weight_digits"]
+__all__ = [
+    "ChannelEqualizer",
+    "ChannelRange",
+    "calibrate",
+    "join_ranges",
+    "range_of_channels",
+    "record_range",
+    "weight_digits",
+]
 
+_LOGGER = logging.getLogger(__name__)
 _VALUES_HELD = 1 << 21  # of a tensor whose channels are equalized; of 512 samples as many as a histogram counts
 
 
@@ -93,6 +105,15 @@ def calibrate(
         batches = data.batches(batch_size) if activations else ()
         _fill_histograms(prepared, histograms, batches, data.samples, equalizer, spread)
         _choose_all(prepared, quantizers, activations, histograms, spread)
+    outliers = [activation for activation in rank_activations(prepared) if activation.has_outliers]
+    if outliers:
+        _LOGGER.info(
+            "%d activations have outliers, %r the most, up to %.0f standard deviations from the mean: %s",
+            len(outliers),
+            outliers[0].site,
+            outliers[0].peak,
+            OUTLIER_REMEDY,
+        )
 
 
 def range_of_channels(x: Tensor, axis: int) -> ChannelRange:
@@ -176,7 +197,7 @@ def _choose_all(
         choose = functools.partial(choose_activation_qparams, histogram, factor=factors.get(node), of_zeros=of_zeros)
         qparams = {bits: choose(spec_of(module.site, bits)) for bits in _widths(module)}
         module.set_qparams(qparams, device)
-        module.noise = {bits: measure_noise(histogram, x, factor=factors.get(node)) for bits, x in qparams.items()}
+        record_range(module, histogram, factors.get(node))
 
     def choose_of_weight(node: fx.Node) -> dict[int, QParams]:
         module = quantizers[node]
@@ -186,6 +207,16 @@ def _choose_all(
     weights = [node for node, module in quantizers.items() if module.site.kind == "weight"]
     for node, chosen in zip(weights, spread(choose_of_weight, weights), strict=True):
         quantizers[node].set_qparams(chosen, device)
+
+
+def record_range(quantizer: Quantizer, histogram: Histogram, factor: float | None) -> None:
+    """Record what an activation loses at every bit-width that it has qparams for, and how far its values reach.
+
+    ``factor`` is that of :func:`infoq_fx.quantization.choose_activation_qparams`.
+    """
+    known = {bits: quantizer.qparams_at(bits) for bits in quantizer.calibrated_bits}
+    quantizer.noise = {bits: measure_noise(histogram, qparams, factor=factor) for bits, qparams in known.items()}
+    quantizer.peak = measure_peak(histogram)
 
 
 def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -328,12 +328,14 @@ def _place_fused(
 ) -> list[Placement]:
     """Fixed 8-bit sites on convolution outputs and on residual additions that join them.
 
-    They help integer kernels only, and are in float where the convolution is, or where another layer reads the same
-    tensor in float. Layers that are left in float do not read them: onnxruntime would quantize their weights itself.
+    They help integer kernels only, and are in float where the convolution is, where another layer reads the same
+    tensor in float, or where the addition that reads them does its work in float. Layers that are left in float do not
+    read them: onnxruntime would quantize their weights itself.
     """
     in_float = {layer.node for layer in all_layers} - {layer.node for layer in layers}
     outputs: dict[fx.Node, str] = {}
     names = {layer.node: layer.name for layer in layers}
+    additions = []
     for node in graph_module.graph.nodes:
         op = LAYER_OPS.get(node.target)
         if node in names and op is not None and op.is_convolution:
@@ -342,6 +344,7 @@ def _place_fused(
             for operand in node.args[:2]:
                 outputs.setdefault(operand, f"{_tensor_name(operand)}.output")
             outputs[_after_activation(node)] = f"{_tensor_name(node)}.output"
+            additions.append(node)
     quantized_users: dict[fx.Node, set[fx.Node]] = {}
     for placement in placements:
         quantized_users.setdefault(placement.node, set()).update(placement.users)
@@ -365,7 +368,43 @@ def _place_fused(
                 follows=tuple(leader.name for leader in leaders),
             )
             found.append(Placement(site, node, tuple(users)))
-    return found
+    return _follow_additions(found, placements, additions, made_by)
+
+
+def _follow_additions(
+    fused: Sequence[Placement], layers: Sequence[Placement], additions: Sequence[fx.Node], made_by: Collection[fx.Node]
+) -> list[Placement]:
+    """Let an operand of an addition follow what puts the sum, or the other operand, in float: there is no kernel then.
+
+    A sum with outliers has them from its operands, so that only all together gain from float. The output of a
+    convolution, whose own kernel needs it, does not follow the other operand. An operand that something else reads too
+    is left alone.
+
+    Args:
+        fused: the fixed sites.
+        layers: all other sites.
+        additions: those that join convolutions.
+        made_by: the tensors that convolutions make.
+    """
+    may_float = {p.site.name for p in (*fused, *layers) if p.site.follows or FLOAT16_BITS in p.site.bits}
+    read_by_layers = {p.node: p.site.name for p in layers if p.site.kind == "activation"}
+    found = {p.node: p for p in fused}
+    movable = [p for p in fused if len(p.users) == 1 and p.users[0] in additions]
+    is_grown = True
+    while is_grown:  # an addition may be an operand of the next one
+        is_grown = False
+        for node, (user,) in ((p.node, p.users) for p in movable):
+            site, total = found[node].site, _after_activation(user)
+            leaders = [read_by_layers[total]] if total in read_by_layers else []
+            if node not in made_by:
+                others = (*user.args[:2], *(() if leaders else (total,)))
+                leaders += [found[x].site.name for x in others if x is not node and x in found]
+            added = [name for name in leaders if name in may_float and name not in site.follows]
+            if added:
+                found[node] = replace(found[node], site=replace(site, follows=(*site.follows, *added)))
+                may_float.add(site.name)
+                is_grown = True
+    return list(found.values())
 
 
 def _after_activation(node: fx.Node) -> fx.Node:

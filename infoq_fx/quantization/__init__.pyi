@@ -1,3 +1,9 @@
+from .activation_ranges import (
+    ActivationRange as ActivationRange,
+)
+from .activation_ranges import (
+    rank_activations as rank_activations,
+)
 from .custom_ops import (
     dequantize_op as dequantize_op,
 )

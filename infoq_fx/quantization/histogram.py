@@ -19,6 +19,7 @@ __all__ = [
     "coprime_stride",
     "find_activation_scale",
     "measure_noise",
+    "measure_peak",
     "range_bits",
     "scale_significant_bits",
     "significant_bits_of",
@@ -29,6 +30,7 @@ MAX_VALUES_PER_SAMPLE = 4096
 
 _MANY_TERMS = 576  # terms of a sum for which scale_significant_bits gives a weight's scale no extra bits
 _MOST_DIGITS = 5
+_LEAST_VARIANCE = 1e-12  # of the mean square; less is round-off
 
 # Bin widths from 2**-126 up, and their inverses, are normal float32 numbers.
 _SMALLEST_EXPONENT = -126
@@ -209,10 +211,23 @@ def measure_noise(histogram: Histogram, qparams: QParams, *, factor: float | Non
     table, mean_square = _cumulative_table(histogram)
     if mean_square == 0:  # of the values that were counted
         return 0.0
-    scale = qparams.scale.double().reshape(1) / (1.0 if factor is None else factor)
-    zero_point = qparams.zero_point.double().reshape(1)
+    scale = qparams.scale.double().cpu().reshape(1) / (1.0 if factor is None else factor)
+    zero_point = qparams.zero_point.double().cpu().reshape(1)
     error = _expected_errors(table, histogram, mean_square, scale, zero_point, qparams.spec.quant_max)
     return max(0.0, float(error)) / mean_square
+
+
+def measure_peak(histogram: Histogram) -> float:
+    """Return the largest distance of a value from the mean, in standard deviations of the values that were counted.
+
+    It is 0 for a constant tensor, and where only zeros were counted.
+    """
+    table, mean_square = _cumulative_table(histogram)
+    if mean_square == 0:
+        return 0.0
+    mean = float(table[-1, 1])
+    variance = max(mean_square - mean * mean, _LEAST_VARIANCE * mean_square)
+    return max(histogram.maximum - mean, mean - histogram.minimum, 0.0) / math.sqrt(variance)
 
 
 def _check_affine(histogram: Histogram, spec: QuantSpec) -> None:

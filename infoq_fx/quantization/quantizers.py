@@ -18,7 +18,8 @@ class Quantizer(nn.Module):
     """Fake quantization of one site at a bit-width that can be changed between runs.
 
     Before ``set_qparams`` it returns its input. ``bits`` is the bit-width that ``forward`` uses. ``noise`` is an
-    activation's mean squared error at the bit-widths of calibration, relative to the mean square of its values.
+    activation's mean squared error at the bit-widths of calibration, relative to the mean square of its values, and
+    ``peak`` the largest distance of a value from their mean in standard deviations.
     """
 
     def __init__(self, site: QuantSite) -> None:
@@ -27,6 +28,7 @@ class Quantizer(nn.Module):
         self.bits = site.bits[0] if len(site.bits) == 1 else BASELINE_BITS
         self.calibrated_bits: tuple[int, ...] = ()
         self.noise: Mapping[int, float] = {}
+        self.peak = 0.0
 
     def set_qparams(self, qparams: Mapping[int, QParams], device: torch.device) -> None:
         """Store scale, zero point and levels of every bit-width as buffers."""

@@ -33,7 +33,7 @@ from infoq_fx.runtime.forward import (
     hold_float_outputs,
     measure_lost_nats,
 )
-from infoq_fx.runtime.held_outputs import make_loss
+from infoq_fx.runtime.held_outputs import HeldLoss, make_loss
 
 __all__ = [
     "LADDER",
@@ -49,6 +49,7 @@ __all__ = [
     "StepContext",
     "find_candidates",
     "find_steps",
+    "hold_checked",
     "recover_accuracy",
 ]
 
@@ -125,6 +126,7 @@ def recover_accuracy(
     cache_dir: Path | None = None,
     memory_limit: int | None = None,
     progress: bool = True,
+    checked: HeldLoss | None = None,
 ) -> PreparedModel:
     """Run the steps in order, and undo each step that does not bring the outputs closer to the float model's.
 
@@ -140,6 +142,7 @@ def recover_accuracy(
         memory_limit: bytes for batches and for values between layers; those beyond it go to a temporary file. None for
             256 MiB and 512 MiB.
         progress: show a progress bar on standard error.
+        checked: of :func:`hold_checked` for the same model and data, so that the float model does not run again.
 
     Returns:
         A copy with better parameters, or ``prepared`` itself if no step helped; ``recovered_by`` names the steps kept.
@@ -157,7 +160,8 @@ def recover_accuracy(
     ):
         gradient_bytes = choose_gradient_bytes(memory_limit)
         run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update, gradient_bytes=gradient_bytes)
-        check = _Check(prepared, held, bits, batch_size, RunOptions(threads=run_options.threads))
+        checked = checked or hold_checked(prepared, data, memory_limit)
+        check = _Check(held, bits, checked, batch_size, RunOptions(threads=run_options.threads))
         current, nats = prepared, check(prepared)
         for index, step in enumerate(steps):
             bar.set_description(f"recovering ({step.name})")
@@ -188,6 +192,16 @@ def recover_accuracy(
     return current
 
 
+def hold_checked(prepared: PreparedModel, data: CalibrationData, memory_limit: int | None = None) -> HeldLoss:
+    """Run the float model over the samples that :func:`recover_accuracy` checks its steps by."""
+    origin, (_, held) = prepared.origin or prepared, _hold_back(data, prepared.batch_size or 1)
+    with one_torch_thread() as threads:
+        run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
+        size = choose_batch_size(prepared, memory_limit)
+        reference = hold_float_outputs(origin, held, batch_size=size, run_options=run_options)
+    return HeldLoss(reference, make_loss(origin, reference), memory_limit and memory_limit // 4)
+
+
 def _find_variants(step: RecoveryStep, prepared: PreparedModel, bits: Mapping[str, int]) -> Sequence[RecoveryStep]:
     return step.variants(prepared, bits) if isinstance(step, SecondOrderRounding) else [step]
 
@@ -204,23 +218,20 @@ class _Check:
 
     def __init__(
         self,
-        prepared: PreparedModel,
         held: CalibrationData,
         bits: Mapping[str, int],
+        loss: HeldLoss,
         batch_size: int,
         run_options: RunOptions,
     ) -> None:
-        self._held, self._bits, self._batch_size, self._run_options = held, bits, batch_size, run_options
-        origin = prepared.origin or prepared
-        self._reference = hold_float_outputs(origin, held, batch_size=batch_size, run_options=run_options)
-        self._loss = make_loss(origin, self._reference)
+        self._held, self._bits, self._loss = held, bits, loss
+        self._batch_size, self._run_options = batch_size, run_options
 
     def __call__(self, prepared: PreparedModel) -> float:
         nats = measure_lost_nats(
             prepared,
             self._held,
             self._bits,
-            self._reference,
             self._loss,
             batch_size=self._batch_size,
             run_options=self._run_options,

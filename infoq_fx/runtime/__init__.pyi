@@ -18,6 +18,9 @@ from .forward import (
     run_whole as run_whole,
 )
 from .held_outputs import (
+    HeldLoss as HeldLoss,
+)
+from .held_outputs import (
     HeldOutputs as HeldOutputs,
 )
 from .held_outputs import (

@@ -53,6 +53,7 @@ def digest_run(
     for quantizer in quantizers:
         name = quantizer.site.name
         parts.append(f"codebook {CODEBOOK_VERSION}" if quantizer.site.has_codebook else "uniform")
+        parts += [f"follows {quantizer.site.follows}"] if quantizer.site.follows else []
         base = quantizer.site.baseline_bits
         for width in [base, *([] if bits is None else [bits.get(name, base)])]:
             qparams = quantizer.qparams_at(width)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.runtime.held_outputs import HeldOutputs, OutputHolder
+from infoq_fx.runtime.held_outputs import HeldLoss, HeldOutputs, OutputHolder
 from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
 from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
@@ -116,8 +116,7 @@ def measure_lost_nats(
     prepared: PreparedModel,
     data: CalibrationData,
     bits: Mapping[str, int],
-    reference: HeldOutputs,
-    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    loss: HeldLoss,
     *,
     batch_size: int,
     run_options: RunOptions,
@@ -130,9 +129,7 @@ def measure_lost_nats(
         prepared: calibrated.
         data: by the model's input names.
         bits: bit-width by site; sites that are not named are at 8 bits.
-        reference: the float model's outputs for the same samples.
-        loss: compares outputs of the float model with those of the run, nats ``[samples]``, as
-            :class:`infoq_fx.core.readings.OutputLoss` does.
+        loss: compares outputs of the float model for the same samples with those of the run.
         batch_size: samples per run.
         run_options: threads.
     """
@@ -140,8 +137,7 @@ def measure_lost_nats(
 
     def read(start: int, values: Mapping[fx.Node, Any]) -> None:
         found = [values[node].detach().to("cpu", torch.float32) for node in nodes]
-        count = len(found[0])
-        nats[start : start + count] = loss(reference.rows(start, count), found)
+        nats[start : start + len(found[0])] = loss(start, found)
 
     run_whole(prepared, data, set(nodes), read, bits=bits, batch_size=batch_size, run_options=run_options)
     return nats

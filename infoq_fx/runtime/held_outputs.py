@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infoq_fx.core.readings import OutputLoss, Quantity, Reading
+from infoq_fx.core.readings import Encoded, OutputLoss, Quantity, Reading
 from infoq_fx.errors import CalibrationDataError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.outputs import read_readings
 
-__all__ = ["HeldOutputs", "OutputHolder", "make_loss", "measure_variances"]
+__all__ = ["HeldLoss", "HeldOutputs", "OutputHolder", "make_loss", "measure_variances"]
 
 _HELD_BYTES = 64 << 20  # more than this is mapped from disk
 _ROWS_BYTES = 16 << 20  # read at once
+_ENCODED_BYTES = 256 << 20  # of log-probabilities that are kept
+_BYTES_OF_VALUE = 16  # of an output: its log-probability and its probability, float64
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,49 @@ class OutputHolder:
                 f"the float model's outputs for {self._samples} samples take {total_bytes / 2**20:,.0f} MiB, held in "
                 f"{tempfile.gettempdir()!r}: {error}; give fewer samples, or set TMPDIR to a larger disk"
             ) from error
+
+
+class HeldLoss:
+    """Compares batches with the float model's outputs for the same samples.
+
+    What a loss reads of them, such as their log-probabilities, is computed once and kept for all runs, for as many
+    batches as ``limit_bytes`` hold. Several threads may compare different batches at once.
+
+    Args:
+        reference: outputs of the float model.
+        loss: compares them with those of a run, nats ``[samples]``; what an :class:`OutputLoss` reads of them is kept.
+        limit_bytes: None for 256 MiB.
+    """
+
+    def __init__(
+        self,
+        reference: HeldOutputs,
+        loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+        limit_bytes: int | None = None,
+    ) -> None:
+        self.reference, self.loss = reference, loss
+        self._room = _ENCODED_BYTES if limit_bytes is None else min(_ENCODED_BYTES, limit_bytes)
+        self._encoded: dict[tuple[int, int], tuple[Encoded, ...]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, start: int, found: Sequence[Tensor]) -> Tensor:
+        """Return the nats of a batch, float64 ``[samples]``, whose first sample has the index ``start``."""
+        count, loss = len(found[0]), self.loss
+        if not isinstance(loss, OutputLoss) or loss.function is not None:
+            return loss(self.reference.rows(start, count), found)
+        return loss.compare(self._encode(loss, start, count), loss.encode(found))
+
+    def _encode(self, loss: OutputLoss, start: int, count: int) -> tuple[Encoded, ...]:
+        with self._lock:
+            if (start, count) in self._encoded:
+                return self._encoded[start, count]
+        rows = self.reference.rows(start, count)
+        encoded, needed = loss.encode(rows), _BYTES_OF_VALUE * sum(x.numel() for x in rows)
+        with self._lock:
+            if needed <= self._room:
+                self._room -= needed
+                self._encoded[start, count] = encoded
+        return encoded
 
 
 def make_loss(prepared: PreparedModel, reference: HeldOutputs) -> OutputLoss:

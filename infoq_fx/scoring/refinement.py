@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -16,14 +16,14 @@ from infoq_fx.errors import OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs, measure_lost_nats
-from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
+from infoq_fx.runtime.held_outputs import HeldLoss, make_loss
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
 from infoq_fx.scoring.output_measure import LossOverPairs
 from infoq_fx.scoring.search import improve_allocation, neighbours
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, QuantSite
 
-__all__ = ["LossRuns", "check_levels", "choose_allocation"]
+__all__ = ["LossRuns", "begin_runs", "check_levels", "choose_allocation"]
 
 _SAMPLES = 512
 _REACH = 2  # candidates around the start whose weights are rounded at once, before the search
@@ -34,16 +34,17 @@ _LOGGER = logging.getLogger(__name__)
 class LossRuns:
     """Runs a model at given bit-widths over some samples, and measures what its outputs lose.
 
-    ``candidates`` are rounded weights to run with, None for rounding to nearest.
+    ``candidates`` are rounded weights to run with, None for rounding to nearest. ``known`` are the nats of all runs so
+    far, by bit-widths.
     """
 
     prepared: PreparedModel
     samples: CalibrationData
-    reference: HeldOutputs
-    loss: OutputLoss | LossOverPairs
+    loss: HeldLoss
     candidates: Candidates | None
     batch_size: int
     run_options: RunOptions
+    known: dict[frozenset[tuple[str, int]], Tensor] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -54,14 +55,15 @@ class LossRuns:
         *,
         batch_size: int,
         run_options: RunOptions,
+        memory_limit: int | None = None,
     ) -> LossRuns:
         """Run the float model over at most 512 samples, evenly spread over the data."""
         samples = data.spread(_SAMPLES)
         if prepared.batch_size is not None:
             samples = samples.take(samples.samples - samples.samples % prepared.batch_size)
         reference = hold_float_outputs(prepared, samples, batch_size=batch_size, run_options=run_options)
-        loss = make_loss(prepared, reference)
-        return cls(prepared, samples, reference, loss, candidates, batch_size, run_options)
+        loss = HeldLoss(reference, make_loss(prepared, reference), memory_limit and memory_limit // 4)
+        return cls(prepared, samples, loss, candidates, batch_size, run_options)
 
     def rounded(self, sites: Iterable[QuantSite]) -> LossRuns:
         """Return these runs with the weights of some sites rounded at all their candidates."""
@@ -71,21 +73,24 @@ class LossRuns:
 
     def over_pairs(self) -> LossRuns:
         """Return these runs with the loss over pairs of samples, which is less noisy; see :class:`LossOverPairs`."""
-        assert isinstance(self.loss, OutputLoss)
-        return replace(self, loss=LossOverPairs.begin(self.loss, self.reference))
+        reference, loss = self.loss.reference, self.loss.loss
+        assert isinstance(loss, OutputLoss)
+        return replace(self, loss=HeldLoss(reference, LossOverPairs.begin(loss, reference)), known={})
 
     def __call__(self, bits: Mapping[str, int]) -> Tensor:
         """Return the nats lost at the bit-widths of all sites, float64 ``[samples]``."""
-        sites = [replace(site, bits=(bits[site.name],)) for site in self.prepared.inventory.sites]
-        return measure_lost_nats(
-            self.rounded(sites).prepared,
-            self.samples,
-            bits,
-            self.reference,
-            self.loss,
-            batch_size=self.batch_size,
-            run_options=self.run_options,
-        )
+        key = frozenset(bits.items())
+        if key not in self.known:
+            sites = [replace(site, bits=(bits[site.name],)) for site in self.prepared.inventory.sites]
+            self.known[key] = measure_lost_nats(
+                self.rounded(sites).prepared,
+                self.samples,
+                bits,
+                self.loss,
+                batch_size=self.batch_size,
+                run_options=self.run_options,
+            )
+        return self.known[key]
 
 
 def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
@@ -105,6 +110,18 @@ def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
         )
 
 
+def begin_runs(
+    prepared: PreparedModel, data: CalibrationData, candidates: Candidates | None, memory_limit: int | None = None
+) -> LossRuns:
+    """Begin the runs of :func:`choose_allocation`, which several calls for the same data may share."""
+    with one_torch_thread() as threads:
+        run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
+        size = choose_batch_size(prepared, memory_limit)
+        return LossRuns.begin(
+            prepared, data, candidates, batch_size=size, run_options=run_options, memory_limit=memory_limit
+        )
+
+
 def choose_allocation(
     prepared: PreparedModel,
     table: SensitivityTable,
@@ -117,6 +134,7 @@ def choose_allocation(
     memory_limit: int | None = None,
     search_passes: int = 0,
     search_data: CalibrationData | None = None,
+    runs: LossRuns | None = None,
 ) -> Allocation:
     """Return the proposed allocation that loses the least information at the output, with all sites at their bits.
 
@@ -145,22 +163,22 @@ def choose_allocation(
         memory_limit: bytes for a batch's values; None for about 256 MiB.
         search_passes: number of passes of the search; 0 for none.
         search_data: the samples of the search; None for ``data``, which then judges nothing that is new to it.
+        runs: of :func:`begin_runs` for the same model, data and candidates, so that what earlier calls have run is not
+            run again.
 
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
     """
     check_levels(prepared, table)
     proposals = list(propose(table, budget, alpha=alpha, pin=pin, second=_weight_errors(prepared)))
-    batch_size = choose_batch_size(prepared, memory_limit)
-    with one_torch_thread() as threads:
-        run_options = RunOptions(threads=threads if prepared.device.type == "cpu" else 1)
-        runs = LossRuns.begin(prepared, data, candidates, batch_size=batch_size, run_options=run_options)
+    runs = runs or begin_runs(prepared, data, candidates, memory_limit)
+    with one_torch_thread():
         runs = runs.rounded(_sites_at(prepared, proposals))
         measured = [_measure(runs, proposal) for proposal in proposals]
         best = _best_of(measured)
         if search_passes:
             other = data if search_data is None else search_data
-            seen = LossRuns.begin(prepared, other, candidates, batch_size=batch_size, run_options=run_options)
+            seen = begin_runs(prepared, other, candidates, memory_limit)
             steps = _search(table, best, seen, search_passes, alpha, pin)
             judged = runs.over_pairs()
             for bits in sorted(steps, key=lambda bits: float(judged(bits).mean())):

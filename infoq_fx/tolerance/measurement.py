@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from infoq_fx.conversion.quantized import QuantizedModule, plain_graph
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.readings import Categorical, Metric, OutputLoss, Quantity, measure_metric
+from infoq_fx.core.readings import Categorical, Metric, Quantity, measure_metric
 from infoq_fx.core.threads import one_torch_thread, thread_map
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.finetuning.trainable import float_copy
@@ -23,7 +23,7 @@ from infoq_fx.graph.reading_choice import join_tensors, map_tensors
 from infoq_fx.quantization.call_forms import flatten_tensors
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, hold_float_outputs
-from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
+from infoq_fx.runtime.held_outputs import HeldLoss, HeldOutputs, make_loss
 from infoq_fx.runtime.outputs import find_labelled, is_read, predict_classes, read_readings
 from infoq_fx.scoring.output_measure import ClassLabels, read_class_labels
 from infoq_fx.tolerance.tolerance import Tolerance
@@ -77,9 +77,10 @@ class Validation:
             return hold_float_outputs(self.prepared, self.data, batch_size=self.batch_size, run_options=options)
 
     @functools.cached_property
-    def loss(self) -> OutputLoss:
+    def loss(self) -> HeldLoss:
         """The nats lost against the float model."""
-        return make_loss(self.prepared, self.reference)
+        limit, reference = self.memory_limit, self.reference
+        return HeldLoss(reference, make_loss(self.prepared, reference), limit and limit // 4)
 
     @functools.cached_property
     def classes(self) -> ClassLabels:
@@ -138,9 +139,8 @@ def measure_loss(validation: Validation, quantized: QuantizedModule) -> Measured
     if tolerance.sqnr_db is not None:
         value, error = _measure_sqnr(validation, quantized)
     elif tolerance.nats is not None:
-        # What is computed once is computed here, before batches are spread over threads.
-        reference, size, loss = validation.reference, validation.batch_size, validation.loss
-        value, error = _mean(_join(validation, quantized, lambda at, x: loss(reference.rows(at, size), x)))
+        # The loss is made here, once, before batches are spread over threads.
+        value, error = _mean(_join(validation, quantized, validation.loss))
     elif validation.metric is None:
         before = validation.float_hits
         after = _join(validation, quantized, lambda at, x: _count_hits(validation, at, x))

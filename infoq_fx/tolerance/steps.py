@@ -23,12 +23,13 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.errors import InfeasibleBudgetError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.recovery.ladder import recover_accuracy
+from infoq_fx.recovery.ladder import hold_checked, recover_accuracy
 from infoq_fx.recovery.parameters import fork
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.runtime.digest import digest_run, name_function
+from infoq_fx.runtime.held_outputs import HeldLoss
 from infoq_fx.runtime.kept_results import load_result, result_path, store_result
-from infoq_fx.scoring.refinement import choose_allocation
+from infoq_fx.scoring.refinement import LossRuns, begin_runs, choose_allocation
 from infoq_fx.scoring.sensitivity import Resources
 from infoq_fx.table import SensitivityTable
 from infoq_fx.tolerance.measurement import GROUPS, Validation, measure_loss
@@ -73,6 +74,16 @@ class Search:
     def divided(self) -> tuple[CalibrationData, CalibrationData]:
         """The samples that a search of refinement sees, and those that refinement judges by."""
         return self.data.hold_back(self.prepared.batch_size or 1)
+
+    @functools.cached_property
+    def runs(self) -> LossRuns:
+        """The runs of refinement, which steps share."""
+        return begin_runs(self.prepared, self.divided[1], self.candidates, self.resources.memory_limit)
+
+    @functools.cached_property
+    def checked(self) -> HeldLoss | None:
+        """What recovery is checked by; None where there is none."""
+        return hold_checked(self.prepared, self.data, self.resources.memory_limit) if self.steps else None
 
     @functools.cached_property
     def key(self) -> str:
@@ -201,6 +212,7 @@ def _refine(search: Search, budget: Budget) -> Allocation:
         memory_limit=search.resources.memory_limit,
         search_passes=search.search_passes,
         search_data=measured,
+        runs=search.runs,
     )
 
 
@@ -213,6 +225,7 @@ def _recover(search: Search, allocation: Allocation) -> PreparedModel:
         cache_dir=search.folder,
         memory_limit=search.resources.memory_limit,
         progress=search.resources.progress,
+        checked=search.checked,
     )
 
 

@@ -235,3 +235,63 @@ def test_both_operands_of_a_product_are_in_float_where_both_lose_much():
     assert gains["matmul.left"] > gains["matmul.right"]
     found = infoq_fx.allocate(table, infoq_fx.Budget(weight_bits=8.0))
     assert found.bits["matmul.left"] == found.bits["matmul.right"] == 16
+
+
+def test_both_operands_of_an_addition_are_in_float_where_one_is(prepared, tmp_path):
+    """Only so much: the addition before it keeps its operands, as a convolution reads its sum at 8 bits."""
+    floats = prepared.inventory.complete_floats({f"{FRAGILE}.weight": 16})
+    (first, _) = (site.name for site in prepared.inventory.sites if ".add_" in site.name)
+    assert set(floats) == {f"{FRAGILE}.{part}" for part in ("weight", "input", "output")} | {first}
+    quantized = infoq_fx.convert(prepared, allocate(prepared, **floats))
+    path = infoq_fx.export_onnx(quantized, tmp_path / "m.onnx")
+    graph = onnx.load(path).graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    operands = [[made_by[name] for name in node.input] for node in graph.node if node.op_type == "Add"]
+    assert operands == [["DequantizeLinear"] * 2, ["Conv", "Relu"]]
+    assert sqnr_decibels(run_file(path, IMAGES), quantized(IMAGES)) > 35
+
+
+def test_the_operands_of_a_sum_that_is_read_in_float_are_in_float(prepared):
+    floats = prepared.inventory.complete_floats({"blocks.1.conv1.input": 16})
+    (first, _) = (site.name for site in prepared.inventory.sites if ".add_" in site.name)
+    assert set(floats) == {"blocks.1.conv1.input", first, "blocks.0.conv2.output", "stem.0.output"}
+
+
+class Sums(nn.Module):
+    """Sums that only sums read, one that two sums read, and the output of a convolution as an operand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        stem = self.stem(x).relu()
+        a, b, c, d = (conv(stem) for conv in self.convs)
+        pooled = nn.functional.max_pool2d(stem, 3, 1, 1)
+        one = pooled + a
+        two = one + b
+        three = (two + c) + (two + d)
+        return self.head(three.mean((2, 3)))
+
+
+def test_operands_follow_along_a_chain_of_additions():
+    prepared = infoq_fx.prepare(Sums().eval(), IMAGES, bits=(8, 16))
+    inventory = prepared.inventory
+    fixed = {s.name: s.follows for s in inventory.sites if s.kind == "activation" and not s.is_searched}
+    pooled, one, two, *_ = (name for name in fixed if "pool" in name or "add" in name)
+    in_float = {name: set(inventory.complete_floats({f"convs.{i}.weight": 16})) for i, name in enumerate("abcd")}
+    convs = {name: f"convs.{i}.output" for i, name in enumerate("abcd")}
+    assert pooled in in_float["a"]
+    assert one not in in_float["a"]
+    assert {one, pooled} <= in_float["b"]  # the sum of the first addition is read in float, and by nothing else
+    assert not in_float["c"] & {one, two, pooled}  # the other addition that reads it has a kernel
+    for name, found in in_float.items():  # outputs of convolutions keep their kernels
+        assert found & set(convs.values()) == {convs[name]}
+
+
+def test_without_floats_no_site_follows():
+    prepared = infoq_fx.prepare(Sums().eval(), IMAGES, activation_bits=(4, 8))
+    assert {site.follows for site in prepared.inventory.sites} == {()}
+    assert not any(16 in quantizer.calibrated_bits for _, quantizer in prepared.quantizer_nodes())

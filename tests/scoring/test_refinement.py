@@ -76,3 +76,18 @@ def test_errors_come_before_anything_runs(prepared_and_data):
         infoq_fx.refine(prepared, table, 1.5, images)
     with pytest.raises(infoq_fx.CalibrationDataError, match="resize or convert"):
         infoq_fx.refine(prepared, table, 3.0, images[:, :, :, :5].double())
+
+
+def test_calls_that_share_runs_choose_alike_and_run_nothing_twice(prepared_and_data, monkeypatch):
+    from infoq_fx.core.data import read_data
+    from infoq_fx.scoring import refinement
+
+    prepared, _, images = prepared_and_data
+    data, table = read_data(images).named(prepared.input_names), random_table(prepared, 9)
+    alone = [refinement.choose_allocation(prepared, table, budget, data) for budget in (3.0, 3.0, 2.6)]
+    count, measure = [], refinement.measure_lost_nats
+    monkeypatch.setattr(refinement, "measure_lost_nats", lambda *a, **k: count.append(a[2]) or measure(*a, **k))
+    runs = refinement.begin_runs(prepared, data, None)
+    shared = [refinement.choose_allocation(prepared, table, budget, data, runs=runs) for budget in (3.0, 3.0, 2.6)]
+    assert shared == alone
+    assert len({frozenset(bits.items()) for bits in count}) == len(count) == len(runs.known)

@@ -15,6 +15,7 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.option_checks import check_count
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import OptionError
+from infoq_fx.graph.calibration import record_range
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.graph.passes.scale_equalization import find_scale_groups
@@ -143,3 +144,4 @@ def _calibrate_between(
     for quantizer, found in histograms.items():
         factor = 1.0 if quantizer in free else None  # scales of powers of two, as in calibration
         renew_qparams(quantizer, functools.partial(choose_activation_qparams, found, factor=factor))
+        record_range(quantizer, found, factor)

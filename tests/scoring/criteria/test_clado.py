@@ -8,7 +8,7 @@ import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
 from infoq_fx.runtime.forward import RunOptions, hold_float_outputs, measure_lost_nats
-from infoq_fx.runtime.held_outputs import make_loss
+from infoq_fx.runtime.held_outputs import HeldLoss, make_loss
 from infoq_fx.scoring.criteria.literature.clado import CLADO, count_runs
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 
@@ -47,11 +47,11 @@ def test_pairs_are_those_of_whole_runs(case):
     criterion = CLADO(is_projected=False)
     table, _ = measure_sensitivity(prepared, data, criterion, QUIET)
     reference = hold_float_outputs(prepared, data, batch_size=32)
-    loss = make_loss(prepared, reference)
+    loss = HeldLoss(reference, make_loss(prepared, reference))
 
     def lost(bits):
         options = {"batch_size": 32, "run_options": RunOptions()}
-        return float(measure_lost_nats(prepared, data, bits, reference, loss, **options).mean())
+        return float(measure_lost_nats(prepared, data, bits, loss, **options).mean())
 
     base = lost({})
     assert len(table.pairs) == len(table.scores) * (len(table.scores) - 1) // 2
