@@ -6,7 +6,7 @@ import cmath
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Any, Protocol
@@ -102,8 +102,8 @@ def calibrate(
     activations = [(node, module) for node, module in quantizers.items() if module.site.kind == "activation"]
     with one_torch_thread() as threads, thread_map(threads if prepared.device.type == "cpu" else 1, Event()) as spread:
         histograms = {module.site.name: Histogram() for _, module in activations}
-        batches = data.batches(batch_size) if activations else ()
-        _fill_histograms(prepared, histograms, batches, data.samples, equalizer, spread)
+        if activations:
+            _fill_histograms(prepared, histograms, data, batch_size, equalizer, spread)
         _choose_all(prepared, quantizers, activations, histograms, spread)
     outliers = [activation for activation in rank_activations(prepared) if activation.has_outliers]
     if outliers:
@@ -125,15 +125,15 @@ def range_of_channels(x: Tensor, axis: int) -> ChannelRange:
 def _fill_histograms(
     prepared: PreparedModel,
     histograms: Mapping[str, Histogram],
-    batches: Iterable[Mapping[str, Tensor]],
-    samples: int,
+    data: CalibrationData,
+    batch_size: int,
     equalizer: ChannelEqualizer | None,
     spread: ThreadMap,
 ) -> None:
-    """Run the float model over the batches; tensors that an equalizer multiplies are counted behind it."""
+    """Run the float model over the data; tensors that an equalizer multiplies are counted behind it."""
     axes = {} if equalizer is None else equalizer.axes
     locks = {name: Lock() for name in histograms}
-    most = min(MAX_VALUES_PER_SAMPLE, max(1, _VALUES_HELD // max(1, samples)))
+    most = min(MAX_VALUES_PER_SAMPLE, max(1, _VALUES_HELD // data.samples))
 
     def run(batch: Mapping[str, Tensor]) -> Mapping[fx.Node, _Channels]:
         calibrator = _Calibrator(prepared, histograms, locks, axes, most)
@@ -141,8 +141,8 @@ def _fill_histograms(
             calibrator.run(*batch.values())
         return calibrator.held
 
-    held = list(spread(run, batches))
-    if equalizer is None or not held:
+    held = list(spread(run, data.batches(batch_size)))
+    if equalizer is None:
         return
     ranges = {node: join_ranges([found[node].range for found in held]) for node in axes}
     factors = equalizer.equalize(ranges)
