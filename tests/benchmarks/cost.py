@@ -30,7 +30,7 @@ from real_tasks import DATA, load_task
 from torch import Tensor, nn
 
 import infoq_fx
-from infoq_fx import api
+from infoq_fx import api, pipeline
 
 BITS = {"resnet20": 3.0}
 RANDOM = ("resnet50", "vit_b_16", "random_mobilenet_v2")
@@ -88,12 +88,17 @@ def peak_memory() -> Iterator[Callable[[], float]]:
     """Watch the resident memory; what is yielded returns its peak above the start, in GiB."""
     status, done = Path("/proc/self/statm"), threading.Event()
     page = 4096 / 2**30
-    start = peak = int(status.read_text().split()[1])
+
+    def read() -> int:  # without what is mapped from files, the data among it
+        _, resident, shared, *_ = map(int, status.read_text().split())
+        return resident - shared
+
+    start = peak = read()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.01):
-            peak = max(peak, int(status.read_text().split()[1]))
+            peak = max(peak, read())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -120,7 +125,8 @@ def time_stages(device: str) -> dict[str, float]:
         return run
 
     for stage, name in STAGES.items():
-        setattr(api, name, timed(stage, getattr(api, name)))
+        room = pipeline if hasattr(pipeline, name) else api
+        setattr(room, name, timed(stage, getattr(room, name)))
     return seconds
 
 
