@@ -19,6 +19,8 @@ from infoq_fx.quantization.quantizers import Quantizer
 
 __all__ = ["FeatureLoss", "check_feature_weight", "find_features", "run_with_features"]
 
+_ROUND_OFF, _LEAST = 1e-10, 1e-30
+
 
 @dataclass(frozen=True)
 class FeatureLoss:
@@ -37,11 +39,8 @@ class FeatureLoss:
     weight: float
 
     def measure(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of the samples' losses, a float64 scalar."""
-        errors = []
-        for site, variance in self.variances.items():
-            of_sample = ours[site].numel() // ours[site].shape[0]
-            errors.append(mse_loss(ours[site], theirs[site], reduction="sum") / (of_sample * variance))
+        """Return the mean loss of the samples, a float64 scalar."""
+        errors = [mse_loss(ours[site], theirs[site]) / variance for site, variance in self.variances.items()]
         return self.weight * torch.stack(errors).double().mean()
 
 
@@ -74,30 +73,44 @@ def find_features(
         weight: of the loss.
 
     Raises:
-        OptionError: there are none.
+        OptionError: there are none, or those of the float model have other shapes.
     """
-    float_model = copy_with(prepared.origin or prepared, _tap)
-    sites = {
-        module.site.name
-        for module in student.modules()
-        if isinstance(module, LearnedStepQuantizer) and module.site.kind == "activation"
-    }
+    float_model = copy_with(prepared.origin or prepared, _tap).to(next(student.parameters()).device)
     moments: dict[str, Tensor] = {}
-    for inputs in batches:
-        samples = next(iter(inputs.values())).shape[0]
-        for site, x in run_with_features(float_model, inputs)[1].items():
-            if site in sites and x.is_floating_point() and x.ndim and x.shape[0] == samples:
-                flat = x.detach().double().flatten()
-                found = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), flat.square().sum()])
-                moments[site] = moments[site] + found if site in moments else found
-    variances = {site: float(square / count - (total / count) ** 2) for site, (count, total, square) in moments.items()}
+    for index, inputs in enumerate(batches):
+        theirs = run_with_features(float_model, inputs)[1]
+        if not index:
+            ours = run_with_features(student, inputs)[1]
+            _check_shapes(ours, theirs)
+        for site in ours.keys() & theirs.keys():
+            x = theirs[site].detach().double().flatten()
+            found = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
+            moments[site] = moments[site] + found if site in moments else found
+    variances = {site: _find_variance(*moments[site].tolist()) for site in sorted(moments)}
     variances = {site: variance for site, variance in variances.items() if variance > 0}
     if not variances:
         raise OptionError(
-            f"feature_weight={weight:g} compares activations, and the quantized model has none in common with its "
-            "float model; give feature_weight=0, or teacher= what prepare() returned"
+            f"feature_weight={weight:g} compares activations that are quantized, and the model has none that vary; "
+            "give feature_weight=0"
         )
     return FeatureLoss(float_model, variances, weight)
+
+
+def _check_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for site, x in ours.items():
+        if site not in theirs or theirs[site].shape != x.shape:
+            found = list(theirs[site].shape) if site in theirs else "missing"
+            raise OptionError(
+                f"the activation {site!r} is {found} in the float model and {list(x.shape)} in the quantized one; give "
+                "as teacher what the quantized model was converted from"
+            )
+
+
+def _find_variance(count: float, total: float, square: float) -> float:
+    """The variance of values by their sums; 0 where it is round-off, or a square of float32 would not hold it."""
+    mean_square = square / count if count else 0.0
+    variance = mean_square - (total / count) ** 2 if count else 0.0
+    return variance if variance > _ROUND_OFF * mean_square and _LEAST < variance < 1 / _LEAST else 0.0
 
 
 def run_with_features(

@@ -53,6 +53,8 @@ from infoq_fx.runtime.outputs import find_labelled
 __all__ = ["finetune"]
 
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
+_MOVES_FACTORS = "range_equalization"  # the step that leaves another float model, with the same outputs
+_GIVE_RECOVERED = "leave teacher out, or give the prepared or recovered model that the quantized one was converted from"
 _SHARE_OF_COMPARED = 2  # of the memory: the float model's activations, and differences
 
 
@@ -152,10 +154,10 @@ def finetune(
     check_memory_limit(memory_limit)
     weight = check_feature_weight(feature_weight, label_weight)
     settings = Settings(epochs, float(learning_rate), batch_size, float(label_weight), seed, float(temperature), weight)
-    student = to_trainable(quantized).to(memory_format=torch.channels_last)
-    provenance = provenance_of(quantized)
-    assert provenance is not None
     with one_torch_thread() as threads, torch.inference_mode(False), torch.no_grad():
+        student = to_trainable(quantized).to(memory_format=torch.channels_last)
+        provenance = provenance_of(quantized)
+        assert provenance is not None
         threads = threads if next(student.parameters()).device.type == "cpu" else 1
         float_model = _find_teacher(teacher, provenance) if label_weight < 1 else None
         compared = _find_compared(teacher, provenance, settings)
@@ -193,11 +195,27 @@ def _find_compared(
     if not settings.feature_weight:
         return None
     given = provenance.prepared if teacher is None else teacher
-    if isinstance(given, PreparedModel):
-        return given
-    raise OptionError(
-        f"feature_weight={settings.feature_weight:g} compares activations inside the float model, and teacher is a "
-        f"{type(given).__name__}; give what prepare() returned, or leave teacher out"
+    asked = f"feature_weight={settings.feature_weight:g} compares activations inside the float model"
+    if not isinstance(given, PreparedModel):
+        raise OptionError(
+            f"{asked}, and teacher is a {type(given).__name__}; give what prepare() returned, or leave teacher out"
+        )
+    own = provenance.prepared
+    if own is not None and not _is_same_model(given, own):
+        raise OptionError(f"{asked}, and the given teacher has other parameters than that; {_GIVE_RECOVERED}")
+    has_moved = _MOVES_FACTORS in provenance.allocation.recovered_by and _MOVES_FACTORS not in given.recovered_by
+    if own is None and has_moved:
+        raise OptionError(f"{asked}, which {_MOVES_FACTORS} changed behind the given teacher; {_GIVE_RECOVERED}")
+    return given
+
+
+def _is_same_model(given: PreparedModel, own: PreparedModel) -> bool:
+    """Whether two prepared models have the same float model."""
+    if given is own:
+        return True
+    states = [(found.origin or found).graph_module.state_dict() for found in (given, own)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(x.cpu(), states[1][name].cpu()) for name, x in states[0].items() if isinstance(x, Tensor)
     )
 
 

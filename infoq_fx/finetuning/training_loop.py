@@ -250,7 +250,7 @@ def _training_loss(training: Training, samples: Samples) -> Tensor:
         reference, theirs = run_with_features(features.float_model, inputs)
     asked = replace(samples, reference=tuple(reference[index] for index in training.read))
     read = tuple(outputs[index] for index in training.read)
-    return _compare(training, asked, read, temperature).sum() + features.measure(ours, theirs)
+    return _compare(training, asked, read, temperature).sum() + samples.count * features.measure(ours, theirs)
 
 
 def _losses(training: Training, samples: Samples, temperature: float) -> Tensor:

@@ -136,7 +136,8 @@ def _fill_histograms(
     most = min(MAX_VALUES_PER_SAMPLE, max(1, _VALUES_HELD // data.samples))
 
     def run(batch: Mapping[str, Tensor]) -> Mapping[fx.Node, _Channels]:
-        calibrator = _Calibrator(prepared, histograms, locks, axes, most)
+        samples = next(iter(batch.values())).shape[0]
+        calibrator = _Calibrator(prepared, histograms, locks, axes, most * samples)
         with torch.inference_mode():
             calibrator.run(*batch.values())
         return calibrator.held
@@ -297,7 +298,8 @@ class _Calibrator(FloatInterpreter):
             return super().run_node(n)
         is_counted = n.op == "call_module"
         value = self.env[n.all_input_nodes[0]] if is_counted else super().run_node(n)
-        self.held[n] = _hold(value, self._axes[n], self._most if is_counted else 1)
+        most = min(MAX_VALUES_PER_SAMPLE, max(1, self._most // max(1, value.shape[0])))
+        self.held[n] = _hold(value, self._axes[n], most if is_counted else 1)
         if is_counted:
             found = self.held[n].range
             _check_finite(self.fetch_attr(str(n.target)), bool((found.low.isfinite() & found.high.isfinite()).all()))

@@ -48,7 +48,7 @@ def test_the_loss_is_the_mean_squared_error_relative_to_the_variance(monkeypatch
         error = (ours[name] - theirs[name]).double().square().flatten(1).mean(1)
         total += error / features.variances[name]
     found = features.measure(ours, theirs)
-    torch.testing.assert_close(found, 3.0 * total.sum() / len(features.variances), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, 3.0 * total.mean() / len(features.variances), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["residual", "norm_first", "tied"])
@@ -119,9 +119,94 @@ def test_other_weights_and_teachers_are_refused(options, message):
         quick(quantized, x, **options)
 
 
+class Folded(nn.Module):
+    """Time first inside, or steps folded into the samples' axis."""
+
+    def __init__(self, *, is_folded):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.is_folded = is_folded
+
+    def forward(self, x):
+        batch = x.shape[0]
+        x = x.reshape(-1, 4) if self.is_folded else x.transpose(0, 1)
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(x.reshape(batch, -1, 6).mean(1) if self.is_folded else x.mean(0))
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_the_samples_need_not_be_the_first_axis(is_folded):
+    torch.manual_seed(0)
+    x = torch.randn(48, 6, 4)
+    prepared = infoq_fx.prepare(Folded(is_folded=is_folded).eval(), x, bits=(3, 8), activation_bits=(3, 8))
+    student = to_trainable(convert(prepared, 3, 3))
+    found = [find_features(prepared, student, [{"x": part} for part in x.split(n)], 1.0) for n in (4, 6, 48)]
+    assert {"first.input", "second.input", "head.input"} <= set(found[0].variances)
+    assert all(features.variances == pytest.approx(found[0].variances) for features in found)
+    losses = []
+    for n in (4, 6, 48):
+        runs = [[run_with_features(m, {"x": part})[1] for m in (student, found[0].float_model)] for part in x.split(n)]
+        losses.append(float(sum(found[0].measure(*run).detach() for run in runs)) / len(runs))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_a_teacher_with_other_factors_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(64, 8)
+    with torch.no_grad():
+        model[0].weight[0] *= 60
+        model[2].weight[:, 0] /= 60
+    prepared = infoq_fx.prepare(model, x, bits=8, activation_bits=8)
+    allocation = infoq_fx.Allocation(bits={site.name: 8 for site in prepared.inventory.sites})
+    recovered = infoq_fx.recover(prepared, allocation, x, recovery=["range_equalization"], progress=False)
+    assert recovered.recovered_by == ("range_equalization",)
+    quantized = infoq_fx.convert(recovered, allocation)
+    with pytest.raises(OptionError, match="has other parameters than that; leave teacher out"):
+        quick(quantized, x, epochs=1, feature_weight=1.0, teacher=prepared)
+    infoq_fx.save_quantized(quantized, tmp_path / "model.pt2")
+    loaded = infoq_fx.load_quantized(tmp_path / "model.pt2")
+    with pytest.raises(OptionError, match="which range_equalization changed behind the given teacher; leave"):
+        quick(loaded, x, epochs=1, feature_weight=1.0, teacher=prepared)
+    assert_same(
+        quick(quantized, x, epochs=1, feature_weight=1.0, teacher=recovered),
+        quick(quantized, x, epochs=1, feature_weight=1.0),
+    )
+
+
+def test_a_teacher_of_another_width_is_refused():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 4)).eval() for n in (6, 9)]
+    x = torch.randn(64, 8)
+    prepared, other = (infoq_fx.prepare(model, x, bits=(3, 8)) for model in models)
+    quantized = convert(prepared, 3, 8)
+    with pytest.raises(OptionError, match="has other parameters than that; leave teacher out"):
+        quick(quantized, x, feature_weight=1.0, teacher=other)
+    with pytest.raises(OptionError, match=r"the activation '2.input' is \[\d+, 9\] in the float model and \[\d+, 6\]"):
+        find_features(other, to_trainable(quantized), [{"input": x}], 1.0)
+
+
+def test_values_that_do_not_vary_are_not_compared():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(0.1, 0.1000001), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(64, 8)
+    prepared = infoq_fx.prepare(model.eval(), x, bits=(3, 8))
+    features = find_features(prepared, to_trainable(convert(prepared, 3, 8)), [{"input": x}], 1.0)
+    assert "2.input" not in features.variances
+    assert "4.input" in features.variances
+
+
+def test_convolutions_are_finetuned_inside_inference_mode():
+    _, x, prepared = make_chain()
+    quantized = convert(prepared, 2, 8)
+    expected = quick(quantized, x, epochs=1, feature_weight=1.0)
+    with torch.inference_mode():
+        assert_same(quick(quantized, x, epochs=1, feature_weight=1.0), expected)
+
+
 def test_a_model_with_float_activations_has_nothing_to_compare():
     _, x, prepared = prepared_of("weights_only")
-    with pytest.raises(OptionError, match="has none in common"):
+    with pytest.raises(OptionError, match="compares activations that are quantized, and the model has none"):
         quick(convert(prepared), x, feature_weight=1.0)
 
 

@@ -198,6 +198,26 @@ def test_no_more_is_held_than_is_counted(axis):
     assert torch.equal(held.values, x.flatten(1)[:, ::stride])
 
 
+def test_many_rows_of_a_sample_hold_no_more_than_a_few(monkeypatch):
+    """Frames or windows that are folded into the samples' axis."""
+
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = make_model(nn.ReLU6())
+
+        def forward(self, x):
+            return self.layers(x.reshape(-1, 3, 9, 9)).reshape(x.shape[0], -1)
+
+    monkeypatch.setattr(calibration, "_VALUES_HELD", 32 * 400)
+    all_held = []
+    hold = calibration._hold
+    monkeypatch.setattr(calibration, "_hold", lambda *given: all_held.append(hold(*given)) or all_held[-1])
+    prepare(Frames().eval(), torch.randn(32, 8, 3, 9, 9))
+    by_site = max(held.values.numel() for held in all_held)
+    assert 32 * 100 < by_site <= 32 * 400
+
+
 def test_ranges_alone_hold_no_values(images):
     prepared = prepare(make_model(nn.ReLU6()), images)
     layers = [layer for segment in find_segments(prepared) for layer in segment.layers]
