@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.readings import Categorical, Ignored, Reading
@@ -13,6 +15,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 
 __all__ = [
     "FloatOutputs",
+    "count_positions",
     "find_labelled",
     "is_read",
     "predict_classes",
@@ -37,6 +40,20 @@ def read_nodes(prepared: PreparedModel) -> tuple[fx.Node, ...]:
     """Return the nodes of the outputs that are read, in order."""
     nodes = list_output_nodes(prepared.graph_module)
     return tuple(node for node, reading in zip(nodes, prepared.readings, strict=True) if is_read(reading))
+
+
+def count_positions(prepared: PreparedModel) -> int:
+    """Return the positions of one sample in the output that has the fewest: 1 for a class, all for pixels or tokens."""
+    with torch.inference_mode():
+        outputs = FloatOutputs(prepared).run(*prepared.example_inputs.values())
+    return min(
+        (
+            math.prod(size for axis, size in enumerate(x.shape) if axis not in (0, reading.axis % max(1, x.ndim)))
+            for x, reading in zip(outputs, read_readings(prepared), strict=True)
+            if not isinstance(reading, Ignored)
+        ),
+        default=1,
+    )
 
 
 def read_readings(prepared: PreparedModel) -> tuple[Reading, ...]:

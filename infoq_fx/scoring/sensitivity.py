@@ -116,10 +116,10 @@ def measure_sensitivity(
     choose = getattr(found, "choose_bits", None)
     if choose is not None:
         sites = [replace(site, bits=choose(site)) for site in sites]
-    count = getattr(found, "choose_samples", None)
-    most = getattr(found, "samples", None) if count is None else count(sites)
-    if data is not None and most is not None:
-        data = _take_samples(prepared, data, most, found.name)
+    if data is not None:
+        count = getattr(found, "choose_samples", None)
+        most = getattr(found, "samples", None) if count is None else count(prepared, sites)
+        data = data if most is None else _take_samples(prepared, data, most, found.name)
     limit = _choose_memory_limit(given)
     batch_size = choose_perturbed_batch_size(prepared, limit)
     candidates = candidates if runs_weights(found) else None

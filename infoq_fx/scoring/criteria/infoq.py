@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
+from infoq_fx.runtime.outputs import count_positions
 from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
 from infoq_fx.scoring.criterion import Kind, Measure, Scores
 from infoq_fx.scoring.information.encoders import Encoder
@@ -21,6 +22,7 @@ __all__ = ["InfoQ"]
 
 _MEASURED_WIDTHS = 2
 _SAMPLES, _OBSERVED_SAMPLES = 96, 1024
+_MANY_POSITIONS, _FEWER_OF_MANY = 64, 3  # of a sample's output; each is measured
 _SAMPLES_FOR_FLOAT = 192  # what a site gains in float counts above three standard errors
 
 
@@ -61,7 +63,8 @@ class InfoQ:
 
     Args:
         samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 96, for 192 where
-            float is among the candidates, whose small gains need them, or 1,024 with observers.
+            float is among the candidates, whose small gains need them, for a third of that where every output has 64
+            positions or more (pixels, tokens, anchors), or 1,024 with observers.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
             observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
@@ -90,11 +93,14 @@ class InfoQ:
         if self.samples == "auto":
             object.__setattr__(self, "samples", _SAMPLES if self.observers is None else _OBSERVED_SAMPLES)
 
-    def choose_samples(self, sites: Sequence[QuantSite]) -> int | None:
+    def choose_samples(self, prepared: PreparedModel, sites: Sequence[QuantSite]) -> int | None:
         """Return the largest number of samples for these sites."""
         assert self.samples != "auto"
+        if self.samples != _SAMPLES:
+            return self.samples
         has_float = any(max(site.bits) == FLOAT16_BITS for site in sites)
-        return _SAMPLES_FOR_FLOAT if has_float and self.samples == _SAMPLES else self.samples
+        most = _SAMPLES_FOR_FLOAT if has_float else _SAMPLES
+        return most // _FEWER_OF_MANY if count_positions(prepared) >= _MANY_POSITIONS else most
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the settings of the measurements; those of observers are included if there are any."""
