@@ -62,7 +62,7 @@ DEFAULT_CRITERIA = (
     "ompq",
 )
 _LOW_BITS = 4
-_OPTIONAL = ("samples", "choose_bits", "scores_float", "runs_pairs", "score_pairs")  # of a criterion
+_OPTIONAL = ("samples", "choose_samples", "choose_bits", "scores_float", "runs_pairs", "score_pairs")  # of a criterion
 
 
 def audit(

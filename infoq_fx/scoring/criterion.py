@@ -36,8 +36,9 @@ class Criterion(Protocol):
     ``begin`` computes once what is common to all sites, and returns the object that measures them. ``score`` turns the
     measurements of all blocks into scores, smaller is better, and must be cheap. Neither may change the prepared model.
 
-    Six attributes are optional. ``samples`` is the largest number of samples that the criterion is given, evenly
-    spread over the data. ``runs_weights`` is True if it runs the model with weights at candidate bit-widths, so that it
+    Seven attributes are optional. ``samples`` is the largest number of samples that the criterion is given, evenly
+    spread over the data; ``choose_samples(prepared, sites)``, if there is such a method, returns it instead.
+    ``runs_weights`` is True if it runs the model with weights at candidate bit-widths, so that it
     can use weights as recovery would round them. ``choose_bits(site)`` returns the bit-widths of a site that are
     measured, all if there is no such method; ``score`` then gives the others a score too. ``scores_float`` is True if
     it can score the bit-width 16, a tensor that stays in float. ``runs_pairs`` is True if a measurement of one site

@@ -7,10 +7,12 @@ import torch
 from networks import ResidualNet, randomise_norms
 
 import infoq_fx
+from infoq_fx.auditing.comparison import _Timed
 from infoq_fx.auditing.result import AuditRow
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.runtime.forward import hold_outputs
 from infoq_fx.scoring import sensitivity
+from infoq_fx.scoring.criteria import CRITERIA as CRITERIA_BY_NAME
 
 OPTIONS = dict(bits=(2, 3, 4, 8), progress=False)
 CRITERIA = ["infoq", "weight_mse", "output_kl"]
@@ -244,3 +246,9 @@ def test_errors_say_what_to_do(name, samples):
     options = dict(calibration_data=samples, criteria=["weight_mse"], budgets=[4.0], **OPTIONS) | given
     with pytest.raises(kind, match=message):
         infoq_fx.audit(model, **options)
+
+
+def test_a_timed_criterion_takes_as_many_samples_as_it_does_alone():
+    criterion = infoq_fx.InfoQ()
+    assert _Timed(criterion, None).choose_samples == criterion.choose_samples
+    assert not hasattr(_Timed(CRITERIA_BY_NAME["weight_mse"](), None), "choose_samples")
