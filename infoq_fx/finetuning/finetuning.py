@@ -54,7 +54,7 @@ __all__ = ["finetune"]
 
 _BACK_OFF, _WORSE, _HARM = 0.3, 1.01, 1.5
 _MOVES_FACTORS = "range_equalization"  # the step that leaves another float model, with the same outputs
-_GIVE_RECOVERED = "leave teacher out, or give the prepared or recovered model that the quantized one was converted from"
+_CONVERTED_FROM = "the prepared or recovered model that the quantized one was converted from"
 _SHARE_OF_COMPARED = 2  # of the memory: the float model's activations, and differences
 
 
@@ -202,10 +202,16 @@ def _find_compared(
         )
     own = provenance.prepared
     if own is not None and not _is_same_model(given, own):
-        raise OptionError(f"{asked}, and the given teacher has other parameters than that; {_GIVE_RECOVERED}")
+        raise OptionError(
+            f"{asked}, and the given teacher has other parameters than that; leave teacher out, or give "
+            f"{_CONVERTED_FROM}"
+        )
     has_moved = _MOVES_FACTORS in provenance.allocation.recovered_by and _MOVES_FACTORS not in given.recovered_by
     if own is None and has_moved:
-        raise OptionError(f"{asked}, which {_MOVES_FACTORS} changed behind the given teacher; {_GIVE_RECOVERED}")
+        raise OptionError(
+            f"{asked}, which {_MOVES_FACTORS} changed behind the given teacher; leave teacher out, or give "
+            f"{_CONVERTED_FROM}"
+        )
     return given
 
 

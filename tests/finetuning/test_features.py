@@ -51,7 +51,9 @@ def test_the_loss_is_the_mean_squared_error_relative_to_the_variance(monkeypatch
     torch.testing.assert_close(found, 3.0 * total.mean() / len(features.variances), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["residual", "norm_first", "tied"])
+@pytest.mark.parametrize(
+    "case", ["residual", *(pytest.param(case, marks=pytest.mark.slow) for case in ("norm_first", "tied"))]
+)
 def test_a_tapped_model_computes_what_the_float_model_does(case):
     _, x, prepared = prepared_of(case)
     student = to_trainable(convert(prepared))
@@ -66,7 +68,9 @@ def test_a_tapped_model_computes_what_the_float_model_does(case):
     assert not any(torch.equal(theirs[site], torch.zeros(())) for site in features.variances)
 
 
-@pytest.mark.parametrize("options", [{}, {"augment": lambda inputs, generator: inputs}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"augment": lambda inputs, generator: inputs}, marks=pytest.mark.slow)]
+)
 def test_activations_come_nearer_to_those_of_the_float_model(options):
     quantized, x = small()
     prepared = prepared_of("residual")[2]
@@ -134,7 +138,7 @@ class Folded(nn.Module):
         return self.head(x.reshape(batch, -1, 6).mean(1) if self.is_folded else x.mean(0))
 
 
-@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("is_folded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_samples_need_not_be_the_first_axis(is_folded):
     torch.manual_seed(0)
     x = torch.randn(48, 6, 4)
@@ -186,6 +190,7 @@ def test_a_teacher_of_another_width_is_refused():
         find_features(other, to_trainable(quantized), [{"input": x}], 1.0)
 
 
+@pytest.mark.slow
 def test_values_that_do_not_vary_are_not_compared():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.Hardtanh(0.1, 0.1000001), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -196,6 +201,7 @@ def test_values_that_do_not_vary_are_not_compared():
     assert "4.input" in features.variances
 
 
+@pytest.mark.slow
 def test_convolutions_are_finetuned_inside_inference_mode():
     _, x, prepared = make_chain()
     quantized = convert(prepared, 2, 8)
@@ -210,6 +216,7 @@ def test_a_model_with_float_activations_has_nothing_to_compare():
         quick(convert(prepared), x, feature_weight=1.0)
 
 
+@pytest.mark.slow
 def test_taps_are_no_quantizers():
     _, x, prepared = make_chain()
     features = find_features(prepared, to_trainable(convert(prepared)), [{"input": x}], 1.0)

@@ -29,9 +29,9 @@ class Heads(nn.Module):
     ("names", "outputs", "expected"),
     [
         (("map",), {"output_0": infoq_fx.Categorical(axis=1)}, 64),
-        (("map",), "quantity", 64),
-        (("tokens",), {"output_0": infoq_fx.Categorical(axis=-1)}, 64),
-        (("classes",), "categorical", 1),
+        pytest.param(("map",), "quantity", 64, marks=pytest.mark.slow),
+        pytest.param(("tokens",), {"output_0": infoq_fx.Categorical(axis=-1)}, 64, marks=pytest.mark.slow),
+        pytest.param(("classes",), "categorical", 1, marks=pytest.mark.slow),
         (("map", "classes"), {"output_0": "quantity", "output_1": "categorical"}, 1),
         (("map", "classes"), {"output_0": "quantity", "output_1": "ignored"}, 64),
     ],

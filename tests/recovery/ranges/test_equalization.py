@@ -173,6 +173,7 @@ def test_one_pass_calibrates_the_equalized_model(images, samples):
             assert torch.equal(one.qparams_at(bits).zero_point, other.qparams_at(bits).zero_point)
 
 
+@pytest.mark.slow
 def test_many_samples_hold_few_values_each(images, monkeypatch):
     monkeypatch.setattr(calibration, "_VALUES_HELD", 64 * 100)
     model = make_model(nn.ReLU6())
@@ -198,6 +199,7 @@ def test_no_more_is_held_than_is_counted(axis):
     assert torch.equal(held.values, x.flatten(1)[:, ::stride])
 
 
+@pytest.mark.slow
 def test_many_rows_of_a_sample_hold_no_more_than_a_few(monkeypatch):
     """Frames or windows that are folded into the samples' axis."""
 
@@ -236,6 +238,7 @@ def test_a_value_that_is_not_finite_is_told(images):
         prepare(model, images)
 
 
+@pytest.mark.slow
 def test_threads_change_no_factor(images):
     before = torch.get_num_threads()
     try:
