@@ -82,6 +82,7 @@ def test_pairs_of_unknown_sites_and_of_no_number_are_refused():
         replace(table, pairs={("w0", "w1"): {(2, 2): float("nan")}})
 
 
+@pytest.mark.slow
 def test_a_local_search_is_near_the_optimum_of_a_larger_positive_form(monkeypatch):
     """Twelve sites of three candidates: 531,441 allocations, searched in numpy."""
     rng = np.random.default_rng(0)

@@ -140,7 +140,13 @@ def test_what_the_tables_round_a_budget_takes_by_the_letter():
 
 @pytest.mark.parametrize(
     ("weight_bits", "activation_bits", "everywhere", "ends_at_8"),
-    [(2, 2, 7.26, 14.37), (3, 3, 16.33, 22.85), (4, 4, 29.03, 34.71), (3, 8, 43.54, 48.28), (8, 8, 116.10, 116.10)],
+    [
+        pytest.param(2, 2, 7.26, 14.37, marks=pytest.mark.slow),
+        pytest.param(3, 3, 16.33, 22.85, marks=pytest.mark.slow),
+        (4, 4, 29.03, 34.71),
+        pytest.param(3, 8, 43.54, 48.28, marks=pytest.mark.slow),
+        pytest.param(8, 8, 116.10, 116.10, marks=pytest.mark.slow),
+    ],
 )
 def test_bitops_of_resnet18(weight_bits, activation_bits, everywhere, ends_at_8):
     inventory = take_inventory("resnet18")

@@ -237,6 +237,7 @@ def test_ties_come_from_the_settings_and_hold_for_scores_without_them(folder, tm
     assert "--tie is '*.conv1,'; give globs" in run(*files, *quick, "--tie", "*.conv1,").stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:the scores behind this allocation")
 def test_the_stages_hand_files_to_each_other(folder, tmp_path):
     found = json.loads(

@@ -53,7 +53,7 @@ def test_every_weight_has_as_many_levels_as_its_bits_allow(quantized):
     assert "weights have a codebook of integer levels" in infoq_fx.summarize(quantized)
 
 
-@pytest.mark.parametrize("container", ["exact", "int8"])
+@pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def test_onnxruntime_computes_the_same(container, quantized, tmp_path):
     path = infoq_fx.export_onnx(quantized, tmp_path / "model.onnx", container=container)
     for level in (

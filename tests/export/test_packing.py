@@ -185,6 +185,7 @@ def kinds_of_operators(path, optimised):
     return collections.Counter(node.op_type for node in onnx.load(optimised).graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", pytest.param("onnxruntime-avx2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param("convolutions", marks=pytest.mark.slow), "kinds"])
 def test_a_file_runs_as_the_int8_file_does(name, target, files, tmp_path):

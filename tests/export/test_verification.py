@@ -77,6 +77,7 @@ def test_the_file_of_another_module_is_not(made):
     assert "it belongs to another module" in found.verdict
 
 
+@pytest.mark.slow
 def test_errors_say_what_to_do(made, tmp_path):
     quantized, path, images, _ = made
     with pytest.raises(OptionError, match="is not a quantized module; pass what"):

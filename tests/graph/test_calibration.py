@@ -243,6 +243,7 @@ def test_significant_bits(scale, digits):
     assert significant_bits_of(float(np.float32(scale))) == digits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_threads_change_no_scale(threads):
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ def test_an_output_of_one_axis_is_one_column(end, tmp_path):
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("categorical", "bernoulli", "quantity")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", ["auto", *OTHERS])
 def test_values_behind_a_mask_do_not_count(reading, tmp_path):
     model = Head(masked)

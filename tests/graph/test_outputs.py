@@ -129,6 +129,7 @@ AS_LOADED = {"dataclass": vars, "namedtuple": tuple}  # classes are not in the f
 SAVED = {"none first"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in SAVED else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES]
 )

@@ -283,6 +283,7 @@ def test_a_weight_that_is_not_finite_is_named():
         plan_of(model, torch.randn(3, 4))
 
 
+@pytest.mark.slow
 def test_quantizers_and_observers_leave_the_function_as_it_is(residual_net, images):
     x = images[0][:4]
     graph_module, plan = plan_of(residual_net, x)

@@ -170,6 +170,7 @@ def test_one_output_with_an_entry_for_each_sample_is_read_like_an_only_one():
     assert isinstance(infoq_fx.prepare(model, x).readings[1], Categorical)
 
 
+@pytest.mark.slow
 def test_labels_belong_to_one_output():
     torch.manual_seed(0)
     x, labels = torch.randn(96, 5), torch.randint(0, 3, (96,))

@@ -10,7 +10,7 @@ from infoq_fx.recovery.parameters import fork
 from infoq_fx.recovery.segments import find_segments
 
 
-@pytest.mark.parametrize("name", ["residual", "branches"])
+@pytest.mark.parametrize("name", ["residual", pytest.param("branches", marks=pytest.mark.slow)])
 def test_segments_are_the_graph_in_order(name, request):
     prepared = request.getfixturevalue(name)[0]
     segments = find_segments(prepared)
@@ -33,6 +33,7 @@ def test_residual_blocks_stay_whole(residual):
     assert found == [["stem.0.weight"], *blocks, ["head.weight"]]
 
 
+@pytest.mark.slow
 def test_long_segments_are_cut():
     class Wide(nn.Module):
         def __init__(self):

@@ -98,6 +98,7 @@ def case():
     return prepared, images, infoq_fx.score(prepared, images, criterion="weight_mse", progress=False)
 
 
+@pytest.mark.slow
 def test_a_search_is_never_worse_on_the_samples_that_judge(case):
     prepared, images, table = case
     for budget in (2.5, 3.0):

@@ -45,6 +45,7 @@ def test_no_other_factors_are_much_better(seed, bits):
     assert error_of(tensor, factors) <= 1.05 * least
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 100), st.lists(st.integers(0, 4), min_size=3, max_size=3))
 def test_limits_hold_and_the_error_does_not_rise(seed, highest):

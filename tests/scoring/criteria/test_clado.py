@@ -92,6 +92,7 @@ def test_too_many_pairs_are_refused_before_anything_is_run(case):
         measure_sensitivity(prepared, data, CLADO(most_runs=10), QUIET)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_rounds_all_weights_and_finds_the_same(tmp_path):
     torch.manual_seed(4)
     prepared, data = build(randomise_norms(ResidualNet()), 8, samples=40)
