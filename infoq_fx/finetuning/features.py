@@ -96,6 +96,15 @@ def find_features(
     return FeatureLoss(float_model, variances, weight)
 
 
+def run_with_features(
+    module: fx.GraphModule, inputs: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Run a student or a tapped float model: its outputs, and its activations by site before they are quantized."""
+    reader = _Reader(module)
+    outputs = flatten_tensors(reader.run(*inputs.values()))
+    return tuple(outputs), reader.found
+
+
 def _check_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     for site, x in ours.items():
         if site not in theirs or theirs[site].shape != x.shape:
@@ -111,15 +120,6 @@ def _find_variance(count: float, total: float, square: float) -> float:
     mean_square = square / count if count else 0.0
     variance = mean_square - (total / count) ** 2 if count else 0.0
     return variance if variance > _ROUND_OFF * mean_square and _LEAST < variance < 1 / _LEAST else 0.0
-
-
-def run_with_features(
-    module: fx.GraphModule, inputs: Mapping[str, Tensor]
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Run a student or a tapped float model: its outputs, and its activations by site before they are quantized."""
-    reader = _Reader(module)
-    outputs = flatten_tensors(reader.run(*inputs.values()))
-    return tuple(outputs), reader.found
 
 
 def _tap(quantizer: Quantizer) -> nn.Module | None:

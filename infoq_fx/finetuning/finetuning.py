@@ -110,7 +110,8 @@ def finetune(
         feature_weight: of another loss, the squared error of all activations before they are quantized, relative to
             their variance; their mean is multiplied by it. Every layer is then told what to compute, and not the
             outputs alone, which few samples say little about: 10 helps where activations have few bits. It costs a run
-            of the float model for every batch, and needs ``teacher=None`` or what ``prepare`` returned.
+            of the float model for every batch. ``teacher`` is then None, or the prepared or recovered model that
+            ``quantized`` was converted from.
         augment: changes the inputs of every batch at random, and the float model says what comes out of them: a
             training on few samples can then be longer. ``"images"`` crops, mirrors and mixes images, see
             :func:`infoq_fx.finetuning.augmentation.augment_images`; a function of your own takes the inputs by name and

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _SAMPLES = 64  # that factors are chosen on
-VALUES = 512  # of each channel
+_VALUES = 512  # of each channel
 _WEIGHTS = 1 << 18  # of a layer, about, that errors are measured on
 _LEAST_GAIN, _LEAST_GAIN_ADDED = 0.02, 0.2  # the latter for a product that is added
 
@@ -60,10 +60,19 @@ def measure_channels(
     spread: ThreadMap,
     *,
     batch_size: int,
-    values: int = VALUES,
+    values: int = _VALUES,
 ) -> dict[fx.Node, ChannelValues]:
-    """Run the float model, and return ``values`` of each channel of the groups' tensors and their ranges."""
-    axes, most = axes_of(groups), math.ceil(values / data.samples)
+    """Run the float model, and return some values of each channel of the groups' tensors, and their ranges.
+
+    Args:
+        prepared: not changed.
+        groups: whose quantized and clamped tensors are measured.
+        data: by the model's input names.
+        spread: runs batches.
+        batch_size: samples per run.
+        values: of each channel, about; 0 for the ranges alone, which hold nothing else.
+    """
+    axes, most = _axes_of(groups), math.ceil(values / data.samples)
 
     def run(batch: Mapping[str, Tensor]) -> dict[fx.Node, ChannelValues]:
         recorder = _ChannelRecorder(prepared, axes, most)
@@ -78,11 +87,6 @@ def measure_channels(
         )
         for node in axes
     }
-
-
-def axes_of(groups: Sequence[RangeGroup]) -> dict[fx.Node, int]:
-    """Return the quantizers and clamps of some groups with the axes of their channels."""
-    return {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
 
 
 def equalize_groups(
@@ -139,7 +143,7 @@ class DepthwiseEqualizer:
     @property
     def axes(self) -> Mapping[fx.Node, int]:
         """See :class:`infoq_fx.graph.calibration.ChannelEqualizer`."""
-        return axes_of(self.groups)
+        return _axes_of(self.groups)
 
     def equalize(self, ranges: Mapping[fx.Node, ChannelRange]) -> Mapping[fx.Node, Tensor]:
         """See :class:`infoq_fx.graph.calibration.ChannelEqualizer`."""
@@ -170,6 +174,11 @@ def find_depthwise(prepared: PreparedModel, data: CalibrationData, *, batch_size
     ):
         measured = measure_channels(prepared, groups, chosen, spread, batch_size=batch_size)
     return DepthwiseEqualizer(prepared, groups, measured) if groups else None
+
+
+def _axes_of(groups: Sequence[RangeGroup]) -> dict[fx.Node, int]:
+    """The quantizers and clamps of some groups with the axes of their channels."""
+    return {node: group.axes[node] for group in groups for node in (*group.quantizers, *group.clamps)}
 
 
 def _is_depthwise(layer: Layer) -> bool:
