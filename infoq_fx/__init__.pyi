@@ -208,6 +208,9 @@ from .scoring import (
 from .scoring import (
     load_dinov2 as load_dinov2,
 )
+from .scoring.criterion import (
+    Observer as Observer,
+)
 from .table import (
     SensitivityTable as SensitivityTable,
 )
@@ -231,7 +234,4 @@ from .types import (
 )
 from .types import (
     MeasuredLoss as MeasuredLoss,
-)
-from .types import (
-    Observer as Observer,
 )

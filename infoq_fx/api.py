@@ -46,13 +46,14 @@ from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps, r
 from infoq_fx.recovery.ranges.equalization import find_depthwise
 from infoq_fx.runtime.forward import choose_batch_size
 from infoq_fx.scoring.criteria import AnyCriterion, make_criterion
+from infoq_fx.scoring.criterion import Observer
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.refinement import choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.tolerance.search import divide_samples, quantize_within
 from infoq_fx.tolerance.tolerance import Tolerance
-from infoq_fx.types import Allocation, Budget, Observer, check_bits
+from infoq_fx.types import Allocation, Budget, check_bits
 
 __all__ = ["convert", "prepare", "quantize", "recover", "refine", "score"]
 
@@ -122,9 +123,10 @@ def quantize(
             ``(reading, weight)``, or a function ``(float_outputs, outputs) -> nats [samples]``.
         seed: of all random numbers but those of criteria and recovery steps given as objects, which have their own.
         device: of the computations and of the result.
-        levels: the integers of weights: ``"uniform"``, all of a bit-width; ``"codebook"``, levels chosen for a weight
-            of up to 6 bits, with less error; ``"auto"``, codebooks unless BitOps are limited or minimized. Hardware
-            that multiplies integers of few bits, and QONNX files for it, need uniform ones.
+        levels: the integers of weights of up to 6 bits: ``"uniform"``, all of the bit-width; ``"mirrored"``, these or
+            in some channels their negatives, with less error; ``"codebook"``, levels chosen for a weight, with least
+            error; ``"auto"``, codebooks, but mirrored ones if BitOps are limited or minimized, since hardware that
+            multiplies integers of few bits needs equal steps. QONNX files need uniform ones.
         dynamic: axes of the inputs, besides the samples, that may have any size in the quantized module and its file,
             as ``{"image": (2, 3)}``. ``"auto"`` frees those behind the channels (height and width, length) where the
             model's graph does not depend on them; None fixes all to the data's sizes. The data has one size anyway.
@@ -161,7 +163,7 @@ def quantize(
         )
         chosen = make_criterion("weight_mse", seed=seed)
     if levels == "auto" and isinstance(budget, Tolerance) and budget.minimize == "bitops":
-        levels = "uniform"
+        levels = "mirrored"
     prepared = prepare(
         model,
         data,
@@ -235,7 +237,7 @@ def prepare(
         ignore=ignore,
         pin=pin,
         tie=tie,
-        has_codebooks=choose_levels(levels, budget),
+        levels=choose_levels(levels, counts_bitops=isinstance(budget, Budget) and budget.bitops is not None),
     )
     warn_of_float_weights(plan, stacklevel=3)
     if budget is not None:

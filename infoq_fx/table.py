@@ -203,10 +203,13 @@ def _decode(document: dict[str, Any]) -> SensitivityTable:
 
 
 def _decode_inventory(document: dict[str, Any]) -> Inventory:
-    sites = tuple(
-        QuantSite(**{**site, **{key: tuple(site.get(key, ())) for key in ("shape", "bits", "follows")}})
-        for site in document["sites"]
-    )
+    sites = tuple(_decode_site(site) for site in document["sites"])
     operations = tuple(Operation(**operation) for operation in document["operations"])
     ties = tuple(tuple(tie) for tie in document.get("ties", ()))  # earlier versions had none
     return Inventory(**{**document, "sites": sites, "operations": operations, "ties": ties})
+
+
+def _decode_site(document: dict[str, Any]) -> QuantSite:
+    has_codebook = document.pop("has_codebook", False)  # of earlier versions
+    given = {"levels": "codebook", **document} if has_codebook else document
+    return QuantSite(**{**given, **{key: tuple(given.get(key, ())) for key in ("shape", "bits", "follows")}})

@@ -28,7 +28,6 @@ __all__ = [
     "Inventory",
     "MeasuredLoss",
     "Measurement",
-    "Observer",
     "Operation",
     "Plain",
     "QParams",
@@ -36,6 +35,7 @@ __all__ = [
     "QuantSpec",
     "RoundedWeight",
     "Score",
+    "WeightLevels",
     "check_bits",
 ]
 
@@ -53,6 +53,9 @@ CODEBOOK_BITS = 6
 LARGEST_LEVEL = 63
 """The largest size of a codebook's levels: 16-bit sums of two products with 8-bit activations do not overflow."""
 
+WeightLevels = Literal["uniform", "mirrored", "codebook"]
+"""The integers of a weight: all of its bit-width; these or their negatives, by channel; or chosen ones, likewise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
@@ -65,13 +68,16 @@ class QuantSpec:
     With 16 bits the tensor stays in float: a weight is stored in float16, in units of its scale, and an activation is
     not changed.
 
-    With ``has_codebook`` the integers are any ``2**bits`` levels from -63 to 63, see :attr:`QParams.levels`.
+    With ``has_codebook`` the integers are any ``2**bits`` levels from -63 to 63, see :attr:`QParams.levels`. There,
+    and with ``has_signs``, the scale of a channel may be negative: its range is mirrored, at 3 bits from -3 to 4 in
+    place of -4 to 3.
     """
 
     bits: int
     symmetric: bool
     channel_axis: int | None = None
     has_codebook: bool = False
+    has_signs: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -97,7 +103,8 @@ class QuantSpec:
 class QParams:
     """Quantization parameters of a tensor: scale and zero point under ``spec``.
 
-    ``scale`` is float32 and positive, of shape ``[channels]`` (per channel) or ``[]`` (per tensor);
+    ``scale`` is float32, of shape ``[channels]`` (per channel) or ``[]`` (per tensor), positive, or
+    negative where the spec allows signs;
     ``zero_point`` is int32 of the same shape, within ``quant_min`` and ``quant_max``. ``levels`` are the integers of a
     codebook, int8 ``[2**bits]`` in ascending order; None for all integers from ``quant_min`` to ``quant_max``.
     """
@@ -126,8 +133,8 @@ class QuantSite:
     convolutions): they stay at 8 bits and have no score. Whatever its bit-width, a site is in float where one of those
     in ``follows`` is: for such a tensor an operand of the convolution that makes it, the same tensor as another layer
     reads it, or the other operand and the sum of the addition that alone reads it; for the input of a single layer its
-    weight; for the second operand of a product the first. With ``has_codebook``, a weight of up to
-    :data:`CODEBOOK_BITS` bits has a codebook of levels.
+    weight; for the second operand of a product the first. ``levels`` are the integers that a weight of up to
+    :data:`CODEBOOK_BITS` bits may have.
     """
 
     name: str
@@ -137,7 +144,7 @@ class QuantSite:
     channel_axis: int | None = None
     is_searched: bool = True
     follows: tuple[str, ...] = ()
-    has_codebook: bool = False
+    levels: WeightLevels = "uniform"
 
     @property
     def numel(self) -> int:
@@ -216,6 +223,11 @@ class Inventory:
         return completed
 
     @property
+    def levels(self) -> WeightLevels:
+        """The integers that weights of few bits may have."""
+        return next((site.levels for site in self.sites if site.kind == "weight"), "uniform")
+
+    @property
     def leaders(self) -> dict[str, str]:
         """The first site of the tie that each site is in, or the site itself."""
         first = {name: tie[0] for tie in self.ties for name in tie}
@@ -224,18 +236,6 @@ class Inventory:
     def spread(self, bits: Mapping[str, int]) -> dict[str, int]:
         """Return the bits of every site, from those of the first site of each tie."""
         return {name: bits[leader] for name, leader in self.leaders.items()}
-
-
-@dataclass(frozen=True)
-class Observer:
-    """A tensor at which sliced mutual information (SMI) is measured.
-
-    ``name`` is a module path (its output), a site (its tensor) or ``"output"`` (the first output of the model).
-    ``measure`` is ``"input"`` for SMI(X_E; L) or ``"task"`` for SMI(L; Y).
-    """
-
-    name: str
-    measure: Literal["input", "task"]
 
 
 @dataclass(frozen=True)

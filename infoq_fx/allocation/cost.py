@@ -12,7 +12,7 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
-from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, NODE_BYTES
+from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, MIRROR_BYTES, NODE_BYTES
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.types import (
     CODEBOOK_BITS,
@@ -106,8 +106,9 @@ class CostRow:
 def weight_bytes(site: QuantSite, bits: int, *, is_packed: bool = True) -> int:
     """Return the bytes of a weight at ``bits``, with its scales (float32, one per channel or one in all).
 
-    Levels of a codebook take a byte each. A weight of 16 bits, in float16, has no scales. A weight of fewer than 8 bits
-    takes a byte a value where it is so small that the operators that unpack it take more than packing saves.
+    Levels of a codebook take two bytes each, and channels that may be mirrored a bit. A weight of 16 bits, in float16,
+    has no scales. A weight of fewer than 8 bits takes a byte a value where it is so small that the operators that
+    unpack it take more than packing saves.
 
     Args:
         site: of the weight.
@@ -119,7 +120,7 @@ def weight_bytes(site: QuantSite, bits: int, *, is_packed: bool = True) -> int:
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
     if not is_packed or _saved_bytes(site, bits) <= 0:
         return _packed_bytes(site.numel, max(bits, MAX_BITS)) + _SCALE_BYTES * channels
-    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + _count_levels(site, bits)
+    return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + _level_bytes(site, bits)
 
 
 def packs_weights(inventory: Inventory) -> bool:
@@ -255,12 +256,18 @@ _SITE_COSTS: Mapping[str, tuple[str, Callable[[QuantSite, int], int]]] = {
 
 def _saved_bytes(site: QuantSite, bits: int) -> int:
     """What packing a weight saves beside a byte a value, less its own operators."""
-    levels = _count_levels(site, bits)
-    return site.numel - _packed_bytes(site.numel, bits) - NODE_BYTES - (LEVELS_BYTES + levels if levels else 0)
+    nodes = NODE_BYTES
+    if bits <= CODEBOOK_BITS:
+        nodes += (LEVELS_BYTES if site.levels == "codebook" else 0) + (MIRROR_BYTES if site.levels != "uniform" else 0)
+    return site.numel - _packed_bytes(site.numel, bits) - nodes - _level_bytes(site, bits)
 
 
-def _count_levels(site: QuantSite, bits: int) -> int:
-    return 1 << bits if site.has_codebook and bits <= CODEBOOK_BITS else 0
+def _level_bytes(site: QuantSite, bits: int) -> int:
+    """Bytes of a codebook's levels and their negatives, and of a bit for each channel that may be mirrored."""
+    if bits > CODEBOOK_BITS or site.levels == "uniform":
+        return 0
+    channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
+    return _packed_bytes(channels, 1) + (2 << bits if site.levels == "codebook" else 0)
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

@@ -110,7 +110,7 @@ def _describe_totals(allocation: Allocation, inventory: Inventory, cost: Cost, f
 
 def _describe_codebooks(allocation: Allocation, inventory: Inventory) -> list[str]:
     weights = [site for site in inventory.sites if site.kind == "weight"]
-    count = sum(site.has_codebook and allocation.bits[site.name] <= CODEBOOK_BITS for site in weights)
+    count = sum(site.levels == "codebook" and allocation.bits[site.name] <= CODEBOOK_BITS for site in weights)
     return [f"{count} of {len(weights)} weights have a codebook of integer levels"] if count else []
 
 

@@ -32,7 +32,7 @@ from infoq_fx.core.readings import Metric, check_metric
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.model_inputs import find_arguments, fit_data
 from infoq_fx.graph.reading_choice import OutputsOption
-from infoq_fx.quantization.codebooks import Levels
+from infoq_fx.quantization.codebooks import Levels, choose_levels
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps
@@ -121,7 +121,7 @@ def audit(
         pin: fixed bit-widths.
         tie: layers with one bit-width.
         outputs: what the outputs mean.
-        levels: the integers of weights; ``"auto"`` takes uniform ones if a budget limits BitOps.
+        levels: the integers of weights; ``"auto"`` takes mirrored ones if a budget limits BitOps.
         metric: ``(outputs, labels) -> float`` over all evaluation samples, larger is better; it is measured for every
             allocation too. The outputs are the model's own, in its own structure.
         recovery: the steps applied to each allocation before it is measured, see :func:`infoq_fx.recover`, and assumed
@@ -157,7 +157,7 @@ def audit(
         pin=pin,
         tie=tie,
         outputs=outputs,
-        levels="uniform" if levels == "auto" and _count_bitops(budgets) else levels,
+        levels=choose_levels(levels, counts_bitops=_counts_bitops(budgets)),
         device=device,
     )
     limits = {_name_budget(budget): check_budget(prepared.inventory, budget) for budget in budgets}
@@ -383,7 +383,7 @@ def _count_images(criterion: Criterion, data: CalibrationData) -> int:
     return min(data.samples, samples) if isinstance(samples, int) else data.samples
 
 
-def _count_bitops(budgets: Sequence[float | Budget]) -> bool:
+def _counts_bitops(budgets: Sequence[float | Budget]) -> bool:
     return any(isinstance(budget, Budget) and budget.bitops is not None for budget in budgets)
 
 

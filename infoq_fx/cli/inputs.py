@@ -28,6 +28,8 @@ __all__ = [
     "read_samples",
 ]
 
+_FREEDOM = {"uniform": 0, "mirrored": 1, "codebook": 2}  # which levels hold those of which
+
 DEFAULT_BITS, DEFAULT_ACTIVATION_BITS = "2,3,4,5,6,7,8", "8"
 
 
@@ -74,24 +76,29 @@ def prepare_model(options: dict[str, Any], samples: Any, budget: Budget | None =
 
 
 def _choose_levels(options: dict[str, Any]) -> Any:
-    """What --levels says; by default uniform where the target or what is limited or minimized needs it."""
-    needs_uniform = options.get("target") == "qonnx" or options.get("minimize") == "bitops" or options.get("bitops")
-    return "uniform" if options["levels"] == "auto" and needs_uniform else options["levels"]
+    """What --levels says; by default what the target, or what is limited or minimized, needs."""
+    from infoq_fx.quantization.codebooks import choose_levels
+
+    if options["levels"] == "auto" and options.get("target") == "qonnx":
+        return "uniform"
+    counts_bitops = options.get("minimize") == "bitops" or options.get("bitops") is not None
+    return choose_levels(options["levels"], counts_bitops=counts_bitops)
 
 
 def take_levels(options: dict[str, Any], inventory: Inventory) -> None:
     """Set the levels of weights to those that scores were measured with if the command line gives none.
 
     Raises:
-        OptionError: they are codebooks, and the budget or the target needs uniform ones.
+        OptionError: the budget or the target needs others.
     """
     if options["levels"] != "auto":
         return
-    found = "codebook" if any(site.has_codebook for site in inventory.sites) else "uniform"
-    if found == "codebook" and _choose_levels(options) == "uniform":
+    found, needed = inventory.levels, _choose_levels(options)
+    if _FREEDOM[found] > _FREEDOM[needed]:
         raise OptionError(
-            "the scores are for weights with codebooks, and BitOps and --target qonnx need uniform levels; leave out "
-            "--scores, or give those of a run with --levels uniform"
+            f"the scores are for weights with --levels {found}, and "
+            f"{'--target qonnx needs' if needed == 'uniform' else 'BitOps need'} {needed} ones; leave out --scores, or "
+            f"give those of a run with --levels {needed}"
         )
     options["levels"] = found
 
@@ -133,9 +140,10 @@ def check_same_sites(prepared: PreparedModel, inventory: Inventory, source: Path
         if name not in theirs or name not in mine:
             where = "not in the scores" if name in mine else "not in the model"
             raise OptionError(f"site {name!r} is {where}; {advice}")
-        if mine[name].has_codebook != theirs[name].has_codebook:
-            levels = ["codebook" if held[name].has_codebook else "uniform" for held in (theirs, mine)]
-            raise OptionError(f"the scores are for --levels {levels[0]}, here it is {levels[1]}; {advice}")
+        if mine[name].levels != theirs[name].levels:
+            raise OptionError(
+                f"the scores are for --levels {theirs[name].levels}, here it is {mine[name].levels}; {advice}"
+            )
         if mine[name] != theirs[name]:
             raise OptionError(
                 f"site {name!r} is {mine[name].kind} {mine[name].shape} with candidates {mine[name].bits} here, and "

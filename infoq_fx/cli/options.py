@@ -181,8 +181,9 @@ Tie = Annotated[
 LevelsOption = Annotated[
     str,
     typer.Option(
-        help="The integers of weights: uniform (all of a bit-width), codebook (levels chosen for each weight), or "
-        "auto: codebook, but uniform for --bitops and --target qonnx.",
+        help="The integers of weights: uniform (all of a bit-width), mirrored (these or their negatives in each "
+        "channel), codebook (levels chosen for each weight), or auto: codebook, but mirrored for --bitops and uniform "
+        "for --target qonnx.",
         rich_help_panel=_SEARCH,
     ),
 ]

@@ -187,7 +187,7 @@ def quantize(
         take_bits(options, table.inventory)
         take_levels(options, table.inventory)
     elif fixed is not None and fixed.budget is not None and fixed.budget.bitops is not None and levels == "auto":
-        options["levels"] = "uniform"
+        options["levels"] = "uniform" if target == "qonnx" else "mirrored"
     read = read_samples(options)
     data, judged = _divide(options, read, tolerance)
     if table is not None and tolerance is not None and validation_data is None and not table.settings.get(_HELD_BACK):

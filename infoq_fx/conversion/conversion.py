@@ -77,11 +77,11 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
 def warn_of_codebooks(prepared: PreparedModel, allocation: Allocation, *, stacklevel: int) -> None:
     """Warn if an allocation was found for BitOps and weights have codebooks, for which BitOps say nothing."""
     counts_bitops = allocation.budget is not None and allocation.budget.bitops is not None
-    weights = [site for site in prepared.inventory.sites if site.has_codebook]
+    weights = [site for site in prepared.inventory.sites if site.levels == "codebook"]
     if counts_bitops and any(allocation.bits[site.name] <= CODEBOOK_BITS for site in weights):
         warnings.warn(
             "the budget of this allocation limits BitOps, and weights have codebooks of levels, which hardware that "
-            "multiplies integers of few bits cannot take: prepare with levels='uniform', and score again",
+            "multiplies integers of few bits cannot take: prepare with levels='mirrored', and score again",
             UserWarning,
             stacklevel=stacklevel,
         )

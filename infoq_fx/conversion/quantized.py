@@ -28,7 +28,7 @@ __all__ = [
     "Provenance",
     "QuantizedModule",
     "allocation_of",
-    "find_codebooks",
+    "find_wide_weights",
     "plain_graph",
     "provenance_of",
     "summarize",
@@ -173,15 +173,19 @@ def summarize(
     return summarize_allocation(allocation, known, () if provenance is None else provenance.output_notes, file)
 
 
-def find_codebooks(quantized: nn.Module) -> list[str]:
-    """Return the sites of the weights whose integers are levels of a codebook, beyond those of their bit-width."""
+def find_wide_weights(quantized: nn.Module) -> list[str]:
+    """Return the sites of the weights whose integers are not all within their bit-width.
+
+    They are levels of a codebook, or those of a channel with a negative scale are the negatives.
+    """
     if not isinstance(quantized, fx.GraphModule):
         return []
     found = []
     for node in quantized.graph.nodes:
         if node.target is dequantize_op and node.args[3] <= CODEBOOK_BITS:
-            integers = read_tensor(quantized, node.args[0])
-            found += [] if read_codebook(integers, node.args[3]) is None else [str(node.args[4])]
+            integers, scale = (read_tensor(quantized, operand) for operand in node.args[:2])
+            is_wide = bool((scale < 0).any()) or read_codebook(integers, node.args[3]) is not None
+            found += [str(node.args[4])] if is_wide else []
     return found
 
 

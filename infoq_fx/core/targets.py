@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_TARGET",
     "IR_VERSION",
     "LEVELS_BYTES",
+    "MIRROR_BYTES",
     "NODE_BYTES",
     "OPSET_VERSION",
     "TARGETS",
@@ -31,6 +32,8 @@ NODE_BYTES = 40
 """Bytes of those of one weight."""
 LEVELS_BYTES = 60
 """Bytes of those of its codebook, without the levels."""
+MIRROR_BYTES = 55
+"""Bytes of those of its mirrored channels, without a bit for each channel."""
 
 
 @dataclass(frozen=True)

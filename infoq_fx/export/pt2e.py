@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from infoq_fx.conversion.quantized import QuantizedModule, allocation_of, find_codebooks
+from infoq_fx.conversion.quantized import QuantizedModule, allocation_of, find_wide_weights
 from infoq_fx.errors import MissingExtraError, OptionError, UnsupportedModelError, nearest_names
 from infoq_fx.graph.clamps import CLAMPS, read_bounds, set_bounds
 from infoq_fx.graph.layer_forms.building import arguments_of
@@ -24,6 +24,7 @@ from infoq_fx.graph.sites import find_sites
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.quantizers import spec_of
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import FLOAT16_BITS, MAX_BITS, Allocation, check_bits
 
 _TORCH_LOG = logging.getLogger("torch.utils._pytree")
@@ -69,8 +70,8 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
     Weights are int8 within the range of their bits (at 4 bits from -8 to 7), symmetric per output channel, with the
     scales of least squared error, as elsewhere in this package. Activations are affine per tensor, observed by a
     histogram. Biases, and layers that the allocation does not contain, stay in float. Weights of a quantized module
-    with codebooks are declared to have 8 bits, which hold their levels, and a warning says so: kernels of fewer bits
-    need ``quantize(..., levels="uniform")``.
+    with codebooks or mirrored ranges are declared to have 8 bits, which hold them, and a warning says so: kernels of
+    fewer bits need ``quantize(..., levels="uniform")``.
 
     Args:
         source: bit-widths by site name; or a quantized module, whose weights (recovered ones included), biases and
@@ -102,11 +103,11 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
             raise OptionError(f"activation_dtype is {activation_dtype}; give torch.int8 or torch.uint8")
         self.allocation = source if isinstance(source, Allocation) else allocation_of(source)
         self._known = _Known({}, {}, ()) if isinstance(source, Allocation) else _read_quantized(source)
-        if self._known.codebooks:
+        if self._known.wide_weights:
             logging.getLogger(__name__).warning(
-                "%d weights have codebooks and are declared to have 8 bits; for kernels of fewer bits quantize with "
-                'levels="uniform"',
-                len(self._known.codebooks),
+                "%d weights have codebooks or mirrored ranges and are declared to have 8 bits; for kernels of fewer "
+                'bits quantize with levels="uniform"',
+                len(self._known.wide_weights),
             )
         for name, option in (("output_bits", output_bits), ("convolution_bits", convolution_bits)):
             if option is not None:
@@ -178,12 +179,12 @@ class InfoqQuantizer(Quantizer):  # type: ignore[misc]  # torchao carries no typ
         site = placement.site
         spec = declared = spec_of(site, self.allocation.bits[site.name])
         layer = self._known.layers.get(site.name)
-        if site.name in self._known.codebooks:  # levels of up to 63 in size
+        if site.name in self._known.wide_weights:
             spec = declared = replace(spec, bits=MAX_BITS)
         weight = read_tensor(model, placement.node)
-        qparams = numerics.choose_weight_qparams(weight, spec)
+        qparams = choose_weight_qparams(weight, spec)
         if layer is not None:
-            qparams = replace(qparams, scale=layer.scale)
+            qparams = replace(qparams, scale=layer.scale.abs())
         op = LAYER_OPS.get(placement.users[0].target)
         if self._convolution_bits is not None and op is not None and op.is_convolution:
             declared = replace(spec, bits=max(spec.bits, self._convolution_bits))
@@ -254,7 +255,7 @@ class _Layer:
 class _Known:
     """Layers by weight site, (scale, zero point) of unsigned activations by site, bounds of clamps in graph order.
 
-    ``codebooks`` are the sites of weights with one.
+    ``wide_weights`` are the sites of weights that need 8 bits.
 
     The weights contain factors from scale equalization, which the bounds of clamps between them must include.
     """
@@ -262,7 +263,7 @@ class _Known:
     layers: Mapping[str, _Layer]
     activations: Mapping[str, tuple[float, int]]
     bounds: Sequence[tuple[Any, Any]]
-    codebooks: Sequence[str] = ()
+    wide_weights: Sequence[str] = ()
 
 
 def _read_quantized(quantized: QuantizedModule) -> _Known:
@@ -279,7 +280,7 @@ def _read_quantized(quantized: QuantizedModule) -> _Known:
                     None if op is None else _bias(quantized, op.bias_of(node)),
                 )
     bounds = [read_bounds(node) for node in quantized.graph.nodes if node.target in CLAMPS]
-    return _Known(layers, activations, bounds, find_codebooks(quantized))
+    return _Known(layers, activations, bounds, find_wide_weights(quantized))
 
 
 def _weights_of(node: fx.Node) -> list[Any]:

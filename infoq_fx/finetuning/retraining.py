@@ -21,8 +21,9 @@ from infoq_fx.graph.program.graph_interpreter import GraphInterpreter
 from infoq_fx.quantization.codebooks import bias_multiple, read_codebook
 from infoq_fx.quantization.custom_ops import dequantize_op, quantize_dequantize_op
 from infoq_fx.quantization.histogram import range_bits, scale_significant_bits, significant_bits_of
-from infoq_fx.quantization.numerics import choose_weight_qparams, quantize
+from infoq_fx.quantization.numerics import quantize
 from infoq_fx.quantization.quantizers import spec_of
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import FLOAT16_BITS, FLOAT_BITS, QParams, QuantSite
 
 __all__ = ["BiasQuantizer", "TrainableModule", "to_quantized", "to_trainable"]

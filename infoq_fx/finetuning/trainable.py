@@ -19,7 +19,7 @@ from infoq_fx.core.jit import jit
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.graph.layers import LAYER_OPS, RECURRENT_OPS, read_tensor
 from infoq_fx.quantization.codebooks import find_places
-from infoq_fx.quantization.numerics import flat_view
+from infoq_fx.quantization.numerics import flat_view, keep_size
 from infoq_fx.quantization.pointwise import fake_quantize_flat
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
@@ -45,7 +45,7 @@ class LearnedStepQuantizer(nn.Module):
     The step size ``scale`` is the only parameter, per channel or per tensor as in the qparams; the zero point is fixed.
     Its gradient is divided by sqrt(N * Q_P), with N the number of values that share a step size (of one sample, for an
     activation) and Q_P the number of levels above zero. The input's gradient passes straight through inside the range.
-    A step size is never used below 1/1024 of its initial value, so that it stays positive and can grow again.
+    A step size is never used below 1/1024 of its initial value, so that it keeps its sign and can grow again.
 
     The levels of a codebook are a second parameter, ``levels [n]``, in units of ``level_unit``; they are used rounded
     to integers. The gradient of a level is that of all values rounded to it, divided like that of the step size. The
@@ -120,8 +120,8 @@ class LearnedStepQuantizer(nn.Module):
 
 
 def usable_step(scale: Tensor, smallest: Tensor, significant_bits: int | None) -> Tensor:
-    """Return a learned step size as it is used: at least ``smallest``, rounded to ``significant_bits``."""
-    step = torch.maximum(scale, smallest).float()
+    """Return a learned step size as it is used: at least ``smallest`` in size, rounded to ``significant_bits``."""
+    step = keep_size(scale, smallest).float()
     if significant_bits is None:
         return step
     # As numerics.shorten_scale, but on the bits of the float, with half as many operations.

@@ -130,14 +130,14 @@ def list_learned(student: TrainableModule, learning_rate: float) -> list[Learned
         value = parameter.detach()
         unit = value.square().mean().sqrt()
         if id(parameter) in steps:
-            unit = _RATE_OF_STEPS * value.clone()
+            unit = _RATE_OF_STEPS * value.abs()
         elif id(parameter) in levels:
             unit = torch.full_like(unit, _RATE_OF_STEPS)
         elif name in of_weights:
             quantizer = of_weights[name]
             shape = [1] * value.ndim
             shape[quantizer.spec.channel_axis or 0] = -1
-            unit = torch.minimum((quantizer.level_unit * quantizer.qparams().scale).reshape(shape), unit)
+            unit = torch.minimum((quantizer.level_unit * quantizer.qparams().scale.abs()).reshape(shape), unit)
         else:
             unit = _RATE_OF_BIASES * unit.clamp_min(_SMALLEST_UNIT)
         is_step = id(parameter) in steps or id(parameter) in levels

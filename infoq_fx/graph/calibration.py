@@ -35,9 +35,9 @@ from infoq_fx.quantization.histogram import (
     scale_significant_bits,
     significant_bits_of,
 )
-from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, MAX_BITS, QParams
 
 __all__ = [

@@ -24,7 +24,7 @@ from infoq_fx.graph.operands import (
     make_unique,
     record_sample_shapes,
 )
-from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Inventory, QuantSite
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Inventory, QuantSite, WeightLevels
 
 __all__ = ["SitePlan", "find_sites", "warn_of_float_weights"]
 
@@ -55,7 +55,7 @@ def find_sites(
     ignore: Sequence[str] = (),
     pin: Mapping[str, int] | None = None,
     tie: Sequence[Sequence[str]] = (),
-    has_codebooks: bool = False,
+    levels: WeightLevels = "uniform",
 ) -> SitePlan:
     """Find the sites of a graph in normal form.
 
@@ -74,7 +74,7 @@ def find_sites(
         pin: fixed bit-widths by glob pattern on module paths (their weights) or site names.
         tie: groups of glob patterns on module paths of layers whose weights get one bit-width; there is one tie for
             each parent module that a group has matches in.
-        has_codebooks: weights of few bits have codebooks of levels.
+        levels: the integers that weights of few bits may have.
 
     Raises:
         UnsupportedModelError: there is nothing to quantize, or a weight is not finite.
@@ -94,9 +94,7 @@ def find_sites(
             "no layer to quantize is left: every layer with weights is ignored; take some out of ignore"
         )
     placements = _place_layers(graph_module, layers, shapes, bits, activation_bits)
-    if has_codebooks:
-        of_weights = [(p, p.site.kind == "weight") for p in placements]
-        placements = [replace(p, site=replace(p.site, has_codebook=is_weight)) for p, is_weight in of_weights]
+    placements = [replace(p, site=replace(p.site, levels=levels)) if p.site.kind == "weight" else p for p in placements]
     placements = _apply_pins(placements, layers, pin or {})
     with_weights = _module_paths(filter(_weights_of, all_layers))
     _check_patterns("tie", [pattern for group in tie for pattern in group], with_weights)

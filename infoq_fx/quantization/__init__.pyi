@@ -17,9 +17,6 @@ from .histogram import (
     choose_activation_qparams as choose_activation_qparams,
 )
 from .numerics import (
-    choose_weight_qparams as choose_weight_qparams,
-)
-from .numerics import (
     dequantize as dequantize,
 )
 from .numerics import (
@@ -34,4 +31,7 @@ from .quantizers import (
 )
 from .quantizers import (
     Quantizer as Quantizer,
+)
+from .weight_qparams import (
+    choose_weight_qparams as choose_weight_qparams,
 )

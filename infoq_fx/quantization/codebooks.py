@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from infoq_fx.core.jit import jit
 from infoq_fx.errors import OptionError
-from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, Budget, QParams
+from infoq_fx.types import CODEBOOK_BITS, LARGEST_LEVEL, QParams, WeightLevels
 
 __all__ = [
     "CODEBOOK_VERSION",
@@ -36,34 +36,37 @@ __all__ = [
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Integers: TypeAlias = NDArray[np.integer[Any]]
-Levels: TypeAlias = Literal["auto", "uniform", "codebook"]
-"""The integers that weights may have: ``"uniform"`` for all of a bit-width, or ``"codebook"``."""
+Levels: TypeAlias = Literal["auto", "uniform", "mirrored", "codebook"]
+"""How the integers that weights may have are chosen: :data:`infoq_fx.types.WeightLevels`, or by the budget."""
 
-CODEBOOK_VERSION = 1
+CODEBOOK_VERSION = 2
 """Raised when the same weight gets other levels; part of the keys of caches."""
 
 _HALVES = 2 * 128  # the table of nearest levels has an entry for every half integer from -128 to 127.5
 _SAMPLED = 1 << 15  # values that the levels are fitted to
 _ITERATIONS = 12
-_FACTORS = np.exp2(np.linspace(-0.4, 0.4, 9)).astype(np.float32)  # of a channel's scale, tried in each iteration
+_SIZES = np.exp2(np.linspace(-0.4, 0.4, 9)).astype(np.float32)
+_FACTORS = np.concatenate([_SIZES, -_SIZES])  # of a channel's scale, tried in each iteration
 _UNIFORM_SHARE = 0.5  # of equal steps in the first levels; the rest are quantiles
 _LEAST_IN_ROW = 16  # values of a row among them
 _LEAST_WEIGHT = 1e-300
 _TAIL = 0.002  # share of the values beyond the first levels, on each side
 
 
-def choose_levels(levels: Any, budget: object) -> bool:
-    """Return whether weights have codebooks: an option, or for ``"auto"`` unless the budget limits BitOps.
+def choose_levels(levels: Any, *, counts_bitops: bool) -> WeightLevels:
+    """Return the levels of weights: those asked for; for ``"auto"`` a codebook unless the budget counts BitOps.
 
-    Hardware that multiplies integers of b bits, which BitOps count, needs uniform levels.
+    Hardware that multiplies integers of b bits, which BitOps count, needs equal steps: ``"mirrored"``.
 
     Raises:
         OptionError: the option is unknown.
     """
-    if levels not in ("auto", "uniform", "codebook"):
-        raise OptionError(f"levels={levels!r}; give 'auto', 'uniform' or 'codebook'")
-    counts_bitops = isinstance(budget, Budget) and budget.bitops is not None
-    return bool(levels == "codebook" or (levels == "auto" and not counts_bitops))
+    if levels == "auto":
+        return "mirrored" if counts_bitops else "codebook"
+    if levels not in get_args(WeightLevels):
+        raise OptionError(f"levels={levels!r}; give 'auto', {', '.join(map(repr, get_args(WeightLevels)))}")
+    found: WeightLevels = levels
+    return found
 
 
 def find_levels(qparams: QParams) -> torch.Tensor:
@@ -150,7 +153,7 @@ def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple
 
     Lloyd's algorithm: every value goes to its nearest level, every level moves to the mean of its values (in units of
     their row's scale, weighted by its square) and is rounded to an integer, and every row takes the best of nine scales
-    around its own. At most about 32,768 values spread over the weight are used.
+    around its own, of either sign. At most about 32,768 values spread over the weight are used.
 
     Args:
         rows: float32 ``[channels, values]``, finite; no row is all zeros.
@@ -158,11 +161,11 @@ def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple
         has_zero: one of the levels is 0.
 
     Returns:
-        Levels, int8 ``[2**bits]``, ascending, the largest of size 63; and scales, float32 ``[channels]``, positive.
+        Levels, int8 ``[2**bits]``, ascending, the largest of size 63; and scales, float32 ``[channels]``, not 0.
 
     Reference:
         Lloyd, "Least squares quantization in PCM", 1982; Zhang et al., "LQ-Nets", arXiv 1807.10029, for levels that
-        are learned per layer. Integer levels and scales per channel are additions.
+        are learned per layer. Integer levels, and scales per channel with a sign, are additions.
     """
     sampled = _sample(rows)
     sampled = sampled if sampled.any() else rows  # the few values of a sparse weight
@@ -231,7 +234,7 @@ def sum_by_level(rows: Floats, scales: Floats, places: Integers, sums: Floats, w
 
     Args:
         rows: ``[rows, values]``.
-        scales: ``[rows]``, positive.
+        scales: ``[rows]``, not 0.
         places: of the nearest level to every interval of half an integer, as in :func:`table_of_levels`.
         sums: output, float64 ``[levels]``.
         weights: output, float64 ``[levels]``.
@@ -247,11 +250,11 @@ def sum_by_level(rows: Floats, scales: Floats, places: Integers, sums: Floats, w
 
 @partial(jit, fastmath={"reassoc"})  # lets the compiler vectorize the sum
 def sum_level_errors(rows: Floats, scales: Floats, table: Floats, errors: Floats) -> None:
-    """Write the squared error of every row at each of its scales, which are all positive, into ``errors``.
+    """Write the squared error of every row at each of its scales into ``errors``.
 
     Args:
         rows: ``[rows, values]``.
-        scales: ``[rows, scales]``.
+        scales: ``[rows, scales]``, not 0.
         table: of :func:`table_of_levels`.
         errors: output, float64, shaped like ``scales``.
     """

@@ -126,11 +126,11 @@ def quantize_sum(
 
 @partial(jit, fastmath={"reassoc"})  # lets the compiler vectorize the sum
 def sum_rounding_errors(rows: Floats, scales: Floats, low: Number, high: Number, errors: Floats) -> None:
-    """Write the squared error of every row at each of its scales, which are all positive, into ``errors``.
+    """Write the squared error of every row at each of its scales into ``errors``.
 
     Args:
         rows: ``[rows, values]``.
-        scales: ``[rows, scales]``.
+        scales: ``[rows, scales]``, not 0.
         low: smallest integer.
         high: largest integer.
         errors: output, float64, shaped like ``scales``.

@@ -84,6 +84,12 @@ class Observe(nn.Module):
 def spec_of(site: QuantSite, bits: int) -> QuantSpec:
     """Return how a site is quantized at a bit-width: weights symmetric per channel, activations affine per tensor."""
     is_weight = site.kind == "weight"
-    has_codebook = is_weight and site.has_codebook and bits <= CODEBOOK_BITS
+    levels = site.levels if is_weight and bits <= CODEBOOK_BITS else "uniform"
     axis = site.channel_axis if is_weight else None
-    return QuantSpec(bits=bits, symmetric=is_weight, channel_axis=axis, has_codebook=has_codebook)
+    return QuantSpec(
+        bits=bits,
+        symmetric=is_weight,
+        channel_axis=axis,
+        has_codebook=levels == "codebook",
+        has_signs=levels == "mirrored",
+    )

@@ -50,7 +50,7 @@ def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[
             is_zero = find_zero_channels(read_tensor(prepared.graph_module, layer.weight), weight.spec.channel_axis)
             unit = fit_weight_scale(weight.scale, [(bias, input_scale)], is_zero) * input_scale
             unit = unit * bias_multiple(weight.levels, weight.spec.bits)
-            bias = torch.where(unit > 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
+            bias = torch.where(unit != 0, torch.round(bias.double() / unit.double()).float() * unit, bias)
     set_parameter(prepared, layer.bias, bias)
 
 

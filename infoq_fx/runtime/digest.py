@@ -52,7 +52,8 @@ def digest_run(
             parts += [name, tensor]
     for quantizer in quantizers:
         name = quantizer.site.name
-        parts.append(f"codebook {CODEBOOK_VERSION}" if quantizer.site.has_codebook else "uniform")
+        levels = quantizer.site.levels
+        parts.append("uniform" if levels == "uniform" else f"{levels} {CODEBOOK_VERSION}")
         parts += [f"follows {quantizer.site.follows}"] if quantizer.site.follows else []
         base = quantizer.site.baseline_bits
         for width in [base, *([] if bits is None else [bits.get(name, base)])]:

@@ -11,10 +11,22 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.types import Measurement, Plain, QuantSite, Score
 
-__all__ = ["Criterion", "Kind", "KnownValues", "Measure", "Scores"]
+__all__ = ["Criterion", "Kind", "KnownValues", "Measure", "Observer", "Scores"]
 
 Kind = Literal["weight", "activation"]
 Scores = Mapping[str, Mapping[int, Score]]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A tensor at which sliced mutual information (SMI) is measured.
+
+    ``name`` is a module path (its output), a site (its tensor) or ``"output"`` (the first output of the model).
+    ``measure`` is ``"input"`` for SMI(X_E; L) or ``"task"`` for SMI(L; Y).
+    """
+
+    name: str
+    measure: Literal["input", "task"]
 
 
 class Measure(Protocol):

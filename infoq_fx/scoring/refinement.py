@@ -99,10 +99,7 @@ def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
     Raises:
         OptionError: they are for others.
     """
-    held, scored = (
-        "codebook" if any(site.has_codebook for site in sites) else "uniform"
-        for sites in (prepared.inventory.sites, table.inventory.sites)
-    )
+    held, scored = prepared.inventory.levels, table.inventory.levels
     if held != scored:
         raise OptionError(
             f"the scores are for weights with levels {scored!r}, the model was prepared with {held!r}; prepare it with "

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import infoq_fx
-from infoq_fx.quantization.numerics import choose_weight_qparams, fake_quantize
+from infoq_fx.quantization.numerics import fake_quantize
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import QuantSpec
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,10 +1,11 @@
-"""Weights with codebooks on every way that a quantized module takes."""
+"""Weights with codebooks or mirrored ranges on every way that a quantized module takes."""
 
 import importlib.util
 import itertools
 import math
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -13,7 +14,7 @@ from networks import ResidualNet, randomise_norms
 import infoq_fx
 from infoq_fx.allocation.cost import weight_bytes
 from infoq_fx.cli.inputs import _choose_levels, take_levels
-from infoq_fx.conversion.quantized import find_codebooks
+from infoq_fx.conversion.quantized import find_wide_weights
 from infoq_fx.types import Allocation, QuantSite
 
 IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -31,9 +32,9 @@ def allocate(prepared, widths):
     return Allocation(bits={**{site.name: 8 for site in prepared.inventory.sites}, **bits})
 
 
-@pytest.fixture(scope="module")
-def quantized(model):
-    prepared = infoq_fx.prepare(model, IMAGES)
+@pytest.fixture(scope="module", params=["codebook", "mirrored"])
+def quantized(request, model):
+    prepared = infoq_fx.prepare(model, IMAGES, levels=request.param)
     allocation = allocate(prepared, (2, 4, 6, 3, 7))
     return infoq_fx.convert(infoq_fx.recover(prepared, allocation, IMAGES, progress=False), allocation)
 
@@ -47,10 +48,30 @@ def test_every_weight_has_as_many_levels_as_its_bits_allow(quantized):
     for q, bits in integers_of(quantized).values():
         assert q.dtype == torch.int8
         assert len(q.unique()) <= 1 << bits
-    with_codebooks = set(find_codebooks(quantized))
-    assert with_codebooks
-    assert not any(bits > 6 for name, (_, bits) in integers_of(quantized).items() if name in with_codebooks)
-    assert "weights have a codebook of integer levels" in infoq_fx.summarize(quantized)
+    wide = set(find_wide_weights(quantized))
+    assert wide
+    assert not any(bits > 6 for name, (_, bits) in integers_of(quantized).items() if name in wide)
+    scales = [x for name, x in quantized.named_buffers() if name.endswith("weight_scale")]
+    assert any(bool((scale < 0).any()) for scale in scales)
+
+
+def test_the_summary_counts_codebooks(model):
+    for levels, is_told in (("codebook", True), ("mirrored", False)):
+        prepared = infoq_fx.prepare(model, IMAGES, levels=levels)
+        told = infoq_fx.summarize(infoq_fx.convert(prepared, allocate(prepared, (3,))))
+        assert ("weights have a codebook of integer levels" in str(told)) == is_told
+
+
+def test_files_have_positive_scales_and_as_few_bits(quantized, tmp_path):
+    plain = infoq_fx.export_onnx(quantized, tmp_path / "plain.onnx", container="int8")
+    held = {x.name: onnx.numpy_helper.to_array(x) for x in onnx.load(plain).graph.initializer}
+    assert all((held[name] > 0).all() for name in held if name.endswith("_scale"))
+    packed = infoq_fx.export_onnx(quantized, tmp_path / "packed.onnx")
+    stored = sum(x.numel() * bits for x, bits in integers_of(quantized).values()) / 8
+    codes = [x for x in onnx.load(packed).graph.initializer if x.data_type == onnx.TensorProto.UINT8]
+    channels = sum(len(x) for x, _ in integers_of(quantized).values())
+    # The bits of the weights, a bit and a scale of a byte for each channel, and padding.
+    assert sum(onnx.numpy_helper.to_array(x).nbytes for x in codes) <= stored + 1.125 * channels + 100
 
 
 @pytest.mark.parametrize("container", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
@@ -75,7 +96,7 @@ def test_files_and_compilers_keep_them(quantized, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(IMAGES), quantized(IMAGES))
         assert torch.equal(exported(IMAGES), quantized(IMAGES))
-    assert find_codebooks(again) == find_codebooks(quantized)
+    assert find_wide_weights(again) == find_wide_weights(quantized)
 
 
 def test_qonnx_refuses_them(quantized, model, tmp_path):
@@ -96,12 +117,41 @@ def test_pt2e_takes_them_over(quantized, model):
     assert 10 * math.log10(float(expected.square().sum() / (found - expected).square().sum())) > 30
 
 
+def test_a_trainable_copy_computes_the_same_and_keeps_signs(quantized):
+    trainable = infoq_fx.to_trainable(quantized)
+    with torch.no_grad():
+        torch.testing.assert_close(trainable(IMAGES), quantized(IMAGES), rtol=1e-5, atol=1e-5)
+    optimizer = torch.optim.Adam(trainable.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trainable(IMAGES).square().mean().backward()
+        optimizer.step()
+    trained = infoq_fx.to_quantized(trainable)
+    before, after = ({n: x for n, x in m.named_buffers() if n.endswith("weight_scale")} for m in (quantized, trained))
+    assert all(torch.equal(before[name].sign(), after[name].sign()) for name in before)
+    with torch.no_grad():
+        torch.testing.assert_close(trainable(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recovery", ["fast", "best"])
+def test_recovery_takes_mirrored_ranges(model, recovery):
+    found = {}
+    for levels in ("uniform", "mirrored"):
+        prepared = infoq_fx.prepare(model, IMAGES, levels=levels)
+        allocation = allocate(prepared, (2, 3))
+        recovered = infoq_fx.recover(prepared, allocation, IMAGES, recovery, progress=False)
+        with torch.no_grad():
+            found[levels] = float((infoq_fx.convert(recovered, allocation)(IMAGES) - model(IMAGES)).square().mean())
+    assert found["mirrored"] < found["uniform"]
+
+
 @pytest.mark.slow
 def test_finetuning_moves_the_levels(model):
     prepared = infoq_fx.prepare(model, IMAGES)
     plain = infoq_fx.convert(prepared, allocate(prepared, (2,)))
     images = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(6))
-    tuned = infoq_fx.finetune(plain, images, epochs=5, learning_rate=0.1, progress=False)
+    tuned = infoq_fx.finetune(plain, images, teacher=prepared, epochs=5, learning_rate=0.03, progress=False)
     before, after = integers_of(plain), integers_of(tuned)
     assert all(len(q.unique()) <= 1 << bits for q, bits in after.values())
     moved = [name for name in before if before[name][0].unique().tolist() != after[name][0].unique().tolist()]
@@ -112,7 +162,7 @@ def test_finetuning_moves_the_levels(model):
 def test_budgets_of_bitops_take_equal_steps(model):
     budget = infoq_fx.Budget(bitops=3e6)
     prepared = infoq_fx.prepare(model, IMAGES, budget=budget)
-    assert not any(site.has_codebook for site in prepared.inventory.sites)
+    assert prepared.inventory.levels == "mirrored"
     prepared = infoq_fx.prepare(model, IMAGES)
     table = infoq_fx.score(prepared, IMAGES, criterion="weight_mse", progress=False)
     allocation = infoq_fx.allocate(table, budget)
@@ -138,25 +188,33 @@ def test_the_command_line_takes_the_levels_of_scores(model):
     take_levels(options, inventory)
     assert options["levels"] == "codebook"
     take_levels(options | {"levels": "uniform"}, inventory)  # asked for: the check of sites refuses it
-    for needs_uniform in ({"bitops": 1e6}, {"target": "qonnx"}, {"minimize": "bitops"}):
-        with pytest.raises(infoq_fx.OptionError, match="--levels uniform"):
-            take_levels({"levels": "auto", **needs_uniform}, inventory)
+    for needs, levels in (
+        ({"bitops": 1e6}, "mirrored"),
+        ({"target": "qonnx"}, "uniform"),
+        ({"minimize": "bitops"}, "mirrored"),
+    ):
+        with pytest.raises(infoq_fx.OptionError, match=f"--levels {levels}"):
+            take_levels({"levels": "auto", **needs}, inventory)
 
 
-def test_a_codebook_costs_a_byte_a_level():
-    plain, learned = (QuantSite("w", "weight", (4, 100), (3,), 0, has_codebook=has) for has in (False, True))
-    assert weight_bytes(learned, 3) == weight_bytes(plain, 3) + 8
-    assert weight_bytes(learned, 7) == weight_bytes(plain, 7)
-    small = QuantSite("w", "weight", (4, 20), (3,), 0, has_codebook=True)
+def test_codebooks_cost_two_bytes_a_level_and_mirrors_a_bit_a_channel():
+    plain, mirrored, learned = (
+        QuantSite("w", "weight", (12, 100), (3,), 0, levels=levels) for levels in ("uniform", "mirrored", "codebook")
+    )
+    assert weight_bytes(mirrored, 3) == weight_bytes(plain, 3) + 2
+    assert weight_bytes(learned, 3) == weight_bytes(plain, 3) + 2 + 16
+    assert weight_bytes(learned, 7) == weight_bytes(mirrored, 7) == weight_bytes(plain, 7)
+    small = QuantSite("w", "weight", (4, 20), (3,), 0, levels="codebook")
     assert weight_bytes(small, 3) == weight_bytes(small, 8)  # packing and levels would take more than they save
 
 
 @pytest.mark.parametrize(
     ("options", "levels"),
     [
-        ({}, "auto"),
+        ({}, "codebook"),
         ({"target": "qonnx"}, "uniform"),
-        ({"minimize": "bitops"}, "uniform"),
+        ({"minimize": "bitops"}, "mirrored"),
+        ({"bitops": 1e6, "target": "qonnx"}, "uniform"),
         ({"target": "qonnx", "levels": "codebook"}, "codebook"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import nn
 import infoq_fx
 from infoq_fx.graph.float_interpreter import read_weight
 from infoq_fx.quantization import numerics
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import Allocation, QuantSpec
 
 pytest.importorskip("torchao", reason="the extra infoq-fx[torchao] is not installed")
@@ -96,7 +97,7 @@ def test_an_allocation_gives_the_integers_of_least_error(case):
     specs = {name: QuantSpec(bits=b, symmetric=True, channel_axis=0) for name, b in allocation.bits.items()}
     folded = infoq_fx.prepare(model, activation_bits=None, example_inputs=IMAGES[:2])  # nothing moves into its weights
     weights = {m.site.name: read_weight(folded, node) for node, m in folded.quantizer_nodes()}
-    chosen = {name: numerics.choose_weight_qparams(x, specs[name]) for name, x in weights.items()}
+    chosen = {name: choose_weight_qparams(x, specs[name]) for name, x in weights.items()}
     ours = {tuple(numerics.quantize(x, chosen[name]).flatten().tolist()) for name, x in weights.items()}
     assert held == ours
     # Activations are observed by torchao: the same bits, other ranges.

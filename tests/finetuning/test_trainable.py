@@ -14,6 +14,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.finetuning.trainable import LearnedStepQuantizer, float_copy, trainable_copy, weights_by_site
 from infoq_fx.quantization import numerics
 from infoq_fx.quantization.quantizers import Observe, Quantizer
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import QParams, QuantSite, QuantSpec
 
 IMAGES = torch.randn(48, 1, 8, 8)
@@ -169,7 +170,7 @@ def step_gradient(v, s, low, high):
 def test_step_gradients_of_a_weight_are_the_papers(bits):
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(bits))
     spec = QuantSpec(bits=bits, symmetric=True, channel_axis=0)
-    qparams = numerics.choose_weight_qparams(weight, spec)
+    qparams = choose_weight_qparams(weight, spec)
     module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (bits,), 0), qparams)
     x = weight.clone().requires_grad_()
     y = module(x)
@@ -191,8 +192,8 @@ def test_gradients_of_a_codebook_are_those_of_its_values():
     generator = torch.Generator().manual_seed(0)
     weight, outer = (torch.randn(3, 40, generator=generator) for _ in range(2))
     spec = QuantSpec(bits=2, symmetric=True, channel_axis=0, has_codebook=True)
-    qparams = numerics.choose_weight_qparams(weight, spec)
-    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, has_codebook=True), qparams)
+    qparams = choose_weight_qparams(weight, spec)
+    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, levels="codebook"), qparams)
     x = weight.clone().requires_grad_()
     y = module(x)
     assert torch.equal(y, numerics.fake_quantize(weight, qparams))
@@ -213,8 +214,8 @@ def test_gradients_of_a_codebook_are_those_of_its_values():
 def test_learned_levels_are_integers_in_order():
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     spec = QuantSpec(bits=2, symmetric=True, channel_axis=0, has_codebook=True)
-    qparams = numerics.choose_weight_qparams(weight, spec)
-    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, has_codebook=True), qparams)
+    qparams = choose_weight_qparams(weight, spec)
+    module = LearnedStepQuantizer(QuantSite("w", "weight", (3, 40), (2,), 0, levels="codebook"), qparams)
     with torch.no_grad():
         module.levels.copy_(torch.tensor([3.4, -70.0, 62.6, 0.2]) / 32)
     assert module.qparams().levels.tolist() == [-63, 0, 3, 63]

@@ -77,12 +77,12 @@ def test_reaches_are_in_units_that_suit_a_parameter():
         if is_levels:
             assert float(learned.reach) == pytest.approx(0.1 * 0.05)
         elif learned.is_step:
-            torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach())
+            torch.testing.assert_close(learned.reach, 0.005 * steps[name].scale.detach().abs())
     weight = named["conv.weight"]
     quantizer = steps["quantizers.conv.weight.quantizer.scale"]
     rms = float(weight.parameter.detach().square().mean().sqrt())
     gaps = quantizer.level_unit * quantizer.qparams().scale  # about between neighbouring levels
-    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(float(s), rms) for s in gaps])
+    assert weight.reach.flatten().tolist() == pytest.approx([0.1 * min(abs(float(s)), rms) for s in gaps])
     norm = named["norm.weight"]
     assert float(norm.reach) == pytest.approx(0.03 * float(norm.parameter.detach().abs().mean()))
 

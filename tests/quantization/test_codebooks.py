@@ -14,12 +14,15 @@ from infoq_fx.quantization.codebooks import (
     nearest_levels,
     read_codebook,
 )
-from infoq_fx.quantization.numerics import choose_weight_qparams, dequantize, fake_quantize, quantize
-from infoq_fx.types import LARGEST_LEVEL, Budget, QuantSpec
+from infoq_fx.quantization.numerics import dequantize, fake_quantize, quantize
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
+from infoq_fx.types import LARGEST_LEVEL, QuantSpec
 
 
-def spec_of(bits, *, has_codebook=True, channel_axis=0):
-    return QuantSpec(bits=bits, symmetric=True, channel_axis=channel_axis, has_codebook=has_codebook)
+def spec_of(bits, *, has_codebook=True, channel_axis=0, has_signs=False):
+    return QuantSpec(
+        bits=bits, symmetric=True, channel_axis=channel_axis, has_codebook=has_codebook, has_signs=has_signs
+    )
 
 
 def squared_error(weight, spec, digits=5):
@@ -86,6 +89,34 @@ def test_a_weight_that_is_on_a_grid_stays_there(bits, has_codebook):
     assert squared_error(weight, spec_of(bits, has_codebook=has_codebook)) == 0
 
 
+@settings(deadline=None, max_examples=60)
+@given(weights(), st.integers(2, 6))
+def test_mirrored_ranges_are_never_worse_than_plain_ones(weight, bits):
+    spec = spec_of(bits, has_codebook=False, has_signs=True)
+    qparams, plain = (
+        choose_weight_qparams(weight, spec, 5),
+        choose_weight_qparams(weight, spec_of(bits, has_codebook=False), 5),
+    )
+    q = quantize(weight, qparams)
+    assert int(q.min()) >= spec.quant_min
+    assert int(q.max()) <= spec.quant_max
+    errors, others = ((fake_quantize(weight, x) - weight).double().square().sum(1) for x in (qparams, plain))
+    assert bool((errors <= others * (1 + 1e-6)).all())
+    assert bool((plain.scale > 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_a_weight_on_a_mirrored_grid_stays_there(bits):
+    generator = torch.Generator().manual_seed(bits)
+    q = torch.randint(1 - (1 << (bits - 1)), (1 << (bits - 1)) + 1, (8, 60), generator=generator)
+    q[:, 0] = 1 << (bits - 1)
+    weight = q * torch.tensor([0.5, 1, 0.25, 2, 0.75, 0.5, 3, 1])[:, None]
+    qparams = choose_weight_qparams(weight, spec_of(bits, has_codebook=False, has_signs=True), 5)
+    assert bool((qparams.scale < 0).all())
+    assert torch.equal(fake_quantize(weight, qparams), weight)
+    assert torch.equal(quantize(weight, qparams).to(q.dtype), -q)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5])
 def test_a_weight_of_few_values_has_a_codebook_without_warnings(bits):
     generator = torch.Generator().manual_seed(bits)
@@ -137,10 +168,9 @@ def test_levels_are_read_back_from_integers():
 
 
 def test_levels_follow_the_budget():
-    assert choose_levels("auto", 3.0)
-    assert choose_levels("auto", Budget(size_bytes=1000))
-    assert not choose_levels("auto", Budget(bitops=1000))
-    assert choose_levels("codebook", Budget(bitops=1000))
-    assert not choose_levels("uniform", None)
+    assert choose_levels("auto", counts_bitops=False) == "codebook"
+    assert choose_levels("auto", counts_bitops=True) == "mirrored"
+    for levels in ("uniform", "mirrored", "codebook"):
+        assert choose_levels(levels, counts_bitops=True) == levels
     with pytest.raises(OptionError, match="codebook"):
-        choose_levels("codebok", None)
+        choose_levels("codebok", counts_bitops=False)

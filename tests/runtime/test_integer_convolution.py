@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import infoq_fx
 from infoq_fx.quantization import numerics
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.runtime import integer_convolution
 from infoq_fx.runtime.integer_convolution import (
     IntegerWeight,
@@ -54,7 +55,7 @@ def test_integers_give_what_floats_give(groups, stride, padding, dilation, zero_
     of_x = QParams(
         QuantSpec(bits=8, symmetric=False), torch.tensor(0.046875), torch.tensor(zero_point, dtype=torch.int32)
     )
-    of_weight = numerics.choose_weight_qparams(weight, QuantSpec(bits=weight_bits, symmetric=True, channel_axis=0))
+    of_weight = choose_weight_qparams(weight, QuantSpec(bits=weight_bits, symmetric=True, channel_axis=0))
     bias = bias if has_bias else None
     node = conv_node(None, stride, padding, dilation, groups)
     with torch.inference_mode():
@@ -78,7 +79,7 @@ def test_linear_layers_over_integers_give_what_floats_give(shape, zero_point, we
     x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (24, 40), (24,)))
     spec = QuantSpec(bits=8, symmetric=False)
     of_x = QParams(spec, torch.tensor(0.046875), torch.tensor(zero_point, dtype=torch.int32))
-    of_weight = numerics.choose_weight_qparams(weight, QuantSpec(bits=weight_bits, symmetric=True, channel_axis=0))
+    of_weight = choose_weight_qparams(weight, QuantSpec(bits=weight_bits, symmetric=True, channel_axis=0))
     bias, graph = bias if has_bias else None, fx.Graph()
     node = graph.call_function(torch.ops.aten.linear.default, (graph.placeholder("x"), graph.placeholder("w")))
     with torch.inference_mode():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from infoq_fx.conversion.quantized import find_codebooks, provenance_of
+from infoq_fx.conversion.quantized import find_wide_weights, provenance_of
 from infoq_fx.core.targets import DEFAULT_TARGET, OPSET_VERSION, TARGETS, Container, Target, find_container, find_target
 from infoq_fx.errors import OptionError
 from infoq_fx.export.qdq_onnx.finishing import METADATA_KEY, finish
@@ -37,7 +37,8 @@ def export_onnx(
     - ``"int8"``: int8 with values within the bit-width, for runtimes that compute no constants as they load.
 
     Target ``"qonnx"`` has no container: the file has ``Quant`` nodes of the domain ``qonnx.custom_op.general`` with
-    every site's bit-width and a batch of 1, for FINN and hls4ml. It takes no codebooks: ``quantize(levels="uniform")``.
+    every site's bit-width and a batch of 1, for FINN and hls4ml. It takes uniform levels:
+    ``quantize(levels="uniform")``.
 
     Weights of 8 bits may be uint8 around zero point 128 in both.
 
@@ -58,7 +59,7 @@ def export_onnx(
 
     Raises:
         OptionError: the module is not a quantized module, the container or target is unknown, or a container is given
-            for QONNX, or a weight has a codebook there.
+            for QONNX, or a weight has other levels than uniform ones there.
         ExportError: the path cannot be written, torch cannot export the graph, or a check failed; no file is left,
             and a previous file is not changed.
     """
@@ -85,11 +86,11 @@ def export_onnx(
 
 
 def _check_uniform(quantized: nn.Module) -> None:
-    """Check that no weight has a codebook, which Quant nodes cannot state."""
-    found = find_codebooks(quantized)
+    """Check that weights have integers of their bit-width, which Quant nodes can state."""
+    found = find_wide_weights(quantized)
     if found:
         raise OptionError(
-            f"target 'qonnx' takes integers of b bits, and {len(found)} weights have codebooks of levels, as "
+            f"target 'qonnx' takes integers of b bits, and {len(found)} weights have mirrored ranges or codebooks, as "
             f"{found[0]!r}; quantize with levels='uniform'"
         )
 

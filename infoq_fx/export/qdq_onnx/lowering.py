@@ -15,8 +15,9 @@ from infoq_fx.export.qdq_onnx.translation.placeholders import DOMAIN, find_place
 from infoq_fx.export.qdq_onnx.translation.recurrent import WIDENED, order_gates
 from infoq_fx.types import MAX_BITS
 
-__all__ = ["add_initializer", "lower", "store_transposed", "take_over"]
+__all__ = ["MIRRORED", "add_initializer", "lower", "store_transposed", "take_over"]
 
+MIRRORED = "infoq_fx.mirrored"
 _SHORT_NAMES = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
 _VIEWS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"}
 
@@ -32,6 +33,7 @@ def lower(model: ir.Model, container: Container, target: Target) -> None:
         _drop_outputs_before_parameters(model)
         _write_relus_as_maxima(model)
     store_transposed(model)
+    _make_scales_positive(model)
     _lower_dequantize(model, target)
     _gather_integers(model)
     _keep_reduced_axes(model)
@@ -123,6 +125,30 @@ def _transposed(model: ir.Model, node: ir.Node) -> ir.Value:
     moved.outputs[0].name = f"{node.outputs[0].name}_transposed"
     node.graph.insert_before(node, moved)  # type: ignore[union-attr]
     return moved.outputs[0]
+
+
+def _make_scales_positive(model: ir.Model) -> None:
+    """Negate the integers of channels with a negative scale, which runtimes need not take.
+
+    ``MIRRORED`` in a weight's meta says which: booleans that broadcast to it.
+    """
+    found: dict[ir.Value, Any] = {}
+    scales: set[ir.Value] = set()
+    for node in find_placeholders(model, "Dequantize"):
+        source, scale = node.inputs
+        is_negative = scale.const_value.numpy() < 0  # type: ignore[union-attr]
+        if is_negative.any() and source is not None and scale is not None:
+            shape = [1] * len(source.shape or ())
+            if is_negative.ndim:
+                shape[node.attributes["axis"].as_int()] = -1
+            found[source] = is_negative.reshape(shape)
+            scales.add(scale)
+    for source, is_mirrored in found.items():
+        integers = source.const_value.numpy()  # type: ignore[union-attr]
+        source.const_value = ir.Tensor(np.where(is_mirrored, -integers, integers), name=source.name)
+        source.meta[MIRRORED] = is_mirrored
+    for scale in scales:
+        scale.const_value = ir.Tensor(np.abs(scale.const_value.numpy()), name=scale.name)  # type: ignore[union-attr]
 
 
 def _lower_dequantize(model: ir.Model, target: Target) -> None:

@@ -2,8 +2,9 @@
 
 A value of b bits is cut into fields of 4, 2 and 1 bits, and equal fields are stored several in a byte: 3 bits are one
 field of 2 and one of 1. Unpacking looks each byte up in a table of its fields, adds the fields, and looks the sum up in
-the 2^b int8 values: all integers of b bits, or the levels of this weight (a codebook). onnxruntime and OpenVINO both
-fold these operators; OpenVINO does not fold bit operations, and would then run the layers in float.
+the 2^b int8 values: all integers of b bits, or the levels of this weight (a codebook). Mirrored channels, which are
+stored as a bit each, look up the negatives of these values. onnxruntime and OpenVINO both fold these operators;
+OpenVINO does not fold bit operations, and would then run the layers in float.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, NODE_BYTES
+from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, MIRROR_BYTES, NODE_BYTES
 from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
+from infoq_fx.export.qdq_onnx.lowering import MIRRORED
 
 __all__ = ["pack_weights"]
 
@@ -30,24 +32,34 @@ _WIDTHS = range(1, 8)
 
 @dataclass(frozen=True)
 class _Weight:
-    """An int8 initializer, the bits that its values take, and its levels if these are fewer than its range needs."""
+    """An int8 initializer, and how it is stored.
+
+    ``integers`` are its values, those of the ``mirrored`` channels negated; ``mirrored`` broadcasts to them, None for
+    no channel. ``width`` are the bits that they take, ``levels`` their values if their range needs more bits.
+    """
 
     value: ir.Value
+    integers: Array
+    mirrored: Array | None
     width: int
     levels: Array | None
 
     @property
     def size(self) -> int:
-        return int(read_array(self.value).size)
+        return int(self.integers.size)
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of the file besides the packed values."""
-        return NODE_BYTES if self.levels is None else NODE_BYTES + LEVELS_BYTES + len(self.levels)
+        found = NODE_BYTES if self.levels is None else NODE_BYTES + LEVELS_BYTES + len(self.levels)
+        if self.mirrored is not None:
+            found += MIRROR_BYTES + _packed_bytes(self.mirrored.size, 1)
+            found += 0 if self.levels is None else len(self.levels)
+        return found
 
     def codes(self, width: int) -> Array:
         """The values as unsigned integers of a bit-width that holds them, flat."""
-        values = read_array(self.value).ravel()
+        values = self.integers.ravel()
         if self.levels is not None:
             return np.searchsorted(self.levels, values)
         return values.astype(np.int16) + (1 << (width - 1))
@@ -81,12 +93,23 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _read_weight(value: ir.Value) -> _Weight:
-    integers = read_array(value)
+    integers, mirrored = read_array(value), value.meta.get(MIRRORED)
+    plain = _choose_form(value, integers, None)
+    if mirrored is None:
+        return plain
+    turned = _choose_form(value, np.where(mirrored, -integers, integers), mirrored)
+    return min(plain, turned, key=lambda form: _packed_bytes(form.size, form.width) + form.extra_bytes)
+
+
+def _choose_form(value: ir.Value, integers: Array, mirrored: Array | None) -> _Weight:
     largest = max(int(integers.max()), -int(integers.min()) - 1, 0)
     width, levels = 1 + largest.bit_length(), np.unique(integers)
     by_level = max(1, (len(levels) - 1).bit_length())
     is_smaller = (width - by_level) * integers.size > 8 * (LEVELS_BYTES + len(levels))
-    return _Weight(value, by_level, levels) if is_smaller else _Weight(value, width, None)
+    mirrored = mirrored if mirrored is not None and mirrored.any() else None
+    if is_smaller:
+        return _Weight(value, integers, mirrored, by_level, levels)
+    return _Weight(value, integers, mirrored, width, None)
 
 
 def _packed_bytes(count: int, width: int) -> int:
@@ -114,25 +137,50 @@ def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, ...]:
 
 def _store_packed(start: GraphStart, width: int, weights: list[_Weight]) -> None:
     """Store weights in ``width`` bits a value, and compute them where they are read."""
-    joined = np.concatenate([weight.codes(width) for weight in weights])
+    are_plain = all(weight.levels is None and weight.mirrored is None for weight in weights)
+    every = np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8)
+    integers = start.constant(f"int{width}", every) if are_plain else None
+    codes = [weight.codes(width) for weight in weights]
+    parts = _split_unpacked(start, f"int{width}", width, codes, integers)
+    offsets = _store_mirrored(start, width, weights)
+    for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+        found = start.call("Reshape", part, start.shape(weight.integers.shape))
+        own, name = (every, f"int{width}") if weight.levels is None else (weight.levels, f"q{width}_{index}")
+        if weight.value in offsets:
+            own, name = np.concatenate([np.resize(own, 1 << width), -own]), f"{name}_mirrored"
+            found = start.call("Add", found, offsets[weight.value])
+        if not are_plain:
+            found = start.call("Gather", start.constant(name, own), found)
+        start.replace(weight.value, found)
+
+
+def _store_mirrored(start: GraphStart, width: int, weights: list[_Weight]) -> dict[ir.Value, ir.Value]:
+    """Store which channels are mirrored, by weight: what is added to the codes there, in a shape that broadcasts."""
+    masks = {weight.value: weight.mirrored for weight in weights if weight.mirrored is not None}
+    codes = [mask.ravel().astype(np.int16) for mask in masks.values()]
+    parts = _split_unpacked(start, f"mirrored{width}", 1, codes, None, unit=width) if masks else []
+    found = {}
+    for (value, mask), part in zip(masks.items(), parts, strict=True):
+        axes = np.arange(1, mask.ndim - int(np.argmax(mask.shape)), dtype=np.int64)
+        found[value] = start.call("Unsqueeze", part, start.constant(f"axes_{axes.size}", axes)) if axes.size else part
+    return found
+
+
+def _split_unpacked(
+    start: GraphStart, name: str, width: int, codes: Sequence[Array], levels: ir.Value | None, *, unit: int = 0
+) -> list[ir.Value]:
+    """Store codes of ``width`` bits together under a name, and return them as computed, each flat; see _unpack."""
+    joined = np.concatenate(codes)
     values = np.zeros(-(-joined.size // _GROUP) * _GROUP, np.uint8)
     values[: joined.size] = joined
-    has_levels = any(weight.levels is not None for weight in weights)
-    every = np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8)
-    integers = None if has_levels else start.constant(f"int{width}", every)
-    unpacked = _unpack(start, width, values.reshape(-1, 2, 2, 2), integers)
-    flat = start.call("Reshape", unpacked, start.shape([-1]))
-    parts = start.split(f"int{width}", flat, [weight.size for weight in weights], values.size)
-    for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
-        shaped = start.call("Reshape", part, start.shape(read_array(weight.value).shape))
-        if has_levels:
-            own, name = (every, f"int{width}") if weight.levels is None else (weight.levels, f"q{width}_{index}")
-            shaped = start.call("Gather", start.constant(name, own), shaped)
-        start.replace(weight.value, shaped)
+    flat = start.call(
+        "Reshape", _unpack(start, name, width, values.reshape(-1, 2, 2, 2), levels, unit), start.shape([-1])
+    )
+    return start.split(name, flat, [code.size for code in codes], values.size)
 
 
-def _unpack(start: GraphStart, width: int, values: Array, levels: ir.Value | None) -> ir.Value:
-    """The values as computed from their packed fields: int32, or their levels.
+def _unpack(start: GraphStart, name: str, width: int, values: Array, levels: ir.Value | None, unit: int) -> ir.Value:
+    """The values as computed from their packed fields: int32, times two to the ``unit``, or their levels.
 
     ``values`` are unsigned, ``[groups, 2, 2, 2]``.
     """
@@ -140,11 +188,12 @@ def _unpack(start: GraphStart, width: int, values: Array, levels: ir.Value | Non
     parts: list[ir.Value] = []
     for bits, shift in zip(fields, itertools.accumulate(fields, initial=0), strict=False):
         table = _table(start, bits)
-        if shift:
-            table = start.call_once(f"fields_{bits}_{shift}", "Mul", table, start.number(1 << shift))
+        if shift + unit:
+            power = start.number(1 << (shift + unit))
+            table = start.call_once(f"fields_{bits}_{shift + unit}", "Mul", table, power)
         if len(fields) == 1 and levels is not None:
             table = start.call("Gather", levels, table)
-        stored = start.as_int32(f"int{width}_{bits}", _pack_field(values >> shift, bits))
+        stored = start.as_int32(f"{name}_{bits}", _pack_field(values >> shift, bits))
         parts.append(start.call("Gather", table, stored))
     total = functools.reduce(functools.partial(start.call, "Add"), parts)
     return total if len(fields) == 1 or levels is None else start.call("Gather", levels, total)

@@ -59,6 +59,9 @@ def fit_weight_scale(
         scale: of the weight, ``[channels]``.
         biases: of the layers that share the weight, ``[channels]``, each with the scale of its layer's input.
         is_zero: the channels of zeros, see :func:`find_zero_channels`; None leaves them alone.
+
+    Returns:
+        Scales of the same signs, but that channels of zeros are positive.
     """
     if is_zero is not None:
         fine = torch.full_like(scale, torch.inf)
@@ -67,7 +70,7 @@ def fit_weight_scale(
         scale = torch.where(is_zero & fine.isfinite(), _floor_to_power(fine), scale)
     for bias, input_scale in biases:
         least = torch.clamp_min(bias.abs() / _LARGEST_BIAS, _SMALLEST_UNIT) / input_scale
-        scale = torch.maximum(scale, least)
+        scale = torch.maximum(scale.abs(), least).copysign(scale)
     return scale
 
 

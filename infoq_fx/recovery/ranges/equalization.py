@@ -20,9 +20,9 @@ from infoq_fx.graph.clamps import constant_bounds
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.histogram import coprime_stride
-from infoq_fx.quantization.numerics import choose_weight_qparams
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.recovery.parameters import set_parameter, weight_quantizer
 from infoq_fx.recovery.ranges.factors import Reader, RoundedTensor, choose_factors
 from infoq_fx.recovery.ranges.groups import RangeGroup, RangeSource, find_groups

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from infoq_fx.quantization.histogram import Histogram, choose_activation_qparams
-from infoq_fx.quantization.numerics import choose_weight_qparams, fake_quantize
+from infoq_fx.quantization.numerics import fake_quantize
+from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import FLOAT16_BITS, QParams, QuantSpec
 
 __all__ = ["Reader", "RoundedTensor", "choose_factors"]

@@ -30,7 +30,7 @@ from infoq_fx.finetuning.training_loop import (
 )
 from infoq_fx.graph.calibration import weight_digits
 from infoq_fx.graph.layers import read_tensor
-from infoq_fx.quantization.numerics import quantize, shorten_scale
+from infoq_fx.quantization.numerics import keep_size, quantize, shorten_scale
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer
 from infoq_fx.recovery.layerwise_runner import choose_samples
@@ -135,7 +135,7 @@ class SettledWeight(nn.Module):
 
     def usable_scale(self) -> Tensor:
         """Return the scale rounded to few significant bits, and at least half of its initial value."""
-        return shorten_scale(torch.maximum(self.scale.detach(), self.smallest), self.significant_bits)
+        return shorten_scale(keep_size(self.scale.detach(), self.smallest), self.significant_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dequantized weight."""
@@ -216,7 +216,7 @@ def _list_learned(student: fx.GraphModule, layers: list[Layer], options: OutputT
             yield Learned(bias, rate * unit, False)
     for module in student.modules():
         if isinstance(module, SettledWeight) and options.scale_rate:
-            yield Learned(module.scale, rate * options.scale_rate * module.scale.detach().clone(), True)
+            yield Learned(module.scale, rate * options.scale_rate * module.scale.detach().abs(), True)
 
 
 def _descend(training: Training, context: StepContext, spread: ThreadMap) -> None:

@@ -20,9 +20,9 @@ from infoq_fx.scoring.criteria.literature.mpqco import MPQCO
 from infoq_fx.scoring.criteria.literature.ompq import OMPQ
 from infoq_fx.scoring.criteria.output_change import Accuracy, Loss, OutputKL, OutputSQNR
 from infoq_fx.scoring.criteria.weight_mse import WeightMSE
-from infoq_fx.scoring.criterion import Criterion, Kind, Measure
+from infoq_fx.scoring.criterion import Criterion, Kind, Measure, Observer
 from infoq_fx.scoring.information.encoders import Encoder
-from infoq_fx.types import Observer, Plain
+from infoq_fx.types import Plain
 
 __all__ = [
     "ALPS",

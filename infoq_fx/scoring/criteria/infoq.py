@@ -12,11 +12,11 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.runtime.outputs import count_positions
 from infoq_fx.scoring.criteria.infoq_paper import InfoQPaper
-from infoq_fx.scoring.criterion import Kind, Measure, Scores
+from infoq_fx.scoring.criterion import Kind, Measure, Observer, Scores
 from infoq_fx.scoring.information.encoders import Encoder
 from infoq_fx.scoring.output_measure import DESCRIPTION, INFORMATION_LOSS, LOSS_OVER_PAIRS, measure_outputs
 from infoq_fx.scoring.shrinkage import Evidence, shrink_losses
-from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Observer, Plain, QuantSite, Score
+from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Plain, QuantSite, Score
 
 __all__ = ["InfoQ"]
 

@@ -17,12 +17,12 @@ from infoq_fx.errors import CalibrationDataError, OptionError, unknown_name_erro
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.runtime.run_plan import plan_perturbed_run
-from infoq_fx.scoring.criterion import Kind, Scores
+from infoq_fx.scoring.criterion import Kind, Observer, Scores
 from infoq_fx.scoring.information.encoders import Encoder, encode_inputs
 from infoq_fx.scoring.information.measurement import InformationMeasure, Neighbours, measure_baseline
 from infoq_fx.scoring.information.observers import choose_default_observers, find_observers
 from infoq_fx.scoring.output_measure import ACCURACY_DROP
-from infoq_fx.types import BASELINE_BITS, Measurement, Observer, Plain, Score
+from infoq_fx.types import BASELINE_BITS, Measurement, Plain, Score
 
 __all__ = ["CORRELATION_THRESHOLD", "InfoQPaper"]
 

@@ -23,6 +23,7 @@ from infoq_fx.runtime.held_outputs import OutputHolder
 from infoq_fx.runtime.interpreter import ReadValue
 from infoq_fx.runtime.outputs import read_nodes
 from infoq_fx.runtime.run_plan import plan_perturbed_run
+from infoq_fx.scoring.criterion import Observer
 from infoq_fx.scoring.information.mutual_info import (
     ClassedSamples,
     RankedSamples,
@@ -36,7 +37,7 @@ from infoq_fx.scoring.information.mutual_info import (
 )
 from infoq_fx.scoring.information.observers import pool_features
 from infoq_fx.scoring.output_measure import OutputRecord, Outputs, affected_outputs, read_outputs
-from infoq_fx.types import BASELINE_BITS, Measurement, Observer, QuantSite
+from infoq_fx.types import BASELINE_BITS, Measurement, QuantSite
 
 __all__ = ["InformationMeasure", "Neighbours", "measure_baseline"]
 

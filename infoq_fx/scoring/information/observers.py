@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from infoq_fx.errors import OptionError, unknown_name_error
 from infoq_fx.graph.reading_choice import list_output_nodes
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.types import Observer
+from infoq_fx.scoring.criterion import Observer
 
 __all__ = ["choose_default_observers", "find_observers", "list_output_observers", "pool_features"]
 

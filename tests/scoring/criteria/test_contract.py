@@ -13,10 +13,11 @@ import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.runtime.forward import RunOptions
 from infoq_fx.scoring.criteria import CRITERIA, find_criterion
+from infoq_fx.scoring.criterion import Observer
 from infoq_fx.scoring.information.measurement import group_labels
 from infoq_fx.scoring.information.mutual_info import estimate_ksg, estimate_ross, unit_projections
 from infoq_fx.scoring.information.observers import choose_default_observers, pool_features
-from infoq_fx.types import Measurement, Observer
+from infoq_fx.types import Measurement
 
 
 @pytest.fixture(scope="module")
