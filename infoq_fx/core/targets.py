@@ -32,7 +32,7 @@ NODE_BYTES = 40
 """Bytes of those of one weight."""
 LEVELS_BYTES = 60
 """Bytes of those of its codebook, without the levels."""
-MIRROR_BYTES = 55
+MIRROR_BYTES = 30
 """Bytes of those of its mirrored channels, without a bit for each channel."""
 
 

@@ -1,14 +1,16 @@
-"""Compare codebooks with equal steps on pretrained models: squared errors of weights, and nats and top-1 lost.
+"""Compare the kinds of levels on pretrained models: squared errors of weights, and nats and top-1 lost.
 
-    python tests/benchmarks/codebooks.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3 2.5] [--levels uniform codebook]
+    python tests/benchmarks/codebooks.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3 2.5]
+        [--levels uniform mirrored codebook]
     python tests/benchmarks/codebooks.py --errors
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). Default options of ``quantize()``,
 one draw of the calibration images, nats on images that were not used for it, with paired differences. With --errors:
-the squared error of weights rounded to nearest, codebook over equal steps, the geometric mean over layers.
+the squared error of weights rounded to nearest, over that of uniform levels, the geometric mean over layers.
 """
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
@@ -19,8 +21,9 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.quantization.numerics import fake_quantize
+from infoq_fx.quantization.quantizers import spec_of
 from infoq_fx.quantization.weight_qparams import choose_weight_qparams
-from infoq_fx.types import QuantSpec
+from infoq_fx.types import QuantSite
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_models import load_case, load_real_models
@@ -28,13 +31,14 @@ from real_models import load_case, load_real_models
 MODELS = ("resnet20", "mobilenet_v2", "vit")
 
 
-def compare_errors(model, bits):
+def compare_errors(model, bits, levels):
     ratios = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight, errors = module.weight.detach(), []
-            for has_codebook in (True, False):
-                spec = QuantSpec(bits=bits, symmetric=True, channel_axis=0, has_codebook=has_codebook)
+            for kind in (levels, "uniform"):
+                site = QuantSite("weight", "weight", tuple(weight.shape), (bits,), 0, levels=kind)
+                spec = spec_of(site, bits)
                 found = fake_quantize(weight, choose_weight_qparams(weight, spec, 5))
                 errors.append(float((found - weight).double().square().sum()))
             ratios.append(errors[0] / errors[1])
@@ -69,17 +73,19 @@ def run_case(name, arguments, case):
             found[levels, budget] = nats
             error, seconds = float(nats.std() / len(nats) ** 0.5), time.process_time() - start
             print(f"  {levels} {budget:g} bits: {nats.mean():.4f} ± {error:.4f} nats, {top1:.1f} ({seconds:.0f} s CPU)")
-    for budget in arguments.budgets if len(arguments.levels) == 2 else ():
-        first, second = (found[levels, budget] for levels in arguments.levels)
+    base, *others = arguments.levels
+    for levels, budget in itertools.product(others, arguments.budgets):
+        first, second = found[base, budget], found[levels, budget]
         change, error = second - first, float((second - first).std() / len(first) ** 0.5)
-        print(f"  {budget:g} bits: {second.mean() / first.mean():.2f} times, {change.mean():+.4f} ± {error:.4f} nats")
+        times = float(second.mean() / first.mean())
+        print(f"  {levels} {budget:g} bits: {times:.2f} times, {change.mean():+.4f} ± {error:.4f} nats")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.0, 3.0, 2.5], help="mean weight bits")
-    parser.add_argument("--levels", nargs="+", default=["uniform", "codebook"])
+    parser.add_argument("--levels", nargs="+", default=["uniform", "mirrored", "codebook"])
     parser.add_argument("--errors", action="store_true", help="of weights alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -88,7 +94,9 @@ def main():
     for name in arguments.models:
         case = load_case(real, name, 0)
         if arguments.errors:
-            print(name, ", ".join(f"{bits} bits {compare_errors(case[0], bits):.2f}" for bits in range(2, 7)))
+            for levels in ("mirrored", "codebook"):
+                found = [f"{bits} bits {compare_errors(case[0], bits, levels):.2f}" for bits in range(2, 7)]
+                print(f"{name}, {levels}: {', '.join(found)}")
         else:
             run_case(name, arguments, case)
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,8 +79,9 @@ def pack_weights(model: ir.Model) -> None:
         if fitting and _packed_bytes(weight.size, fitting[0]) < weight.size:
             groups[fitting[0]].append(weight)
     start = GraphStart(model)
+    mirrored = _store_mirrored(start, [weight for _, group in sorted(groups.items()) for weight in group])
     for width, group in sorted(groups.items()):
-        _store_packed(start, width, group)
+        _store_packed(start, width, group, mirrored)
     start.insert()
 
 
@@ -135,48 +136,63 @@ def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, ...]:
     return min(every, key=total)
 
 
-def _store_packed(start: GraphStart, width: int, weights: list[_Weight]) -> None:
+def _store_packed(start: GraphStart, width: int, weights: list[_Weight], mirrored: Mapping[ir.Value, ir.Value]) -> None:
     """Store weights in ``width`` bits a value, and compute them where they are read."""
-    are_plain = all(weight.levels is None and weight.mirrored is None for weight in weights)
+    has_mirrored = any(weight.mirrored is not None for weight in weights)
+    are_plain = not has_mirrored and all(weight.levels is None for weight in weights)
     every = np.arange(-(1 << (width - 1)), 1 << (width - 1)).astype(np.int8)
     integers = start.constant(f"int{width}", every) if are_plain else None
     codes = [weight.codes(width) for weight in weights]
-    parts = _split_unpacked(start, f"int{width}", width, codes, integers)
-    offsets = _store_mirrored(start, width, weights)
+    # Next to each value is its negative, or the same value again: codes are even.
+    parts = _split_unpacked(start, f"int{width}", width, codes, integers, unit=int(has_mirrored))
     for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
         found = start.call("Reshape", part, start.shape(weight.integers.shape))
         own, name = (every, f"int{width}") if weight.levels is None else (weight.levels, f"q{width}_{index}")
-        if weight.value in offsets:
-            own, name = np.concatenate([np.resize(own, 1 << width), -own]), f"{name}_mirrored"
-            found = start.call("Add", found, offsets[weight.value])
+        if weight.mirrored is not None:
+            found, name = start.call("Add", found, mirrored[weight.value]), name.replace("int", "m")
+        if has_mirrored:
+            own = np.stack([own, own if weight.mirrored is None else -own], 1).ravel()
         if not are_plain:
             found = start.call("Gather", start.constant(name, own), found)
         start.replace(weight.value, found)
 
 
-def _store_mirrored(start: GraphStart, width: int, weights: list[_Weight]) -> dict[ir.Value, ir.Value]:
-    """Store which channels are mirrored, by weight: what is added to the codes there, in a shape that broadcasts."""
-    masks = {weight.value: weight.mirrored for weight in weights if weight.mirrored is not None}
-    codes = [mask.ravel().astype(np.int16) for mask in masks.values()]
-    parts = _split_unpacked(start, f"mirrored{width}", 1, codes, None, unit=width) if masks else []
-    found = {}
-    for (value, mask), part in zip(masks.items(), parts, strict=True):
-        axes = np.arange(1, mask.ndim - int(np.argmax(mask.shape)), dtype=np.int64)
-        found[value] = start.call("Unsqueeze", part, start.constant(f"axes_{axes.size}", axes)) if axes.size else part
+def _store_mirrored(start: GraphStart, weights: Sequence[_Weight]) -> dict[ir.Value, ir.Value]:
+    """Store which channels are mirrored, by weight: int32, 1 for these, in a shape that broadcasts to the weight."""
+    found: dict[ir.Value, ir.Value] = {}
+    for behind in sorted({_axes_behind(weight.mirrored) for weight in weights if weight.mirrored is not None}):
+        flags = {
+            weight.value: weight.mirrored.ravel().astype(np.int16)
+            for weight in weights
+            if weight.mirrored is not None and _axes_behind(weight.mirrored) == behind
+        }
+        parts = _split_unpacked(start, f"m{behind}", 1, list(flags.values()), None, shape=[-1, *[1] * behind])
+        found.update(zip(flags, parts, strict=True))
     return found
 
 
+def _axes_behind(mirrored: Array) -> int:
+    """How many axes follow the channels."""
+    return int(mirrored.ndim - 1 - np.argmax(mirrored.shape))
+
+
 def _split_unpacked(
-    start: GraphStart, name: str, width: int, codes: Sequence[Array], levels: ir.Value | None, *, unit: int = 0
+    start: GraphStart,
+    name: str,
+    width: int,
+    codes: Sequence[Array],
+    levels: ir.Value | None,
+    *,
+    unit: int = 0,
+    shape: Sequence[int] = (-1,),
 ) -> list[ir.Value]:
-    """Store codes of ``width`` bits together under a name, and return them as computed, each flat; see _unpack."""
+    """Store codes of ``width`` bits together under a name, and return them as computed, in this shape; see _unpack."""
     joined = np.concatenate(codes)
     values = np.zeros(-(-joined.size // _GROUP) * _GROUP, np.uint8)
     values[: joined.size] = joined
-    flat = start.call(
-        "Reshape", _unpack(start, name, width, values.reshape(-1, 2, 2, 2), levels, unit), start.shape([-1])
-    )
-    return start.split(name, flat, [code.size for code in codes], values.size)
+    unpacked = _unpack(start, name, width, values.reshape(-1, 2, 2, 2), levels, unit)
+    shaped = start.call("Reshape", unpacked, start.shape(shape))
+    return start.split(name, shaped, [code.size for code in codes], values.size)
 
 
 def _unpack(start: GraphStart, name: str, width: int, values: Array, levels: ir.Value | None, unit: int) -> ir.Value:
