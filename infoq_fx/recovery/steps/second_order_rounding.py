@@ -40,7 +40,8 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _DAMPINGS = (0.01, 0.1, 1.0)
 _LEAST_ROWS_PER_COLUMN, _MOST_ROWS_PER_COLUMN = 16, 512
 _MOST_TO_TRY_ALL = 1024  # columns
-_CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
+_ROWS_TO_TRY = 128
+_CLIPS = (0.8, 0.9, 1.0, 1.05, 1.1, 1.25, 1.4)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SecondOrderRounding:
     small. The best bias for given integers is ``b + W E x - s q E x^``; the weights then need to fit the covariance of
     x^ only. Without rounding, the best weights would be V, a regression of the reference's output on x^, which also
     compensates for the errors of the layers before. V is rounded one column after the other, each column's error fed
-    back to the later ones (GPTQ's form of Optimal Brain Surgeon), at each of six scales. The best scale is kept for
+    back to the later ones (GPTQ's form of Optimal Brain Surgeon), at each of seven scales. The best scale is kept for
     every channel. Then every integer is set to its best given all others, until none changes or ``sweeps`` are done.
 
     The reference ``"float_weights"`` has float weights, and its activations of 6 bits and more are quantized at their
@@ -146,12 +147,14 @@ class SecondOrderRounding:
         return changed
 
 
-def scale_choices(prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor) -> Tensor:
-    """Return candidate scales around the calibrated ones of a weight's rows, ``[groups, rows, choices]``."""
+def scale_choices(
+    prepared: PreparedModel, layer: Layer, bits: int, rows: Tensor, clips: Sequence[float] = _CLIPS
+) -> Tensor:
+    """Return candidate scales of a weight's rows, the calibrated ones times ``clips``: ``[groups, rows, clips]``."""
     scale = read_qparams(prepared, layer, bits).scale
     short = weight_digits(dict(prepared.quantizer_nodes()), layer.quantizer, bits)
-    choices = torch.stack([shorten_scale(scale * clip, short) for clip in _CLIPS], -1)
-    return choices.reshape(rows.shape[0], rows.shape[1], len(_CLIPS))
+    choices = torch.stack([shorten_scale(scale * clip, short) for clip in clips], -1)
+    return choices.reshape(rows.shape[0], rows.shape[1], len(clips))
 
 
 def _round_layer(
@@ -191,10 +194,12 @@ def _round_layer(
 def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) -> tuple[float, float]:
     """The shrinkage and the damping of least error on each half of what was fitted to the other.
 
-    A matrix of more than 1,024 columns takes long to factorize: the first half alone is fitted, and the error is taken
-    to have a single minimum.
+    At most about 128 rows, spread over the weight, are tried. A matrix of more than 1,024 columns takes long to
+    factorize: the first half alone is fitted, and the error is taken to have a single minimum.
     """
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
+    tried = slice(None, None, max(1, problem.rows.shape[1] // _ROWS_TO_TRY))
+    problem, scales = replace(problem, rows=problem.rows[:, tried]), scales[:, tried]
     both = [(half, half.products(problem.rows)) for half in halves]
     pairs = [(both[0], both[1])] if is_wide else [(both[0], both[1]), (both[1], both[0])]
     find_least = _descend_to_least if is_wide else _find_least
