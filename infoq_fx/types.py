@@ -54,7 +54,7 @@ LARGEST_LEVEL = 63
 """The largest size of a codebook's levels: 16-bit sums of two products with 8-bit activations do not overflow."""
 
 WeightLevels = Literal["uniform", "mirrored", "codebook"]
-"""The integers of a weight: all of its bit-width; these or their negatives, by channel; or chosen ones, likewise."""
+"""The integers of a weight: all of its bit-width; these, or in some channels their negatives; or chosen ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class QuantSpec:
     With 16 bits the tensor stays in float: a weight is stored in float16, in units of its scale, and an activation is
     not changed.
 
-    With ``has_codebook`` the integers are any ``2**bits`` levels from -63 to 63, see :attr:`QParams.levels`. There,
-    and with ``has_signs``, the scale of a channel may be negative: its range is mirrored, at 3 bits from -3 to 4 in
-    place of -4 to 3.
+    With ``has_codebook`` the integers are any ``2**bits`` levels from -63 to 63, see :attr:`QParams.levels`. With
+    ``has_signs`` the scale of a channel may be negative: its range is mirrored, at 3 bits from -3 to 4 in place of -4
+    to 3.
     """
 
     bits: int

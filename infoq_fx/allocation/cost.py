@@ -106,7 +106,7 @@ class CostRow:
 def weight_bytes(site: QuantSite, bits: int, *, is_packed: bool = True) -> int:
     """Return the bytes of a weight at ``bits``, with its scales (float32, one per channel or one in all).
 
-    Levels of a codebook take two bytes each, and channels that may be mirrored a bit. A weight of 16 bits, in float16,
+    Levels of a codebook take a byte each, and channels that may be mirrored a bit. A weight of 16 bits, in float16,
     has no scales. A weight of fewer than 8 bits takes a byte a value where it is so small that the operators that
     unpack it take more than packing saves.
 
@@ -258,16 +258,16 @@ def _saved_bytes(site: QuantSite, bits: int) -> int:
     """What packing a weight saves beside a byte a value, less its own operators."""
     nodes = NODE_BYTES
     if bits <= CODEBOOK_BITS:
-        nodes += (LEVELS_BYTES if site.levels == "codebook" else 0) + (MIRROR_BYTES if site.levels != "uniform" else 0)
+        nodes += {"uniform": 0, "mirrored": MIRROR_BYTES, "codebook": LEVELS_BYTES}[site.levels]
     return site.numel - _packed_bytes(site.numel, bits) - nodes - _level_bytes(site, bits)
 
 
 def _level_bytes(site: QuantSite, bits: int) -> int:
-    """Bytes of a codebook's levels and their negatives, and of a bit for each channel that may be mirrored."""
+    """Bytes of a codebook's levels, or of a bit for each channel that may be mirrored."""
     if bits > CODEBOOK_BITS or site.levels == "uniform":
         return 0
     channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
-    return _packed_bytes(channels, 1) + (2 << bits if site.levels == "codebook" else 0)
+    return 1 << bits if site.levels == "codebook" else _packed_bytes(channels, 1)
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

@@ -176,7 +176,7 @@ def summarize(
 def find_wide_weights(quantized: nn.Module) -> list[str]:
     """Return the sites of the weights whose integers are not all within their bit-width.
 
-    They are levels of a codebook, or those of a channel with a negative scale are the negatives.
+    They are levels of a codebook, or negatives of them in channels with a negative scale.
     """
     if not isinstance(quantized, fx.GraphModule):
         return []

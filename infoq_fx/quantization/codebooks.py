@@ -39,14 +39,13 @@ Integers: TypeAlias = NDArray[np.integer[Any]]
 Levels: TypeAlias = Literal["auto", "uniform", "mirrored", "codebook"]
 """How the integers that weights may have are chosen: :data:`infoq_fx.types.WeightLevels`, or by the budget."""
 
-CODEBOOK_VERSION = 2
+CODEBOOK_VERSION = 1
 """Raised when the same weight gets other levels; part of the keys of caches."""
 
 _HALVES = 2 * 128  # the table of nearest levels has an entry for every half integer from -128 to 127.5
 _SAMPLED = 1 << 15  # values that the levels are fitted to
 _ITERATIONS = 12
-_SIZES = np.exp2(np.linspace(-0.4, 0.4, 9)).astype(np.float32)
-_FACTORS = np.concatenate([_SIZES, -_SIZES])  # of a channel's scale, tried in each iteration
+_FACTORS = np.exp2(np.linspace(-0.4, 0.4, 9)).astype(np.float32)  # of a channel's scale, tried in each iteration
 _UNIFORM_SHARE = 0.5  # of equal steps in the first levels; the rest are quantiles
 _LEAST_IN_ROW = 16  # values of a row among them
 _LEAST_WEIGHT = 1e-300
@@ -153,7 +152,7 @@ def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple
 
     Lloyd's algorithm: every value goes to its nearest level, every level moves to the mean of its values (in units of
     their row's scale, weighted by its square) and is rounded to an integer, and every row takes the best of nine scales
-    around its own, of either sign. At most about 32,768 values spread over the weight are used.
+    around its own. At most about 32,768 values spread over the weight are used.
 
     Args:
         rows: float32 ``[channels, values]``, finite; no row is all zeros.
@@ -161,11 +160,11 @@ def choose_codebook(rows: Floats, bits: int, *, has_zero: bool = False) -> tuple
         has_zero: one of the levels is 0.
 
     Returns:
-        Levels, int8 ``[2**bits]``, ascending, the largest of size 63; and scales, float32 ``[channels]``, not 0.
+        Levels, int8 ``[2**bits]``, ascending, the largest of size 63; and scales, float32 ``[channels]``, positive.
 
     Reference:
         Lloyd, "Least squares quantization in PCM", 1982; Zhang et al., "LQ-Nets", arXiv 1807.10029, for levels that
-        are learned per layer. Integer levels, and scales per channel with a sign, are additions.
+        are learned per layer. Integer levels and scales per channel are additions.
     """
     sampled = _sample(rows)
     sampled = sampled if sampled.any() else rows  # the few values of a sparse weight

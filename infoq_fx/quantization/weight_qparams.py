@@ -65,12 +65,11 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     is_zero = largest == 0
     normal = torch.ldexp(rows, -exponent).masked_fill_(is_zero, 1.0)
     digits = scale_significant_bits(range_bits(spec), is_weight=True) if significant_bits is None else significant_bits
-    has_signs = spec.has_signs or spec.has_codebook
-    scale, levels = _best_of_uniform(normal, spec.bits, digits, has_signs=has_signs), None
+    scale, levels = _best_of_uniform(normal, spec.bits, digits, has_signs=spec.has_signs), None
     if spec.has_codebook:
         uniform = scale
         scale, levels = _best_of_codebook(normal, exponent, is_zero.flatten(), spec.bits, digits, uniform)
-        if bool((torch.ldexp(scale, exponent)[~is_zero].abs() < SMALLEST_SCALE).any()):  # a codebook's are smaller
+        if bool((torch.ldexp(scale, exponent)[~is_zero] < SMALLEST_SCALE).any()):  # a codebook's are smaller
             scale, levels = uniform, None
     scale = grow_scale(torch.ldexp(scale, exponent), SMALLEST_SCALE)
     return _qparams(spec, torch.where(is_zero, _scale_of_zeros(scale[~is_zero].abs()), scale).flatten(), levels=levels)
@@ -129,7 +128,7 @@ def _best_of_codebook(
     shift = (power - power.max()).clamp_min(_SMALLEST_SHIFT)
     chosen, fitted = choose_codebook(torch.ldexp(alive, shift).numpy(), bits, has_zero=bool(is_zero.any()))
     codebook, around = torch.from_numpy(chosen), torch.ldexp(torch.from_numpy(fitted)[:, None], -shift)
-    candidates = _short_scales(around.abs() / _AROUND, around.abs() * _AROUND, significant_bits).copysign(around)
+    candidates = _short_scales(around / _AROUND, around * _AROUND, significant_bits)
     by_codebook = _level_errors(alive, candidates, codebook)
     by_uniform = _level_errors(alive, uniform[~is_zero].cpu(), levels.cpu())
     weight = torch.ldexp(torch.ones_like(by_uniform), 2 * shift)

@@ -93,7 +93,7 @@ def quantize_activation(
 def quantize_weight(weight: Tensor, qparams: QParams) -> IntegerWeight:
     """Quantize a weight to integers as :func:`numerics.quantize` does; oneDNN takes positive scales."""
     q, scale = numerics.quantize(weight, qparams), qparams.scale.detach()
-    if qparams.spec.has_signs or qparams.spec.has_codebook:
+    if qparams.spec.has_signs:
         sign = scale.sign().to(torch.int8)
         q, scale = q * sign.reshape(-1, *[1] * (q.ndim - 1)), scale.abs()
     return IntegerWeight(q, scale)
