@@ -42,7 +42,7 @@ class InputMoments:
 
     ``mean`` E x and ``mean_quantized`` E x^ are float64 ``[groups, columns]``. ``second`` E x^ x^^T and ``cross``
     E x x^^T are ``[groups, columns, columns]``, minus the products of the means if they are centred; float64, or
-    float32 for more than 2,048 columns. What is computed from them is float64.
+    float32 for more than 2,048 columns. What is computed from them is of ``dtype``.
     """
 
     count: int
@@ -50,6 +50,7 @@ class InputMoments:
     mean_quantized: Tensor
     second: Tensor
     cross: Tensor
+    dtype: torch.dtype = torch.float64
 
     def centre(self) -> InputMoments:
         """Turn second moments into covariances in place, for layers whose bias corrects the mean error."""
@@ -72,11 +73,11 @@ class InputMoments:
 
     def factorize(self, damping: float) -> Curvature:
         """Return the curvature of the layer's output error, with a ridge of ``damping``."""
-        return factorize(_raise_diagonal(self.second, self.ridge(damping)))
+        return factorize(self._raise_diagonal(self.ridge(damping)))
 
     def products(self, rows: Tensor) -> Tensor:
         """Return what the other methods need of the float rows W and take long to compute, the same for every ridge."""
-        return rows.double() @ self.cross.double()
+        return rows.to(self.dtype) @ self.cross.to(self.dtype)
 
     def ideal_rows(self, rows: Tensor, products: Tensor, shrinkage: float) -> Tensor:
         """Return the real-valued rows that best approximate the reference's output from the quantized model's input.
@@ -84,13 +85,20 @@ class InputMoments:
         They minimise ``E |W x - V x^|^2 + ridge |V - W|^2`` over V, float64 ``[groups, rows, columns]``.
         """
         ridge = self.ridge(shrinkage)
-        target = products + ridge[:, None, None] * rows.double()
-        found: Tensor = torch.cholesky_solve(target.mT, cholesky(_raise_diagonal(self.second, ridge))).mT
-        return found
+        target = products + (ridge[:, None, None] * rows.double()).to(self.dtype)
+        found: Tensor = torch.cholesky_solve(target.mT, cholesky(self._raise_diagonal(ridge))).mT
+        return found.double()
 
     def output_error(self, products: Tensor, rounded: Tensor) -> float:
         """Return ``E |W x - V x^|^2 - E |W x|^2`` for rounded rows V, summed over the rows."""
-        return float(((rounded @ self.second.double() - 2 * products) * rounded).sum())
+        values = rounded.to(self.dtype)
+        return float(((values @ self.second.to(self.dtype) - 2 * products) * values).sum(dtype=torch.float64))
+
+    def _raise_diagonal(self, size: Tensor) -> Tensor:
+        """A copy of the second moments with ``size [groups]`` added to the diagonal."""
+        found = self.second.to(self.dtype, copy=True)
+        found.diagonal(dim1=1, dim2=2).add_(size[:, None])
+        return found
 
 
 @dataclass(frozen=True)
@@ -341,13 +349,6 @@ def _divide(total: InputMoments, count: int) -> InputMoments:
     if total.cross is not total.second:
         total.cross.mul_(1 / count)
     return replace(total, mean=total.mean * (1 / count), mean_quantized=total.mean_quantized * (1 / count))
-
-
-def _raise_diagonal(matrix: Tensor, size: Tensor) -> Tensor:
-    """A float64 copy with ``size [groups]`` added to the diagonal."""
-    found = matrix.to(torch.float64, copy=True)
-    found.diagonal(dim1=1, dim2=2).add_(size[:, None])
-    return found
 
 
 def _ridge(diagonal: Tensor, mean: Tensor, damping: float) -> Tensor:

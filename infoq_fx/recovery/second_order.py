@@ -157,7 +157,7 @@ def factorize(second: Tensor) -> DenseCurvature:
     """Order the columns by their second moments, the largest first, and factorize these.
 
     Args:
-        second: positive definite, float64 ``[groups, columns, columns]``.
+        second: positive definite, float ``[groups, columns, columns]``.
     """
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     groups, turned = torch.arange(len(second), device=second.device)[:, None, None], order.flip(1)
@@ -189,7 +189,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Factorize symmetric matrices; where rounding errors made one indefinite, its diagonal is raised until it is not.
 
     Args:
-        matrix: float64 ``[groups, columns, columns]``.
+        matrix: float ``[groups, columns, columns]``.
     """
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
