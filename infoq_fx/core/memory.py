@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import itertools
+import mmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-__all__ = ["available_memory_bytes", "return_free_memory"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["available_memory_bytes", "copy_out_of_heap", "return_free_memory"]
 
 
 _GROWTH_BYTES = 128 << 20
 _resident_bytes = 0  # when memory was returned last
+
+_ALIGNMENT = 64
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -45,6 +53,26 @@ def return_free_memory() -> None:
         trim(0)
         _resident_bytes = process.memory_info().rss
     _resident_bytes = min(_resident_bytes, process.memory_info().rss)
+
+
+def copy_out_of_heap(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors into memory that is not on the heap; those of a GPU are returned as they are.
+
+    Small values of every batch that are kept cut the heap into pieces, in which the large values of the next batch find
+    no room: it would grow by a batch's values each time.
+    """
+    import torch
+
+    bytes_of = [x.numel() * x.element_size() if x.device.type == "cpu" else 0 for x in tensors]
+    sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in bytes_of]
+    buffer = mmap.mmap(-1, max(1, sum(sizes)))
+    copies = []
+    for x, size, offset in zip(tensors, sizes, itertools.accumulate(sizes, initial=0), strict=False):
+        if size:
+            copy = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+            x = copy.copy_(x)
+        copies.append(x)
+    return copies
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import copy_out_of_heap
 from infoq_fx.core.threads import ThreadMap, one_torch_thread, thread_map
 from infoq_fx.errors import CalibrationDataError
 from infoq_fx.graph.clamps import CLAMPS
@@ -140,7 +141,7 @@ def _fill_histograms(
         calibrator = _Calibrator(prepared, histograms, locks, axes, most * samples)
         with torch.inference_mode():
             calibrator.run(*batch.values())
-        return calibrator.held
+        return _keep_apart(calibrator.held)
 
     held = list(spread(run, data.batches(batch_size)))
     if equalizer is None:
@@ -179,6 +180,15 @@ def _hold(x: Tensor, axis: int, most: int) -> _Channels:
     positions = torch.arange(0, per_sample, coprime_stride(per_sample, most), device=x.device)
     channels = positions.div(math.prod(x.shape[axis + 1 :]), rounding_mode="floor") % x.shape[axis]
     return _Channels(range_of_channels(x, axis), x.reshape(x.shape[0], -1)[:, positions].float(), channels)
+
+
+def _keep_apart(held: Mapping[fx.Node, _Channels]) -> dict[fx.Node, _Channels]:
+    parts = [(found.range.low, found.range.high, found.values, found.channels) for found in held.values()]
+    copies = iter(copy_out_of_heap([x for part in parts for x in part]))
+    return {
+        node: _Channels(ChannelRange(low, high), values, channels)
+        for node, low, high, values, channels in zip(held, copies, copies, copies, copies, strict=False)
+    }
 
 
 def _choose_all(

@@ -1,8 +1,10 @@
-"""Free memory goes back to the system where the process has grown."""
+"""Free memory goes back to the system where the process has grown; what is kept of batches stays out of the heap."""
 
+import gc
 from types import SimpleNamespace
 
 import psutil
+import torch
 
 from infoq_fx.core import memory
 
@@ -23,3 +25,18 @@ def test_memory_is_returned_after_the_process_has_grown(monkeypatch):
         memory.return_free_memory()
     at = [size >> 20 for size in trims]
     assert at == [1024, 1074, 624]
+
+
+def test_copies_out_of_the_heap_are_equal_and_stay():
+    given = [torch.randn(3, 5), torch.arange(7), torch.zeros(0, 4), torch.tensor(2.5), torch.randn(4, 6).mT]
+    copies = memory.copy_out_of_heap(given)
+    for x, copy in zip(given, copies, strict=True):
+        assert copy.dtype == x.dtype
+        assert torch.equal(copy, x)
+    kept, wanted = copies[1], given[1].clone()
+    storages = {copy.untyped_storage().data_ptr() for copy in copies if copy.numel()}
+    assert not storages & {x.untyped_storage().data_ptr() for x in given}
+    del copies, given
+    gc.collect()
+    assert torch.equal(kept, wanted)  # it keeps the memory
+    assert memory.copy_out_of_heap([]) == []
