@@ -48,7 +48,7 @@ def run_case(name, seed, arguments, case):
     plain = dict(bits=arguments.bits, levels=arguments.levels)
     jobs = [(f"{b:g} bits", plain, b) for b in arguments.budgets or BUDGETS[name]]
     if arguments.bitops:
-        both = dict(bits=arguments.bits, activation_bits=arguments.bits, levels="uniform")
+        both = dict(bits=arguments.bits, activation_bits=arguments.bits, levels="mirrored")
         jobs += [(f"BitOps of {bits} bits", both, bits) for bits in arguments.bitops]
     for label, options, budget in jobs:
         prepared = infoq_fx.prepare(model, calibration, **options)
