@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,7 +139,18 @@ class CalibrationData:
         return self.select(torch.arange(samples) * self.samples // samples)
 
     def select(self, rows: Tensor) -> CalibrationData:
-        """Return copies of the samples with the given indices, int64 ``[samples]``."""
+        """Return copies of the samples with the given indices, int64 ``[samples]``; large ones are on disk."""
+        size = sum(x.numel() * x.element_size() for x in self.inputs.values()) / self.samples
+        if size * len(rows) > _HELD_BYTES and all(x.device.type == "cpu" for x in self.inputs.values()):
+            # With little room on the disk they stay in memory.
+            with ExitStack() as stack, suppress(CalibrationDataError):
+                spool, parts = _Spool(stack), rows.split(max(1, int(_HELD_BYTES / size)))
+                for some in parts[:-1]:
+                    spool.take([self._copy(some)])
+                return spool.map([self._copy(parts[-1])])
+        return self._copy(rows)
+
+    def _copy(self, rows: Tensor) -> CalibrationData:
         inputs = {name: x[rows.to(x.device)] for name, x in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
         return replace(self, inputs=inputs, labels=labels)

@@ -1,11 +1,12 @@
 import itertools
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from infoq_fx.core.data import read_classes, read_data
+from infoq_fx.core.data import CalibrationData, read_classes, read_data
 from infoq_fx.errors import CalibrationDataError
 
 X, Y = torch.arange(24.0).reshape(12, 2), torch.arange(12) % 3
@@ -138,3 +139,29 @@ def test_a_full_disk_is_said(monkeypatch):
 def test_one_batch_is_not_copied():
     x = torch.ones(4, 3)
     assert read_data(x).inputs["0"].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_large_selections_are_mapped_from_disk(monkeypatch, has_labels, is_full):
+    inputs = {"ids": torch.arange(40).reshape(20, 2), "x": torch.randn(20, 3, 5)}
+    labels = torch.arange(20) if has_labels else None
+    data, rows = CalibrationData(inputs, labels, False), torch.tensor([3, 3, 19, 0, 7, 11, 12])
+    monkeypatch.setattr("infoq_fx.core.data._HELD_BYTES", 200)
+    written = []
+
+    def open_file(**options):
+        written.append(options)
+        if is_full:
+            raise OSError("No space left on device")
+        return opened(**options)
+
+    opened = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", open_file)
+    found = data.select(rows)
+    assert written
+    for name, x in inputs.items():
+        assert found.inputs[name].dtype == x.dtype
+        assert torch.equal(found.inputs[name], x[rows])
+    assert found.labels is None if labels is None else torch.equal(found.labels, labels[rows])
+    assert not found.is_positional
