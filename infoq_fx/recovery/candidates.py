@@ -44,7 +44,7 @@ _CLIPS = (0.9, 1.0, 1.1, 1.25)  # fewer than recovery tries: the error is larger
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
-_ALGORITHM_VERSION = 7  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 8  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -123,7 +123,7 @@ class Candidates:
                     inputs = moments.pop(layer.site.name, None)
                     if inputs is None:
                         continue
-                    curvature, widths = inputs.factorize(_DAMPING), missing[layer.site.name]
+                    curvature, widths = inputs.narrow().factorize(_DAMPING), missing[layer.site.name]
                     del inputs
 
                     def run(bits: int, layer: Layer = layer, curvature: Curvature = curvature) -> RoundedWeight:

@@ -52,6 +52,10 @@ class InputMoments:
     cross: Tensor
     dtype: torch.dtype = torch.float64
 
+    def narrow(self) -> InputMoments:
+        """Return the same moments, computed with in float32: it takes half of the time and memory."""
+        return replace(self, dtype=torch.float32)
+
     def centre(self) -> InputMoments:
         """Turn second moments into covariances in place, for layers whose bias corrects the mean error."""
         return self._add_products(-1)
@@ -118,6 +122,10 @@ class InputSamples:
     def count(self) -> int:
         """Number of rows."""
         return self.reference.shape[1]
+
+    def narrow(self) -> InputSamples:
+        """See :class:`InputMoments`; here it is the same, since the matrices are small."""
+        return self
 
     def centre(self) -> InputSamples:
         """See :class:`InputMoments`."""

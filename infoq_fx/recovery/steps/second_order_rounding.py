@@ -200,9 +200,8 @@ def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) 
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL
     tried = slice(None, None, max(1, problem.rows.shape[1] // _ROWS_TO_TRY))
     problem, scales = replace(problem, rows=problem.rows[:, tried]), scales[:, tried]
-    # In float32 factorizing takes half the time, and the errors of neighbouring choices differ by far more.
-    narrow = [replace(half, dtype=torch.float32) if isinstance(half, InputMoments) else half for half in halves]
-    both = [(half, half.products(problem.rows)) for half in narrow]
+    # The errors of neighbouring choices differ by far more than the precision of float32.
+    both = [(half, half.products(problem.rows)) for half in (half.narrow() for half in halves)]
     pairs = [(both[0], both[1])] if is_wide else [(both[0], both[1]), (both[1], both[0])]
     find_least = _descend_to_least if is_wide else _find_least
 
