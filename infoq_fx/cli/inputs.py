@@ -79,7 +79,12 @@ def _choose_levels(options: dict[str, Any]) -> Any:
     """What --levels says; by default what the target, or what is limited or minimized, needs."""
     from infoq_fx.quantization.codebooks import choose_levels
 
-    if options["levels"] == "auto" and options.get("target") == "qonnx":
+    if options.get("target") == "qonnx":
+        if options["levels"] not in ("auto", "uniform"):
+            raise OptionError(
+                f"--levels {options['levels']} is given with --target qonnx, which takes uniform levels; leave "
+                "--levels out, or give another target"
+            )
         return "uniform"
     counts_bitops = options.get("minimize") == "bitops" or options.get("bitops") is not None
     return choose_levels(options["levels"], counts_bitops=counts_bitops)

@@ -14,6 +14,7 @@ __all__ = [
     "IR_VERSION",
     "LEVELS_BYTES",
     "MIRROR_BYTES",
+    "MIRROR_CHAIN_BYTES",
     "NODE_BYTES",
     "OPSET_VERSION",
     "TARGETS",
@@ -32,6 +33,8 @@ NODE_BYTES = 40
 """Bytes of those of one weight."""
 LEVELS_BYTES = 60
 """Bytes of those of its codebook, without the levels."""
+MIRROR_CHAIN_BYTES = 250
+"""Bytes of the operators that unpack the mirrored channels of all weights."""
 MIRROR_BYTES = 30
 """Bytes of those of its mirrored channels, without a bit for each channel."""
 

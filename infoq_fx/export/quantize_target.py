@@ -17,6 +17,7 @@ from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError, UnsupportedModelError, unknown_name_error
 from infoq_fx.graph.model_inputs import find_arguments
+from infoq_fx.quantization.codebooks import Levels, choose_levels
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.types import MAX_BITS, Allocation, Budget
 
@@ -24,7 +25,16 @@ __all__ = ["check_options", "quantize_target", "shorten_names"]
 
 
 # Options that still apply when an allocation is given.
-_ALLOCATION_OPTIONS = ("calibration_data", "example_inputs", "recovery", "seed", "device", "cache_dir", "progress")
+_ALLOCATION_OPTIONS = (
+    "calibration_data",
+    "example_inputs",
+    "recovery",
+    "seed",
+    "device",
+    "levels",
+    "cache_dir",
+    "progress",
+)
 
 
 _FIXED_OUTPUT = ".output"  # part of the names of sites with fixed bits
@@ -65,6 +75,7 @@ def _quantize_by(
     recovery: Any = "fast",
     seed: int = 0,
     device: torch.device | str = "cpu",
+    levels: Levels = "auto",
     cache_dir: Any = None,
     progress: bool = True,
 ) -> QuantizedModule:
@@ -79,6 +90,7 @@ def _quantize_by(
             f"the allocation has no layer of this model; its sites are {shorten_names(allocation.bits)}, "
             f"the model's {shorten_names(weights)}; give one that was found for this model"
         )
+    counts_bitops = allocation.budget is not None and allocation.budget.bitops is not None
     prepared = prepare(
         model,
         data,
@@ -88,6 +100,7 @@ def _quantize_by(
         ignore=[glob.escape(name.rpartition(".")[0] or name) for name in weights if name not in allocation.bits],
         pin=known,
         device=device,
+        levels=choose_levels(levels, counts_bitops=counts_bitops),
     )
     fitted = _fit_allocation(allocation, prepared)
     if data is not None:

@@ -63,7 +63,7 @@ def choose_levels(levels: Any, *, counts_bitops: bool) -> WeightLevels:
     if levels == "auto":
         return "mirrored" if counts_bitops else "codebook"
     if levels not in get_args(WeightLevels):
-        raise OptionError(f"levels={levels!r}; give 'auto', {', '.join(map(repr, get_args(WeightLevels)))}")
+        raise OptionError(f"levels={levels!r}; give 'auto', 'uniform', 'mirrored' or 'codebook'")
     found: WeightLevels = levels
     return found
 

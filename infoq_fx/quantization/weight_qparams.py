@@ -22,6 +22,7 @@ _SUM_BLOCK = 1024
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 15, -8  # of a row's largest value, without a scale in float16
 _SMALLEST_SHIFT = -50  # of a row's exponent against the largest, for the choice of a codebook
 _AROUND = 2.0**0.75  # the range of scales that are tried around a fitted one
+_FEW_VALUES = 32  # of a channel; with more, the best scales of both signs are close
 
 
 def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bits: int | None = None) -> QParams:
@@ -30,9 +31,9 @@ def choose_weight_qparams(weight: torch.Tensor, spec: QuantSpec, significant_bit
     With a codebook its levels are chosen first, see :func:`infoq_fx.quantization.codebooks.choose_codebook`; they are
     the uniform ones where those have less error, as for a weight that is on a grid already. Every scale that
     :func:`infoq_fx.quantization.histogram.scale_significant_bits` allows is tried, from strong clipping to none; around
-    a codebook's fitted one, those within a factor of 1.7. If the spec allows signs, negative scales within this factor
-    of the best positive one are tried too. With 16 bits the scale is 1, or a power of two where float16 lacks the
-    range.
+    a codebook's fitted one, those within a factor of 1.7. If the spec allows signs, negative scales are tried too, for
+    channels of more than 32 values those within this factor of the best positive one. With 16 bits the scale is 1,
+    or a power of two where float16 lacks the range.
 
     Args:
         weight: float, any shape.
@@ -157,7 +158,9 @@ def _best_scales(rows: torch.Tensor, bits: int, significant_bits: int, *, has_si
     best, least = _best_of(rows, candidates, levels)
     if not has_signs:
         return best
-    mirrored, found = _best_of(rows, -_short_scales(best / _AROUND, best * _AROUND, significant_bits), levels)
+    if rows.shape[1] > _FEW_VALUES:
+        candidates = _short_scales(best / _AROUND, best * _AROUND, significant_bits)
+    mirrored, found = _best_of(rows, -candidates, levels)
     return torch.where(found < least, mirrored, best)
 
 

@@ -30,6 +30,7 @@ __all__ = [
 MOST_COLUMNS = 8192  # the moments of more would take gigabytes
 _MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they are sums of float32 products anyway
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
+_FLOAT32_RANGE = 1e-20, 1e20  # of second moments; ridges are up to a hundred times as large, weights anything
 _ROWS_AT_ONCE = 256
 _ROWS_OF_PRODUCT, _COLUMNS_OF_PRODUCT = 1024, 512  # at least, at most
 _SAMPLES_SHARE, _SHARE_OF_FEW = 2, 16  # rows are kept as they are if the columns are this many times as many;
@@ -53,8 +54,9 @@ class InputMoments:
     dtype: torch.dtype = torch.float64
 
     def narrow(self) -> InputMoments:
-        """Return the same moments, computed with in float32: it takes half of the time and memory."""
-        return replace(self, dtype=torch.float32)
+        """Return the same moments, computed with in float32 where that has the range: in half the time and memory."""
+        largest = float(_diagonal(self.second).abs().max())
+        return replace(self, dtype=torch.float32) if _FLOAT32_RANGE[0] < largest < _FLOAT32_RANGE[1] else self
 
     def centre(self) -> InputMoments:
         """Turn second moments into covariances in place, for layers whose bias corrects the mean error."""

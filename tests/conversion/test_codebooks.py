@@ -216,8 +216,25 @@ def test_codebooks_cost_a_byte_a_level_and_mirrors_a_bit_a_channel():
         ({"target": "qonnx"}, "uniform"),
         ({"minimize": "bitops"}, "mirrored"),
         ({"bitops": 1e6, "target": "qonnx"}, "uniform"),
-        ({"target": "qonnx", "levels": "codebook"}, "codebook"),
+        ({"minimize": "bitops", "levels": "codebook"}, "codebook"),
     ],
 )
 def test_the_command_line_takes_what_the_target_needs(options, levels):
     assert _choose_levels({"levels": "auto", **options}) == levels
+
+
+def test_the_command_line_refuses_levels_that_the_target_does_not_take():
+    with pytest.raises(infoq_fx.OptionError, match="--levels mirrored is given with --target qonnx"):
+        _choose_levels({"levels": "mirrored", "target": "qonnx"})
+
+
+@pytest.mark.parametrize(("outputs", "bits"), [(32, 2), (48, 3), (400, 3)])
+def test_mirrored_channels_are_stored_where_that_makes_the_file_smaller(outputs, bits, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    data, sizes = torch.randn(64, 16), []
+    prepared = infoq_fx.prepare(torch.nn.Sequential(torch.nn.Linear(16, outputs)).eval(), data, levels="mirrored")
+    quantized = infoq_fx.convert(prepared, allocate(prepared, (bits,)))
+    for _ in range(2):
+        sizes.append(infoq_fx.export_onnx(quantized, tmp_path / "model.onnx").stat().st_size)
+        monkeypatch.setattr("infoq_fx.export.qdq_onnx.packing._mirror", lambda weight: weight)
+    assert sizes[0] < sizes[1] if outputs == 400 else sizes[0] == sizes[1]

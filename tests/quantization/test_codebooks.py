@@ -102,6 +102,9 @@ def test_mirrored_ranges_are_never_worse_than_plain_ones(weight, bits):
     assert int(q.max()) <= spec.quant_max
     errors, others = ((fake_quantize(weight, x) - weight).double().square().sum(1) for x in (qparams, plain))
     assert bool((errors <= others * (1 + 1e-6)).all())
+    if weight.shape[1] <= 32:  # of few values all scales of both signs are tried
+        turned = choose_weight_qparams(-weight, spec_of(bits, has_codebook=False), 5)
+        assert bool((errors <= (fake_quantize(-weight, turned) + weight).double().square().sum(1) * (1 + 1e-6)).all())
     assert bool((plain.scale > 0).all())
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, MIRROR_BYTES, NODE_BYTES
+from infoq_fx.core.targets import CHAIN_BYTES, LEVELS_BYTES, MIRROR_BYTES, MIRROR_CHAIN_BYTES, NODE_BYTES
 from infoq_fx.export.qdq_onnx.graph_start import Array, GraphStart, read_array
 from infoq_fx.export.qdq_onnx.lowering import MIRRORED
 
@@ -71,8 +71,10 @@ def pack_weights(model: ir.Model) -> None:
     A weight takes the narrowest bit-width that holds its values or tells its levels apart, or a wider one that others
     take too if the operators of its own would take more space. Weights of one bit-width are stored together.
     """
-    weights = [_read_weight(value) for value in model.graph.initializers.values() if _is_weight(value)]
-    chosen = _choose_widths(weights)
+    values = [value for value in model.graph.initializers.values() if _is_weight(value)]
+    plain = [_choose_form(value, read_array(value), None) for value in values]
+    forms = [plain, [min(form, _mirror(form), key=_count_bytes) for form in plain]]
+    weights, (_, chosen) = min(((form, _choose_widths(form)) for form in forms), key=lambda found: found[1][0])
     groups: defaultdict[int, list[_Weight]] = defaultdict(list)
     for weight in weights:
         fitting = [width for width in chosen if width >= weight.width]
@@ -93,13 +95,16 @@ def _is_weight(value: ir.Value) -> bool:
     return is_int8 and not reads_as_zero_point and not value.is_graph_output()
 
 
-def _read_weight(value: ir.Value) -> _Weight:
-    integers, mirrored = read_array(value), value.meta.get(MIRRORED)
-    plain = _choose_form(value, integers, None)
-    if mirrored is None:
+def _mirror(plain: _Weight) -> _Weight:
+    """A weight with its mirrored channels stored as such."""
+    mirrored = plain.value.meta.get(MIRRORED)
+    if mirrored is None or not mirrored.any():
         return plain
-    turned = _choose_form(value, np.where(mirrored, -integers, integers), mirrored)
-    return min(plain, turned, key=lambda form: _packed_bytes(form.size, form.width) + form.extra_bytes)
+    return _choose_form(plain.value, np.where(mirrored, -plain.integers, plain.integers), mirrored)
+
+
+def _count_bytes(weight: _Weight) -> int:
+    return _packed_bytes(weight.size, weight.width) + weight.extra_bytes
 
 
 def _choose_form(value: ir.Value, integers: Array, mirrored: Array | None) -> _Weight:
@@ -107,7 +112,6 @@ def _choose_form(value: ir.Value, integers: Array, mirrored: Array | None) -> _W
     width, levels = 1 + largest.bit_length(), np.unique(integers)
     by_level = max(1, (len(levels) - 1).bit_length())
     is_smaller = (width - by_level) * integers.size > 8 * (LEVELS_BYTES + len(levels))
-    mirrored = mirrored if mirrored is not None and mirrored.any() else None
     if is_smaller:
         return _Weight(value, integers, mirrored, by_level, levels)
     return _Weight(value, integers, mirrored, width, None)
@@ -117,23 +121,27 @@ def _packed_bytes(count: int, width: int) -> int:
     return math.ceil(count * width / 8)
 
 
-def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, ...]:
-    """The bit-widths whose operators make the file smallest; each weight takes the next one up, or a byte a value."""
+def _choose_widths(weights: Iterable[_Weight]) -> tuple[int, tuple[int, ...]]:
+    """The bit-widths whose operators make the file smallest, after the bytes that it then has for the weights.
+
+    Each weight takes the next one up, or a byte a value.
+    """
     held: defaultdict[int, list[_Weight]] = defaultdict(list)
     for weight in weights:
         held[weight.width].append(weight)
 
     def total(chosen: tuple[int, ...]) -> int:
-        size = CHAIN_BYTES * len(chosen)
+        size, has_mirrored = CHAIN_BYTES * len(chosen), False
         for width, group in held.items():
             taken = next((own for own in chosen if own >= width), 8)
+            has_mirrored |= taken < 8 and any(weight.mirrored is not None for weight in group)
             size += _packed_bytes(sum(weight.size for weight in group), taken)
             size += sum(weight.extra_bytes for weight in group) if taken < 8 else 0
-        return size
+        return size + (MIRROR_CHAIN_BYTES if has_mirrored else 0)
 
     used = [width for width in _WIDTHS if held[width]]
     every = itertools.chain.from_iterable(itertools.combinations(used, count) for count in range(len(used) + 1))
-    return min(every, key=total)
+    return min((total(chosen), chosen) for chosen in every)
 
 
 def _store_packed(start: GraphStart, width: int, weights: list[_Weight], mirrored: Mapping[ir.Value, ir.Value]) -> None:

@@ -194,7 +194,7 @@ def _round_layer(
 def _choose_ridges(problem: _Problem, halves: Sequence[Inputs], scales: Tensor) -> tuple[float, float]:
     """The shrinkage and the damping of least error on each half of what was fitted to the other.
 
-    At most about 128 rows, spread over the weight, are tried. A matrix of more than 1,024 columns takes long to
+    Of 256 rows or more, 128 to 255 are tried, spread over the weight. A matrix of more than 1,024 columns takes long to
     factorize: the first half alone is fitted, and the error is taken to have a single minimum.
     """
     is_wide = isinstance(halves[0], InputMoments) and problem.rows.shape[2] > _MOST_TO_TRY_ALL

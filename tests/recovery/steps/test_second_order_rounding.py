@@ -115,3 +115,20 @@ def test_a_single_minimum_is_found_from_the_middle(least):
 
     assert _descend_to_least(range(8), measure) == least
     assert len(tried) == len(set(tried)) <= 3 + abs(least - 3)
+
+
+@pytest.mark.parametrize("size", [1e-5, 2e18])
+def test_inputs_of_any_size_are_rounded_to_second_order(size):
+    """Moments that float32 cannot hold, times a ridge, stay in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.ReLU(), nn.Linear(16, 6, bias=False)).eval()
+    x, errors = torch.randn(128, 12), []
+    for data in (x, size * x):
+        prepared = infoq_fx.prepare(model, data, levels="uniform")
+        bits = {site.name: 3 if site.kind == "weight" else 8 for site in prepared.inventory.sites}
+        allocation = infoq_fx.Allocation(bits=bits)
+        quantized = infoq_fx.convert(infoq_fx.recover(prepared, allocation, data, progress=False), allocation)
+        with torch.no_grad():
+            wanted = model(data).double()
+            errors.append(float((quantized(data) - wanted).square().sum() / wanted.square().sum()))
+    assert errors[1] < 2 * errors[0]
