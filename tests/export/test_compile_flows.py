@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import infoq_fx
+from infoq_fx.conversion.quantized import provenance_of
 from infoq_fx.types import Allocation
 
 pytestmark = pytest.mark.slow  # torch.compile and pass managers
@@ -124,6 +126,17 @@ def test_layers_that_the_allocation_does_not_know_stay_in_float(case):
     held = dict(done.graph_module.named_parameters())
     assert torch.equal(held["head.weight"], model.head.weight)
     assert "head.weight" not in infoq_fx.allocation_of(done.graph_module).bits
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "levels"),
+    [("bitops", {}, "mirrored"), ("weight_bits", {}, "codebook"), ("weight_bits", {"levels": "uniform"}, "uniform")],
+)
+def test_levels_follow_the_budget_of_an_allocation(case, limit, options, levels):
+    model, allocation, _ = case
+    known = dataclasses.replace(allocation, budget=infoq_fx.Budget(**{limit: 1e9}))
+    done = infoq_fx.InfoqPass(known, IMAGES, recovery="none", **options)(torch.fx.symbolic_trace(model))
+    assert provenance_of(done.graph_module).inventory.levels == levels
 
 
 @pytest.mark.parametrize("face", [infoq_fx.InfoqPass, infoq_fx.backend])
