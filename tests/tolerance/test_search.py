@@ -67,16 +67,16 @@ def counted(monkeypatch):
 
 def test_the_smallest_that_passes_is_returned_and_loses_what_it_says(case, prepared, table):
     fitted, judged = halves(case)
-    tolerance = Tolerance(drop=6.0)
+    tolerance = Tolerance(drop=3.0)
     found = infoq_fx.search_tolerance(prepared, table, tolerance, fitted, validation_data=judged, **OPTIONS)
     module = infoq_fx.convert(found.recovered, found.allocation)
     loss = found.allocation.loss
     assert loss.value == pytest.approx(points_lost(case, module))
-    assert loss.value <= 6.0
+    assert loss.value <= 3.0
     smallest = min((step for step in found.steps if step.passes), key=lambda step: step.cost)
     assert found.allocation.cost.size_bytes == smallest.cost
     failed = [step for step in found.steps if not step.passes and step.cost < smallest.cost]
-    assert loss.smaller_value == max(failed, key=lambda step: step.cost).loss.value > 6.0
+    assert loss.smaller_value == max(failed, key=lambda step: step.cost).loss.value > 3.0
     assert smallest.cost < 1.05 * max(step.limit for step in failed)
     assert 3 <= len(found.steps) <= 8
     assert str(loss) in str(found)
