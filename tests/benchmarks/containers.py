@@ -1,15 +1,17 @@
-"""Write files of both containers here, and run them with the onnxruntime of another environment.
+"""Write files of both containers and two kinds of levels, and run them with the onnxruntime of another environment.
 
-python tests/benchmarks/containers.py FOLDER             writes <container>.onnx, x.npy and <container>.npy
+python tests/benchmarks/containers.py FOLDER             writes <levels>-<container>.onnx, x.npy and <levels>.npy
 other/bin/python tests/benchmarks/containers.py FOLDER --run    runs them; needs onnxruntime and numpy only
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 CONTAINERS = ("int8", "exact")
+LEVELS = ("codebook", "mirrored")
 
 
 def write(folder):
@@ -24,23 +26,26 @@ def write(folder):
         nn.Linear(16 * 36, 10),
     )  # fmt: skip
     x = torch.randn(64, 1, 8, 8)
-    quantized = infoq_fx.quantize(model.eval(), 4.0, calibration_data=x, progress=False)
     np.save(folder / "x.npy", x.numpy())
-    np.save(folder / "y.npy", quantized(x).detach().numpy())
-    for container in CONTAINERS:
-        infoq_fx.export_onnx(quantized, folder / f"{container}.onnx", container=container)
+    for levels in LEVELS:
+        quantized = infoq_fx.quantize(model.eval(), 4.0, calibration_data=x, levels=levels, progress=False)
+        np.save(folder / f"{levels}.npy", quantized(x).detach().numpy())
+        for container in CONTAINERS:
+            infoq_fx.export_onnx(quantized, folder / f"{levels}-{container}.onnx", container=container)
 
 
 def run(folder):
     import onnxruntime
 
-    x, y = np.load(folder / "x.npy"), np.load(folder / "y.npy")
-    step = (y.max() - y.min()) / 255
-    for container in CONTAINERS:
-        session = onnxruntime.InferenceSession(str(folder / f"{container}.onnx"), providers=["CPUExecutionProvider"])
+    x = np.load(folder / "x.npy")
+    for levels, container in itertools.product(LEVELS, CONTAINERS):
+        y = np.load(folder / f"{levels}.npy")
+        step = (y.max() - y.min()) / 255
+        path = str(folder / f"{levels}-{container}.onnx")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {session.get_inputs()[0].name: x})
         steps = float(np.abs(found - y).max() / step)
-        print(f"onnxruntime {onnxruntime.__version__}, {container}: largest error {steps:.2f} output steps")
+        print(f"onnxruntime {onnxruntime.__version__}, {levels} {container}: largest error {steps:.2f} output steps")
         assert steps < 3
 
 
