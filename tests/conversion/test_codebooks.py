@@ -56,6 +56,7 @@ def test_every_weight_has_as_many_levels_as_its_bits_allow(quantized):
     assert bool((scales < 0).any()) == is_mirrored
 
 
+@pytest.mark.slow
 def test_the_summary_counts_codebooks(model):
     for levels, is_told in (("codebook", True), ("mirrored", False)):
         prepared = infoq_fx.prepare(model, IMAGES, levels=levels)
@@ -63,6 +64,7 @@ def test_the_summary_counts_codebooks(model):
         assert ("weights have a codebook of integer levels" in str(told)) == is_told
 
 
+@pytest.mark.slow
 def test_files_have_positive_scales_and_as_few_bits(quantized, tmp_path):
     plain = infoq_fx.export_onnx(quantized, tmp_path / "plain.onnx", container="int8")
     held = {x.name: onnx.numpy_helper.to_array(x) for x in onnx.load(plain).graph.initializer}
@@ -228,6 +230,7 @@ def test_the_command_line_refuses_levels_that_the_target_does_not_take():
         _choose_levels({"levels": "mirrored", "target": "qonnx"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outputs", "bits"), [(32, 2), (48, 3), (400, 3)])
 def test_mirrored_channels_are_stored_where_that_makes_the_file_smaller(outputs, bits, tmp_path, monkeypatch):
     torch.manual_seed(0)
