@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from infoq_fx.allocation.cost import limits_bitops
 from infoq_fx.allocation.solver import check_budget
 from infoq_fx.conversion.conversion import check_allocation, convert_prepared, warn_of_codebooks, warn_of_other_recovery
 from infoq_fx.conversion.quantized import QuantizedModule
@@ -237,7 +238,7 @@ def prepare(
         ignore=ignore,
         pin=pin,
         tie=tie,
-        levels=choose_levels(levels, counts_bitops=isinstance(budget, Budget) and budget.bitops is not None),
+        levels=choose_levels(levels, counts_bitops=limits_bitops(budget)),
     )
     warn_of_float_weights(plan, stacklevel=3)
     if budget is not None:

@@ -14,6 +14,10 @@ from infoq_fx.types import QuantSpec
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
+def weight_spec(bits: int, channel_axis: int | None = 0) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=True, channel_axis=channel_axis)
+
+
 def activation_spec(bits: int) -> QuantSpec:
     return QuantSpec(bits=bits, symmetric=False)
 

@@ -109,6 +109,20 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, change: Any, reason:
         SensitivityTable.load(path)
 
 
+@pytest.mark.parametrize("has_codebook", [False, True])
+def test_a_table_of_an_earlier_version_keeps_its_levels(tmp_path: Path, has_codebook: bool) -> None:
+    path = tmp_path / "t.json"
+    make_table().save(path)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for site in document["inventory"]["sites"]:
+        del site["levels"]
+        site["has_codebook"] = has_codebook and site["kind"] == "weight"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    sites = SensitivityTable.load(path).inventory.sites
+    assert {site.levels for site in sites if site.kind == "weight"} == {"codebook" if has_codebook else "uniform"}
+    assert all(site.levels == "uniform" for site in sites if site.kind == "activation")
+
+
 @pytest.mark.parametrize(
     "content", [b"\x08\x07\xff\xfe\x00onnx", b"[]", b"3", b""], ids=["binary", "list", "int", "empty"]
 )

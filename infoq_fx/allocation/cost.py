@@ -35,6 +35,7 @@ __all__ = [
     "bound_own_cost",
     "broken_limits",
     "build_cost_row",
+    "limits_bitops",
     "measure_cost",
     "operation_bitops",
     "packs_weights",
@@ -117,7 +118,7 @@ def weight_bytes(site: QuantSite, bits: int, *, is_packed: bool = True) -> int:
     """
     if bits == FLOAT16_BITS:
         return _packed_bytes(site.numel, bits)
-    channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
+    channels = _count_channels(site)
     if not is_packed or _saved_bytes(site, bits) <= 0:
         return _packed_bytes(site.numel, max(bits, MAX_BITS)) + _SCALE_BYTES * channels
     return _packed_bytes(site.numel, bits) + _SCALE_BYTES * channels + _level_bytes(site, bits)
@@ -241,6 +242,11 @@ def broken_limits(cost: Cost, budget: Budget) -> list[str]:
     ]
 
 
+def limits_bitops(*budgets: object) -> bool:
+    """Return whether one of some budgets, or what else was given as one, limits BitOps."""
+    return any(isinstance(budget, Budget) and budget.bitops is not None for budget in budgets)
+
+
 def bound_own_cost(row: CostRow, limit: float) -> float:
     """Return a lower bound on a user-defined cost, at any bits, from its row and the limit that it was built for."""
     return float(Fraction(_largest_rounded(limit, row.unit) - row.limit + row.least, row.unit))
@@ -266,8 +272,11 @@ def _level_bytes(site: QuantSite, bits: int) -> int:
     """Bytes of a codebook's levels, or of a bit for each channel that may be mirrored."""
     if bits > CODEBOOK_BITS or site.levels == "uniform":
         return 0
-    channels = 1 if site.channel_axis is None else site.shape[site.channel_axis]
-    return 1 << bits if site.levels == "codebook" else _packed_bytes(channels, 1)
+    return 1 << bits if site.levels == "codebook" else _packed_bytes(_count_channels(site), 1)
+
+
+def _count_channels(site: QuantSite) -> int:
+    return 1 if site.channel_axis is None else site.shape[site.channel_axis]
 
 
 def _packed_bytes(numel: int, bits: int) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from infoq_fx.allocation.allocation_file import decode_allocation, describe_allocation
+from infoq_fx.allocation.cost import limits_bitops
 from infoq_fx.allocation.solver import allocate, check_budget, find_uniform
 from infoq_fx.api import DEFAULT_BITS, prepare
 from infoq_fx.auditing.judge import Judge
@@ -157,7 +158,7 @@ def audit(
         pin=pin,
         tie=tie,
         outputs=outputs,
-        levels=choose_levels(levels, counts_bitops=_counts_bitops(budgets)),
+        levels=choose_levels(levels, counts_bitops=limits_bitops(*budgets)),
         device=device,
     )
     limits = {_name_budget(budget): check_budget(prepared.inventory, budget) for budget in budgets}
@@ -381,10 +382,6 @@ def _count_images(criterion: Criterion, data: CalibrationData) -> int:
         return 0
     samples = getattr(criterion, "samples", None)
     return min(data.samples, samples) if isinstance(samples, int) else data.samples
-
-
-def _counts_bitops(budgets: Sequence[float | Budget]) -> bool:
-    return any(isinstance(budget, Budget) and budget.bitops is not None for budget in budgets)
 
 
 def _name_budget(budget: float | Budget) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infoq_fx.allocation.allocation_file import describe_allocation, load_allocation
+from infoq_fx.allocation.cost import limits_bitops
 from infoq_fx.cli.application import ExitCode, Result, check_output, command, say
 from infoq_fx.cli.inputs import check_same_sites, make_workers, prepare_model, read_samples, take_bits, take_levels
 from infoq_fx.cli.options import (
@@ -186,7 +187,7 @@ def quantize(
     if table is not None:
         take_bits(options, table.inventory)
         take_levels(options, table.inventory)
-    elif fixed is not None and fixed.budget is not None and fixed.budget.bitops is not None and levels == "auto":
+    elif fixed is not None and levels == "auto" and limits_bitops(fixed.budget):
         options["levels"] = "uniform" if target == "qonnx" else "mirrored"
     read = read_samples(options)
     data, judged = _divide(options, read, tolerance)

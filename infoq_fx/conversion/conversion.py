@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable
 
+from infoq_fx.allocation.cost import limits_bitops
 from infoq_fx.conversion.quantized import Provenance, QuantizedModule, wrap_quantized
 from infoq_fx.errors import OptionError
 from infoq_fx.graph.passes.convert_quantizers import convert_quantizers
@@ -76,9 +77,8 @@ def check_allocation(prepared: PreparedModel, allocation: Allocation) -> None:
 
 def warn_of_codebooks(prepared: PreparedModel, allocation: Allocation, *, stacklevel: int) -> None:
     """Warn if an allocation was found for BitOps and weights have codebooks, for which BitOps say nothing."""
-    counts_bitops = allocation.budget is not None and allocation.budget.bitops is not None
     weights = [site for site in prepared.inventory.sites if site.levels == "codebook"]
-    if counts_bitops and any(allocation.bits[site.name] <= CODEBOOK_BITS for site in weights):
+    if limits_bitops(allocation.budget) and any(allocation.bits[site.name] <= CODEBOOK_BITS for site in weights):
         warnings.warn(
             "the budget of this allocation limits BitOps, and weights have codebooks of levels, which hardware that "
             "multiplies integers of few bits cannot take: prepare with levels='mirrored', and score again",

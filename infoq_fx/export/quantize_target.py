@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from infoq_fx.allocation.cost import limits_bitops
 from infoq_fx.api import convert, prepare, quantize, recover
 from infoq_fx.conversion.quantized import QuantizedModule
 from infoq_fx.core.data import read_data
@@ -90,7 +91,6 @@ def _quantize_by(
             f"the allocation has no layer of this model; its sites are {shorten_names(allocation.bits)}, "
             f"the model's {shorten_names(weights)}; give one that was found for this model"
         )
-    counts_bitops = allocation.budget is not None and allocation.budget.bitops is not None
     prepared = prepare(
         model,
         data,
@@ -100,7 +100,7 @@ def _quantize_by(
         ignore=[glob.escape(name.rpartition(".")[0] or name) for name in weights if name not in allocation.bits],
         pin=known,
         device=device,
-        levels=choose_levels(levels, counts_bitops=counts_bitops),
+        levels=choose_levels(levels, counts_bitops=limits_bitops(allocation.budget)),
     )
     fitted = _fit_allocation(allocation, prepared)
     if data is not None:

@@ -1,6 +1,6 @@
-"""Quantization of tensors: choose qparams, quantize, dequantize, fake quantize.
+"""Quantization of tensors: quantize, dequantize, fake quantize.
 
-Pure functions over tensors on any device. The qparams of activations are chosen in
+Pure functions over tensors on any device. Qparams are chosen in :mod:`infoq_fx.quantization.weight_qparams` and
 :mod:`infoq_fx.quantization.histogram`.
 """
 
@@ -174,7 +174,7 @@ class _LearnedStepSize(torch.autograd.Function):
 
 
 def grow_scale(scale: torch.Tensor, least: float) -> torch.Tensor:
-    """Return scales of at least this size, of the same sign."""
+    """Return scales of any shape, of the same signs and of at least this size."""
     return scale.abs().clamp_min_(least).copysign_(scale)
 
 
@@ -189,7 +189,7 @@ def shorten_scale(scale: torch.Tensor, significant_bits: int) -> torch.Tensor:
 
 
 def keep_size(scale: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
-    """Limit learned scales to the sign of ``smallest`` and at least its size."""
+    """Return learned scales ``[channels]`` or ``[]``, limited to the signs of ``smallest`` and at least its sizes."""
     return torch.where(smallest < 0, torch.minimum(scale, smallest), torch.maximum(scale, smallest))
 
 

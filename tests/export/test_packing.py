@@ -186,8 +186,8 @@ def kinds_of_operators(path, optimised):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("onnxruntime-avx2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param("convolutions", marks=pytest.mark.slow), "kinds"])
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-avx2"])
+@pytest.mark.parametrize("name", ["convolutions", "kinds"])
 def test_a_file_runs_as_the_int8_file_does(name, target, files, tmp_path):
     exact, int8 = files(name, target)
     _, data = quantized_kinds(name)

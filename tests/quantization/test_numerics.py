@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from samples import activation_spec
+from samples import activation_spec, weight_spec
 
 from infoq_fx.quantization.numerics import (
     dequantize,
@@ -20,11 +20,7 @@ from infoq_fx.quantization.numerics import (
     quantize,
 )
 from infoq_fx.quantization.weight_qparams import choose_weight_qparams
-from infoq_fx.types import QParams, QuantSpec
-
-
-def weight_spec(bits: int, channel_axis: int | None = 0) -> QuantSpec:
-    return QuantSpec(bits=bits, symmetric=True, channel_axis=channel_axis)
+from infoq_fx.types import QParams
 
 
 def affine(scale: float, zero_point: int, bits: int = 8) -> QParams:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from samples import BITS, activation_spec, histogram_of, short_scales
+from samples import BITS, activation_spec, histogram_of, short_scales, weight_spec
 
 from infoq_fx.errors import OptionError, UnsupportedModelError
 from infoq_fx.quantization.histogram import (
@@ -20,10 +20,6 @@ from infoq_fx.quantization.numerics import (
 )
 from infoq_fx.quantization.weight_qparams import choose_weight_qparams
 from infoq_fx.types import QuantSpec
-
-
-def weight_spec(bits: int, channel_axis: int | None = 0) -> QuantSpec:
-    return QuantSpec(bits=bits, symmetric=True, channel_axis=channel_axis)
 
 
 def errors_of(rows: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
