@@ -1,11 +1,12 @@
 """Compare the kinds of levels on pretrained models: squared errors of weights, and nats and top-1 lost.
 
     python tests/benchmarks/codebooks.py [resnet20] [vit] [mobilenet_v2] [--budgets 4 3 2.5]
-        [--levels uniform mirrored codebook]
+        [--levels uniform mirrored codebook] [--equal-bits]
     python tests/benchmarks/codebooks.py --errors
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). Default options of ``quantize()``,
-one draw of the calibration images, nats on images that were not used for it, with paired differences. With --errors:
+one draw of the calibration images, nats on images that were not used for it, with paired differences. With --equal-bits
+all weights have the bits of the budget. With --errors:
 the squared error of weights rounded to nearest, over that of uniform levels, the geometric mean over layers.
 """
 
@@ -57,6 +58,14 @@ def lose(quantized, reference, images, labels):
     return nats, 100 * float((outputs.argmax(1) == labels).double().mean())
 
 
+def choose(prepared, table, budget, calibration):
+    """The allocation of the default options, or without scores the one that gives all weights the same bits."""
+    if table is not None:
+        return infoq_fx.refine(prepared, table, budget, calibration)
+    sites = prepared.inventory.sites
+    return infoq_fx.Allocation(bits={site.name: int(budget) if site.kind == "weight" else 8 for site in sites})
+
+
 def run_case(name, arguments, case):
     model, calibration, (images, labels) = case
     reference = run(model, images)
@@ -64,10 +73,10 @@ def run_case(name, arguments, case):
     found = {}
     for levels in arguments.levels:
         prepared = infoq_fx.prepare(model, calibration, levels=levels)
-        table = infoq_fx.score(prepared, calibration, progress=False)
+        table = None if arguments.equal_bits else infoq_fx.score(prepared, calibration, progress=False)
         for budget in arguments.budgets:
             start = time.process_time()
-            allocation = infoq_fx.refine(prepared, table, budget, calibration)
+            allocation = choose(prepared, table, budget, calibration)
             recovered = infoq_fx.recover(prepared, allocation, calibration, progress=False)
             nats, top1 = lose(infoq_fx.convert(recovered, allocation), reference, images, labels)
             found[levels, budget] = nats
@@ -86,6 +95,7 @@ def main():
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.0, 3.0, 2.5], help="mean weight bits")
     parser.add_argument("--levels", nargs="+", default=["uniform", "mirrored", "codebook"])
+    parser.add_argument("--equal-bits", action="store_true", help="of all weights, without scores")
     parser.add_argument("--errors", action="store_true", help="of weights alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
