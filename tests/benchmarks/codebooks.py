@@ -6,8 +6,8 @@
 
 Needs the models and images next to the project (``../shared/data/real_models.py``). Default options of ``quantize()``,
 one draw of the calibration images, nats on images that were not used for it, with paired differences. With --equal-bits
-all weights have the bits of the budget. With --errors:
-the squared error of weights rounded to nearest, over that of uniform levels, the geometric mean over layers.
+all weights have the bits of the budget. With --errors: the squared error of weights rounded to nearest, over that of
+uniform levels, the geometric mean over layers.
 """
 
 import argparse
