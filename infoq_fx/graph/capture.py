@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from infoq_fx.errors import CalibrationDataError, InfoqError, UnsupportedModelEr
 from infoq_fx.graph.program.dtypes import cast_inputs, floating_dtypes, note_casts, take_in_float32
 from infoq_fx.graph.program.exporting import ExampleInputs, FreeAxes, export_quietly, exporting
 from infoq_fx.graph.program.flattening import flatten_program
+from infoq_fx.graph.program.functionalization import make_functional
 from infoq_fx.graph.program.sample_axis import refuse_other_sample_axes
 from infoq_fx.graph.program.sizes import (
     Dynamic,
@@ -132,7 +133,7 @@ def _draft(
 
 def _flatten(program: ExportedProgram, device: torch.device) -> _Draft:
     _refuse_training_graph(program)
-    functional = _decompose(program)
+    functional = _make_functional(program)
     operations = frozenset(node.target for node in functional.graph.nodes if node.op == "call_function")
     flat = flatten_program(functional, device)
     form, dtypes = take_in_float32(flat.graph_module)
@@ -150,15 +151,20 @@ def _try_draft(
         return None
 
 
-def _is_equal_at(model: nn.Module, draft: _Draft, inputs: ExampleInputs, device: torch.device) -> bool | None:
-    """Whether a capture at other sizes is the same, None if the model does not take them."""
+def _compare_at(
+    model: nn.Module, draft: _Draft, inputs: ExampleInputs, device: torch.device
+) -> Literal["equal", "other sizes", "other operations"] | None:
+    """How a capture at other sizes differs, None if the model does not take them."""
     try:
         program = _export_module(model, inputs)
         if stay_equal(draft.program, program, draft.operations):
-            return True
-        return are_equal(draft.graph_module, _flatten(program, device).graph_module)
+            return "equal"
+        other = _flatten(program, device).graph_module
     except InfoqError:
         return None
+    if are_equal(draft.graph_module, other):
+        return "equal"
+    return "other sizes" if same_operations(draft.graph_module, other) else "other operations"
 
 
 def _tell_dtypes(dtypes: set[torch.dtype]) -> None:
@@ -241,11 +247,13 @@ def _free_axes(
             for name, axes in wanted.items()
             for axis in axes
         }
-        is_equal = _is_equal_at(model, draft, resize(inputs, sizes), device)
-        if is_equal is None:
+        found = _compare_at(model, draft, resize(inputs, sizes), device)
+        if found is None:
             continue
-        if is_equal:
+        if found == "equal":
             return draft, wanted
+        if found == "other operations":
+            break  # no graph holds for both sizes, and the search for symbolic ones can take minutes
         free = _try_draft(model, inputs, device, keyed)
         if free is not None and same_operations(draft.graph_module, free.graph_module):
             kept = _symbolic_axes(free.graph_module, wanted)
@@ -395,22 +403,14 @@ def _reserved_advice(error: Exception) -> str:
     return ", or rename its attribute that torch's own graphs have too" if is_taken else ""
 
 
-def _decompose(program: ExportedProgram) -> ExportedProgram:
-    examples = program.example_inputs
+def _make_functional(program: ExportedProgram) -> ExportedProgram:
     try:
-        # Without examples torch adds no checks of the inputs, which torch 2.9 cannot do for a forward(*xs).
-        # An empty table makes the graph functional without decomposing conv2d, linear and attention.
-        with exporting():
-            program.example_inputs = None
-            functional: ExportedProgram = program.run_decompositions({})
-        return functional
+        return make_functional(program)
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.export cannot make the graph functional: {_first_lines(error)}; rewrite the in-place parts of the "
             f"model{_reserved_advice(error)}"
         ) from error
-    finally:
-        program.example_inputs = examples
 
 
 def _move(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:

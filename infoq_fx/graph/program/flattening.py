@@ -181,10 +181,21 @@ def _copy_graph(
             if node.args and isinstance(node.args[0], fx.Node):
                 copies[node] = copies[node.args[0]]
         else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.target in _VIEWS:
-                copies[node].target = torch.ops.aten.reshape.default
+            copies[node] = _copy_node(graph, node, copies)
     return graph, output_names, template
+
+
+def _copy_node(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """A copy with a name of its own: torch's numbers count operations on sizes, of which few are left."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor | tuple | list):
+        return graph.node_copy(node, copies.__getitem__)
+    operation: Any = torch.ops.aten.reshape.default if node.target in _VIEWS else node.target
+    args: Any = fx.map_arg(node.args, copies.__getitem__)
+    kwargs: Any = fx.map_arg(dict(node.kwargs), copies.__getitem__)
+    name = getattr(operation, "overloadpacket", operation).__name__
+    copied = graph.create_node("call_function", operation, args, kwargs, name)
+    copied.meta = dict(node.meta)
+    return copied
 
 
 def _is_dropout_or_assert(node: fx.Node) -> bool:
