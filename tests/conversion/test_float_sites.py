@@ -240,7 +240,7 @@ def test_both_operands_of_a_product_are_in_float_where_both_lose_much():
 def test_both_operands_of_an_addition_are_in_float_where_one_is(prepared, tmp_path):
     """Only so much: the addition before it keeps its operands, as a convolution reads its sum at 8 bits."""
     floats = prepared.inventory.complete_floats({f"{FRAGILE}.weight": 16})
-    (first, _) = (site.name for site in prepared.inventory.sites if ".add_" in site.name)
+    (first, _) = (site.name for site in prepared.inventory.sites if ".add" in site.name)
     assert set(floats) == {f"{FRAGILE}.{part}" for part in ("weight", "input", "output")} | {first}
     quantized = infoq_fx.convert(prepared, allocate(prepared, **floats))
     path = infoq_fx.export_onnx(quantized, tmp_path / "m.onnx")
@@ -253,7 +253,7 @@ def test_both_operands_of_an_addition_are_in_float_where_one_is(prepared, tmp_pa
 
 def test_the_operands_of_a_sum_that_is_read_in_float_are_in_float(prepared):
     floats = prepared.inventory.complete_floats({"blocks.1.conv1.input": 16})
-    (first, _) = (site.name for site in prepared.inventory.sites if ".add_" in site.name)
+    (first, _) = (site.name for site in prepared.inventory.sites if ".add" in site.name)
     assert set(floats) == {"blocks.1.conv1.input", first, "blocks.0.conv2.output", "stem.0.output"}
 
 
