@@ -17,7 +17,7 @@ from infoq_fx.runtime.held_outputs import HeldLoss, HeldOutputs, OutputHolder
 from infoq_fx.runtime.integer_convolution import find_integer_nodes
 from infoq_fx.runtime.interpreter import ReadValue, SiteInterpreter
 from infoq_fx.runtime.outputs import FloatOutputs, read_nodes
-from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_whole_run
+from infoq_fx.runtime.run_plan import plan_perturbed_run, plan_perturbed_runs, plan_whole_run
 from infoq_fx.runtime.value_sizes import measure_peak_and_largest_bytes
 from infoq_fx.types import QuantSite
 
@@ -209,7 +209,7 @@ def run_perturbed(
     ``share`` is the part of a (site, bit-width) by which the progress bar advances for its run.
     """
     wanted, integers = set(observed), find_integer_nodes(prepared)
-    plans = {site.name: plan_perturbed_run(prepared, site.name, wanted, integers) for site in sites}
+    plans = plan_perturbed_runs(prepared, [site.name for site in sites], wanted, integers)
     # Of the inventory: the given sites may have a part of their candidates, 16 alone for example.
     at_rest = {site.name: site.baseline_bits for site in prepared.inventory.sites}
     runs = [(site.name, bits) for site in sites for bits in site.bits if bits != at_rest[site.name]]
@@ -254,7 +254,7 @@ def run_pairs(
     """
     wanted, integers = set(observed), find_integer_nodes(prepared)
     others = {site.name: site for site in sites} | {site.name: site for found in partners.values() for site in found}
-    plans = {name: plan_perturbed_run(prepared, name, wanted, integers) for name in others}
+    plans = plan_perturbed_runs(prepared, others, wanted, integers)
     starts = {s.name: set[fx.Node]().union(*(plans[p.name].boundary for p in partners[s.name])) for s in sites}
     first = {s.name: plan_perturbed_run(prepared, s.name, wanted, integers, starts[s.name]) for s in sites}
     boundary = set().union(*(plan.boundary for plan in (*plans.values(), *first.values())))

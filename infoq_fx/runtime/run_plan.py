@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.types import FLOAT16_BITS
 
-__all__ = ["MergedQuantizer", "RunPlan", "plan_perturbed_run", "plan_whole_run"]
+__all__ = ["MergedQuantizer", "RunPlan", "plan_perturbed_run", "plan_perturbed_runs", "plan_whole_run"]
 
 _ATEN = torch.ops.aten
 _UNLIMITED = (-math.inf, math.inf)
@@ -61,7 +61,7 @@ def plan_whole_run(
     ``bits`` are the bit-widths of the run, by site; sites that are not named are at 8 bits.
     """
     kept = set(keep)
-    return _plan(prepared, kept, kept, set(), integers, bits)
+    return _plan(_read_graph(prepared), kept, kept, set(), integers, bits)
 
 
 def plan_perturbed_run(
@@ -77,22 +77,51 @@ def plan_perturbed_run(
     if no observed node is downstream. The run ends with the last observed node. Nodes to ``keep`` are observed too, and
     their values stay.
     """
-    kept, moved = set(keep), {site, *prepared.inventory.complete_floats({site: FLOAT16_BITS})}
-    start = {node for node, module in prepared.quantizer_nodes() if module.site.name in moved}
-    return _plan(prepared, set(observed) | kept, kept, start, integers, _BASELINE)
+    return plan_perturbed_runs(prepared, [site], observed, integers, keep)[site]
+
+
+def plan_perturbed_runs(
+    prepared: PreparedModel,
+    sites: Iterable[str],
+    observed: Iterable[fx.Node],
+    integers: frozenset[fx.Node] = frozenset(),
+    keep: Iterable[fx.Node] = (),
+) -> dict[str, RunPlan]:
+    """Plan the runs of several sites, by name, as :func:`plan_perturbed_run` does; the graph is read once."""
+    graph, kept, plans = _read_graph(prepared), set(keep), {}
+    wanted = set(observed) | kept
+    for site in sites:
+        moved = {site, *prepared.inventory.complete_floats({site: FLOAT16_BITS})}
+        start = {node for node, module in graph.quantizers if module.site.name in moved}
+        plans[site] = _plan(graph, wanted, kept, start, integers, _BASELINE)
+    return plans
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What plans are made of: the nodes in order, the quantizers, and which of them are fused with what."""
+
+    nodes: tuple[fx.Node, ...]
+    quantizers: tuple[tuple[fx.Node, Quantizer], ...]
+    merged: Mapping[fx.Node, MergedQuantizer]
+
+
+def _read_graph(prepared: PreparedModel) -> _Graph:
+    nodes = tuple(node for node in prepared.graph_module.graph.nodes if node.op != "output")
+    quantizers = tuple(prepared.quantizer_nodes())
+    return _Graph(nodes, quantizers, _merge_quantizers(prepared, quantizers))
 
 
 def _plan(
-    prepared: PreparedModel,
+    graph: _Graph,
     wanted: set[fx.Node],
     kept: set[fx.Node],
     start: set[fx.Node],
     integers: frozenset[fx.Node],
     bits: Mapping[str, int],
 ) -> RunPlan:
-    nodes = [node for node in prepared.graph_module.graph.nodes if node.op != "output"]
-    merged = _merge_quantizers(prepared)
-    repeats = _find_repeats(prepared, merged, start, integers, bits)
+    nodes, merged = graph.nodes, dict(graph.merged)
+    repeats = _find_repeats(graph, start, integers, bits)
     needed = _find_needed(nodes, wanted, merged, repeats)
     # If the sum itself is needed too, the quantizer reads it instead of adding again.
     for node, quantizer in merged.items():
@@ -119,7 +148,7 @@ def _plan(
 
 
 def _find_needed(
-    nodes: list[fx.Node],
+    nodes: Sequence[fx.Node],
     wanted: set[fx.Node],
     merged: Mapping[fx.Node, MergedQuantizer],
     repeats: Mapping[fx.Node, fx.Node],
@@ -147,10 +176,12 @@ def _inputs_of(
     return merged[node].sources if node in merged else tuple(node.all_input_nodes)
 
 
-def _merge_quantizers(prepared: PreparedModel) -> dict[fx.Node, MergedQuantizer]:
+def _merge_quantizers(
+    prepared: PreparedModel, quantizers: Iterable[tuple[fx.Node, Quantizer]]
+) -> dict[fx.Node, MergedQuantizer]:
     """Every activation quantizer fused with the clips and the addition before it; observers between are skipped."""
     merged = {}
-    for node, quantizer in prepared.quantizer_nodes():
+    for node, quantizer in quantizers:
         if quantizer.site.kind != "activation":
             continue
         source, clip = node.all_input_nodes[0], _UNLIMITED
@@ -183,15 +214,11 @@ def _summed(quantizer: MergedQuantizer, node: fx.Node) -> fx.Node | None:
 
 
 def _find_repeats(
-    prepared: PreparedModel,
-    merged: Mapping[fx.Node, MergedQuantizer],
-    perturbed: set[fx.Node],
-    integers: frozenset[fx.Node],
-    bits: Mapping[str, int],
+    graph: _Graph, perturbed: set[fx.Node], integers: frozenset[fx.Node], bits: Mapping[str, int]
 ) -> dict[fx.Node, fx.Node]:
+    merged, repeats = graph.merged, {}
     first: dict[Any, tuple[fx.Node, Quantizer]] = {}
-    repeats = {}
-    for node, quantizer in prepared.quantizer_nodes():
+    for node, quantizer in graph.quantizers:
         if node not in merged or node in perturbed or not quantizer.calibrated_bits:
             continue
         key = merged[node].sources, merged[node].clip, node in integers

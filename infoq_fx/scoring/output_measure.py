@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from infoq_fx.runtime.forward import RunOptions, hold_float_outputs, hold_output
 from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
 from infoq_fx.runtime.interpreter import ReadValue
 from infoq_fx.runtime.outputs import find_labelled, predict_classes, read_nodes, read_readings
-from infoq_fx.runtime.run_plan import plan_perturbed_run
+from infoq_fx.runtime.run_plan import plan_perturbed_runs
 from infoq_fx.scoring.criterion import Measure
 from infoq_fx.types import BASELINE_BITS, Measurement, Plain, QuantSite
 
@@ -239,7 +239,7 @@ class OutputMeasure:
                 "comparing outputs needs calibration data, found none; give some, or take criterion='weight_mse'"
             )
         nodes = read_nodes(prepared)
-        reached = {site.name: affected_outputs(prepared, site.name) for site in sites}
+        reached = affected_outputs(prepared, [site.name for site in sites])
         wanted = [(site.name, bits) for site in sites for bits in site.bits]
         records = {run: OutputRecord(self.outputs, reached[run[0]]) for run in wanted}
 
@@ -269,22 +269,23 @@ class OutputMeasure:
         return [Measurement(*run, record.summarize()) for run, record in records.items()]
 
 
-def affected_outputs(prepared: PreparedModel, site: str) -> tuple[int, ...]:
-    """Return the indices of the outputs that are read and that a site reaches.
+def affected_outputs(prepared: PreparedModel, sites: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return, by site, the indices of the outputs that are read and that it reaches.
 
     Raises:
-        OptionError: it reaches none, so that nothing could be said of it.
+        OptionError: one reaches none, so that nothing could be said of it.
     """
-    nodes = read_nodes(prepared)
-    run = set(plan_perturbed_run(prepared, site, set(nodes)).nodes)
-    found = tuple(index for index, node in enumerate(nodes) if node in run)
-    if not found:
-        read = ", ".join(map(repr, _read_names(prepared)))
-        raise OptionError(
-            f"site {site!r} reaches none of the outputs that are read ({read}): read the output that it computes "
-            "(outputs=...), or leave its layer in float with ignore=[...]"
-        )
-    return found
+    nodes, reached = read_nodes(prepared), {}
+    for site, plan in plan_perturbed_runs(prepared, sites, set(nodes)).items():
+        run = set(plan.nodes)
+        reached[site] = tuple(index for index, node in enumerate(nodes) if node in run)
+        if not reached[site]:
+            read = ", ".join(map(repr, _read_names(prepared)))
+            raise OptionError(
+                f"site {site!r} reaches none of the outputs that are read ({read}): read the output that it computes "
+                "(outputs=...), or leave its layer in float with ignore=[...]"
+            )
+    return reached
 
 
 def measure_outputs(
@@ -306,9 +307,7 @@ def read_outputs(
     prepared: PreparedModel, data: CalibrationData, base: HeldOutputs, *, batch_size: int, run_options: RunOptions
 ) -> Outputs:
     """Compare the outputs of the baseline, ``base``, with those of the float model, which is run here."""
-    for site in prepared.inventory.sites:
-        if site.is_searched and len(site.bits) > 1:
-            affected_outputs(prepared, site.name)
+    affected_outputs(prepared, [s.name for s in prepared.inventory.sites if s.is_searched and len(s.bits) > 1])
     reference = hold_float_outputs(prepared, data, batch_size=batch_size, run_options=run_options)
     loss = make_loss(prepared, reference)
     starts = range(0, data.samples, batch_size)

@@ -16,7 +16,7 @@ from infoq_fx.core.data import CalibrationData
 from infoq_fx.errors import CalibrationDataError, OptionError, unknown_name_error
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions
-from infoq_fx.runtime.run_plan import plan_perturbed_run
+from infoq_fx.runtime.run_plan import plan_perturbed_runs
 from infoq_fx.scoring.criterion import Kind, Observer, Scores
 from infoq_fx.scoring.information.encoders import Encoder, encode_inputs
 from infoq_fx.scoring.information.measurement import InformationMeasure, Neighbours, measure_baseline
@@ -194,9 +194,10 @@ class InfoQPaper:
 
 
 def _check_downstream(prepared: PreparedModel, observed: set[fx.Node]) -> None:
-    for site in prepared.inventory.sites:
-        if site.is_searched and len(site.bits) > 1 and not plan_perturbed_run(prepared, site.name, observed).nodes:
-            raise OptionError(f"site {site.name!r} has no observer downstream; add 'output' to observers")
+    searched = [site.name for site in prepared.inventory.sites if site.is_searched and len(site.bits) > 1]
+    for site, plan in plan_perturbed_runs(prepared, searched, observed).items():
+        if not plan.nodes:
+            raise OptionError(f"site {site!r} has no observer downstream; add 'output' to observers")
 
 
 def _name_encoder(encoder: Encoder | str | None, data: CalibrationData) -> str:

@@ -123,7 +123,8 @@ class InformationMeasure:
         """A record of every perturbed run of a block."""
         nodes, read = self._nodes(prepared), read_nodes(prepared)
         runs = [(site.name, bits) for site in sites for bits in site.bits if bits != BASELINE_BITS]
-        reached = {site.name: affected_outputs(prepared, site.name) if self.reads_output else () for site in sites}
+        names = [site.name for site in sites]
+        reached = affected_outputs(prepared, names) if self.reads_output else dict.fromkeys(names, ())
         records = {run: _Record(nodes, [(i, read[i]) for i in reached[run[0]]], self.outputs) for run in runs}
         run_perturbed(
             prepared,

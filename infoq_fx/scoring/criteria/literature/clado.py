@@ -198,7 +198,7 @@ class _Losses:
 
     def __init__(self, prepared: PreparedModel, outputs: Outputs) -> None:
         self._outputs, self._nodes = outputs, read_nodes(prepared)
-        self._reached = {site.name: set(affected_outputs(prepared, site.name)) for site in _searched(prepared)}
+        self._reached = affected_outputs(prepared, [site.name for site in _searched(prepared)])
         self._alone: dict[tuple[str, int], list[Tensor]] = {}
         self.rows: dict[_Runs, Tensor] = {}
 
