@@ -36,6 +36,7 @@ __all__ = [
     "measure_cross_entropy",
     "measure_metric",
     "measure_nats",
+    "split_samples",
 ]
 
 Metric = Callable[[Any, Tensor | None], float]
@@ -46,6 +47,7 @@ LossFunction = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 _SMALLEST_PROBABILITY = torch.finfo(torch.float32).tiny
 _SMALLEST_VARIANCE = 1e-3  # of a channel, relative to the mean over the channels: a constant channel says nothing
 _NO_VARIANCE = 1e-30
+_VALUES_AT_ONCE = 2**17  # of an output: a megabyte in float64
 _ROUNDING = 1e-4  # nats; a divergence computed in float32 may be below 0 by so much
 
 
@@ -154,7 +156,11 @@ class OutputLoss:
         """Sum the nats of all outputs, float64 ``[samples]``; outputs of both runs in order, the same samples."""
         if self.function is not None:
             return _call(self.function, reference, found)
-        return self.compare(self.encode(reference, temperature), self.encode(found, temperature), temperature)
+        parts = []
+        for part in split_samples(found):
+            p, q = (self.encode([x[part] for x in run], temperature) for run in (reference, found))
+            parts.append(self.compare(p, q, temperature))
+        return torch.cat(parts)
 
     def encode(self, outputs: Sequence[Tensor], temperature: float = 1.0) -> tuple[Encoded, ...]:
         """Return what :meth:`compare` needs of a run, which may then be compared with several others."""
@@ -175,6 +181,16 @@ class OutputLoss:
             getattr(reading, "weight", 0.0) * _diverge(reading, p, q, variance, temperature)
             for reading, variance, p, q in zip(self.readings, self.variances, reference, found, strict=True)
         )
+
+
+def split_samples(outputs: Sequence[Tensor]) -> list[slice]:
+    """Return parts of the samples that are compared at once: what they take stays in a processor's cache.
+
+    A sample's nats are the same in every part. Large values are in blocks that C libraries map anew each time.
+    """
+    samples, values = len(outputs[0]), max(1, *(x[:1].numel() for x in outputs))
+    size = max(1, _VALUES_AT_ONCE // values)
+    return [slice(start, min(samples, start + size)) for start in range(0, samples, size)]
 
 
 class Encoded:

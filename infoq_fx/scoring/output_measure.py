@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData, read_classes
-from infoq_fx.core.readings import Categorical, Encoded, OutputLoss, Reading
+from infoq_fx.core.readings import Categorical, Encoded, OutputLoss, Reading, split_samples
 from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, hold_float_outputs, hold_outputs, run_perturbed
-from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
+from infoq_fx.runtime.held_outputs import BYTES_OF_VALUE, ENCODED_BYTES, HeldOutputs, make_loss
 from infoq_fx.runtime.interpreter import ReadValue
 from infoq_fx.runtime.outputs import find_labelled, predict_classes, read_nodes, read_readings
 from infoq_fx.runtime.run_plan import plan_perturbed_runs
@@ -138,12 +138,15 @@ class Outputs:
         return any(others is not None for others in self.paired)
 
     def _encode(self, start: int, count: int) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...], Tensor]:
-        """Reference and baseline of a batch, and what the latter loses over pairs; kept until another batch comes."""
+        """Reference and baseline of samples, and what the latter loses over pairs; kept as long as there is room."""
         held = self._held.get((start, count))
         if held is None:
             reference, base = (self.loss.encode(x.rows(start, count)) for x in (self.reference, self.base))
             held = reference, base, self._compare_over_pairs(reference, base)
-            self._held.clear()
+            values = sum(x[:1].numel() for x in self.reference.tensors)
+            samples = sum(held_count for _, held_count in list(self._held)) + count
+            if 2 * BYTES_OF_VALUE * values * samples > ENCODED_BYTES:
+                self._held.clear()
             self._held[start, count] = held
         return held
 
@@ -211,7 +214,11 @@ class OutputRecord:
         found = self._waiting.setdefault(start, {})
         found[index] = output.detach().to("cpu", torch.float32)
         if len(found) == len(self._affected):
-            self._compared[:, start : start + len(output)] = self._outputs.compare(start, self._waiting.pop(start))
+            del self._waiting[start]
+            is_own = self._outputs.loss.function is not None  # it may take a whole batch alone
+            for part in [slice(0, len(output))] if is_own else split_samples(list(found.values())):
+                rows = slice(start + part.start, start + part.stop)
+                self._compared[:, rows] = self._outputs.compare(rows.start, {i: x[part] for i, x in found.items()})
 
     def summarize(self) -> dict[str, float]:
         """Return means and standard errors; see :meth:`Outputs.summarize`."""

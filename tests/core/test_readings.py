@@ -8,6 +8,7 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Normal, kl_divergence
 
+from infoq_fx.core import readings
 from infoq_fx.core.readings import (
     Bernoulli,
     Categorical,
@@ -208,3 +209,16 @@ def test_a_metric_gives_one_number(found):
     assert measure_metric(lambda outputs, labels: torch.tensor(0.5), None, None) == 0.5
     with pytest.raises(OptionError, match="metric='map'; give a function"):
         check_metric("map")
+
+
+@pytest.mark.parametrize("reading", [Categorical(axis=2), Bernoulli(axis=2), Quantity(axis=2)])
+def test_parts_of_the_samples_have_the_nats_of_the_whole(reading, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 7, 5, 9, generator=draw)
+    loss = OutputLoss((reading,), (None,))
+    whole = loss([p], [q])
+    assert readings.split_samples([p]) == [slice(0, 7)]
+    monkeypatch.setattr(readings, "_VALUES_AT_ONCE", 100)
+    assert readings.split_samples([p]) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert readings.split_samples([torch.zeros(2, 300), torch.zeros(2)]) == [slice(0, 1), slice(1, 2)]
+    assert torch.equal(loss([p], [q]), whole)
