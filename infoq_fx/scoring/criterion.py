@@ -49,7 +49,8 @@ class Criterion(Protocol):
     measurements of all blocks into scores, smaller is better, and must be cheap. Neither may change the prepared model.
 
     Seven attributes are optional. ``samples`` is the largest number of samples that the criterion is given, evenly
-    spread over the data; ``choose_samples(prepared, sites)``, if there is such a method, returns it instead.
+    spread over the data; ``choose_samples(prepared, sites, samples)``, if there is such a method, returns it instead;
+    ``samples`` is how many the data has.
     ``runs_weights`` is True if it runs the model with weights at candidate bit-widths, so that it
     can use weights as recovery would round them. ``choose_bits(site)`` returns the bit-widths of a site that are
     measured, all if there is no such method; ``score`` then gives the others a score too. ``scores_float`` is True if

@@ -118,7 +118,7 @@ def measure_sensitivity(
         sites = [replace(site, bits=choose(site)) for site in sites]
     if data is not None:
         count = getattr(found, "choose_samples", None)
-        most = getattr(found, "samples", None) if count is None else count(prepared, sites)
+        most = getattr(found, "samples", None) if count is None else count(prepared, sites, data.samples)
         data = data if most is None else _take_samples(prepared, data, most, found.name)
     limit = _choose_memory_limit(given)
     batch_size = choose_perturbed_batch_size(prepared, limit)

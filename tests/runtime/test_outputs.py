@@ -1,5 +1,7 @@
 """The outputs that are read, and how many positions of a sample they have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -48,5 +50,16 @@ def test_outputs_of_many_positions_are_scored_on_fewer_samples(name, bits, expec
     model, data = Heads(name).eval(), torch.randn(120, 3, 10, 10)
     prepared = infoq_fx.prepare(model, data, bits=bits, outputs="categorical")
     sites = [site for site in prepared.inventory.sites if site.kind == "weight"]
-    assert infoq_fx.InfoQ().choose_samples(prepared, sites) == expected
-    assert infoq_fx.InfoQ(samples=50).choose_samples(prepared, sites) == 50
+    assert infoq_fx.InfoQ().choose_samples(prepared, sites, 120) == expected
+    assert infoq_fx.InfoQ(samples=50).choose_samples(prepared, sites, 120) == 50
+
+
+@pytest.mark.parametrize(
+    ("bits", "layers", "samples", "expected"),
+    [((2, 3, 8), 53, 500, 75), ((2, 3, 8), 50, 256, 48), ((2, 3, 8), 20, 1024, 96), ((2, 3, 8, 16), 53, 500, 192)],
+)
+def test_networks_of_many_layers_are_scored_on_samples_for_eight_passes(bits, layers, samples, expected):
+    prepared = infoq_fx.prepare(Heads("classes").eval(), torch.randn(4, 3, 10, 10), bits=bits, outputs="categorical")
+    site = next(site for site in prepared.inventory.sites if site.kind == "weight")
+    sites = [replace(site, name=f"{index}.weight") for index in range(layers)]
+    assert infoq_fx.InfoQ().choose_samples(prepared, sites, samples) == expected

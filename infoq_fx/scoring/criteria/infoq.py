@@ -21,7 +21,8 @@ from infoq_fx.types import BASELINE_BITS, FLOAT16_BITS, Measurement, Plain, Quan
 __all__ = ["InfoQ"]
 
 _MEASURED_WIDTHS = 2
-_SAMPLES, _OBSERVED_SAMPLES = 96, 1024
+_SAMPLES, _FEWEST_SAMPLES, _OBSERVED_SAMPLES = 96, 48, 1024
+_MOST_PASSES = 8  # of the data, that runs from each site on take: half a pass each
 _MANY_POSITIONS, _FEWER_OF_MANY = 64, 3  # of a sample's output; each is measured
 _SAMPLES_FOR_FLOAT = 192  # what a site gains in float counts above three standard errors
 
@@ -64,7 +65,8 @@ class InfoQ:
     Args:
         samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 96, for 192 where
             float is among the candidates, whose small gains need them, for a third of that where every output has 64
-            positions or more (pixels, tokens, anchors), or 1,024 with observers.
+            positions or more (pixels, tokens, anchors), or 1,024 with observers. Networks of many layers take fewer, at
+            least 48, so that scoring runs at most eight passes of the data.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
             observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
@@ -93,14 +95,19 @@ class InfoQ:
         if self.samples == "auto":
             object.__setattr__(self, "samples", _SAMPLES if self.observers is None else _OBSERVED_SAMPLES)
 
-    def choose_samples(self, prepared: PreparedModel, sites: Sequence[QuantSite]) -> int | None:
-        """Return the largest number of samples for these sites."""
+    def choose_samples(self, prepared: PreparedModel, sites: Sequence[QuantSite], samples: int) -> int | None:
+        """Return the largest number of samples for these sites, of the data's ``samples``."""
         assert self.samples != "auto"
         if self.samples != _SAMPLES:
             return self.samples
         has_float = any(max(site.bits) == FLOAT16_BITS for site in sites)
         most = _SAMPLES_FOR_FLOAT if has_float else _SAMPLES
-        return most // _FEWER_OF_MANY if count_positions(prepared) >= _MANY_POSITIONS else most
+        if count_positions(prepared) >= _MANY_POSITIONS:
+            most //= _FEWER_OF_MANY
+        if has_float:
+            return most
+        runs = sum(bits < BASELINE_BITS for site in sites for bits in site.bits)
+        return min(most, max(_FEWEST_SAMPLES, 2 * _MOST_PASSES * samples // max(1, runs)))
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the settings of the measurements; those of observers are included if there are any."""
