@@ -44,7 +44,7 @@ _CLIPS = (0.9, 1.0, 1.1, 1.25)  # fewer than recovery tries: the error is larger
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
-_ALGORITHM_VERSION = 8  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 9  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -141,13 +141,12 @@ class Candidates:
 
         sources = {layer.site.name: sources_of(layer) for layer in layers}
 
-        def read(_: int, values: Mapping[fx.Node, Any]) -> list[tuple[Tensor, float]]:
-            found = []
+        def read(start: int, values: Mapping[fx.Node, Any]) -> list[tuple[Tensor, float]]:
+            found, share = [], min(self._batch_size, samples - start) / samples
             for layer in layers:
-                count, (first, *others) = most[layer.site.name], sources[layer.site.name]
-                value = values[first.node]
-                rows = torch.cat([source.rows(values[source.node], count) for source in (first, *others)], 1)
-                found.append((rows, samples * rows.shape[1] / first.samples(value)))
+                count, read_by = most[layer.site.name], sources[layer.site.name]
+                rows = torch.cat([source.rows(values[source.node], count) for source in read_by], 1)
+                found.append((rows, rows.shape[1] / share))
             return found
 
         with thread_map(run_options.threads, run_options.stop) as spread:

@@ -11,7 +11,9 @@ from infoq_fx.core.data import read_data
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.numerics import dequantize
 from infoq_fx.recovery.candidates import Candidates
+from infoq_fx.recovery.input_moments import InputMoments, InputSamples
 from infoq_fx.recovery.parameters import fork, set_parameter
+from infoq_fx.recovery.segments import find_segments
 from infoq_fx.runtime.forward import RunOptions
 
 
@@ -129,3 +131,28 @@ def test_what_cannot_be_rounded_so_is_rounded_to_nearest():
     assert infoq_fx.score(prepared, images, progress=False).scores["0.weight"][2].value > 0
     with pytest.raises(OptionError, match=r"unknown recovery .fats.; .* .fast."):
         infoq_fx.score(prepared, images, recovery="fats", progress=False)
+
+
+class Attention(nn.Module):
+    """torch's attention, whose output projection reads rows of tokens first: ``[tokens * samples, features]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(48, 4, batch_first=True), nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_rows_of_tokens_are_counted_whatever_their_order():
+    """64 rows are more than 48 columns, though one row a sample would be few: moments, not the rows themselves."""
+    torch.manual_seed(0)
+    data = torch.randn(2, 32, 48)
+    prepared = infoq_fx.prepare(Attention().eval(), data, bits=4)
+    candidates = Candidates(prepared, read_data(data).named(prepared.input_names))
+    sites = {layer.site.name: layer for segment in find_segments(prepared) for layer in segment.layers}
+    moments = candidates._measure_moments(list(sites.values()), RunOptions())
+    counts = {name: (type(found), found.count) for name, found in moments.items()}
+    assert counts["attention.out_proj.weight"] == (InputMoments, 64)
+    assert counts["attention.in_proj_weight"] == (InputMoments, 64)
+    assert counts["head.weight"] == (InputSamples, 2)
