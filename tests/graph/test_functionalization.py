@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoq_fx.graph.capture import capture
-from infoq_fx.graph.program import functionalization
+from infoq_fx.graph.program import drafts
 from infoq_fx.graph.program.exporting import export_quietly
-from infoq_fx.graph.program.functionalization import EVERYDAY_OPERATIONS, make_functional
+from infoq_fx.graph.program.functionalization import EVERYDAY_OPERATIONS, copy_functional, make_functional
 
 X = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
 ONES = torch.ones(4)
@@ -89,7 +89,7 @@ def moved(x: Tensor) -> list[Tensor]:
 def test_everyday_operations_stay_when_torch_makes_a_program_functional() -> None:
     program = export_quietly(Calls(*(lambda x, f=f: tuple(f(x)) for f in (layers, pointwise, pooled, moved))), (X,))
     before = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    after = functionalization._decompose(program)
+    after = make_functional(program)
     left = [node.target for node in after.graph.nodes if node.op == "call_function"]
     asserts = {torch.ops.aten._assert_tensor_metadata.default}
     assert EVERYDAY_OPERATIONS - set(before) - asserts == set(), "not tried here"
@@ -103,7 +103,7 @@ def run_both(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def is_copied(model: nn.Module) -> bool:
-    return functionalization._copy_everyday(export_quietly(model, (X,))) is not None
+    return copy_functional(export_quietly(model, (X,))) is not None
 
 
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -204,7 +204,7 @@ def test_the_copy_has_the_operations_and_names_of_torchs_own(monkeypatch: pytest
         return [(str(node.target), node.name) for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
 
     copied = capture_nodes()
-    monkeypatch.setattr(functionalization, "_copy_everyday", lambda program: None)
+    monkeypatch.setattr(drafts, "copy_functional", lambda program: None)
     assert capture_nodes() == copied
 
 
@@ -216,10 +216,78 @@ def test_sizes_of_the_batch_stay_free_behind_flatten_and_unflatten() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model(twice), graph_module(twice), strict=True))
 
 
-def test_what_torch_makes_of_a_program_leaves_the_program_as_it_is() -> None:
+def test_the_copy_leaves_the_program_as_it_is() -> None:
     program = export_quietly(Program([("relu_", 0, 0), ("sum", 0, 1)]), (X,))
     before = program.graph_module.code
-    functional = make_functional(program)
-    assert program.graph_module.code == before
-    assert "relu_." in before
+    functional = copy_functional(program)
+    assert functional is not None
     assert "relu_." not in functional.graph_module.code
+    assert "relu_." in program.graph_module.code == before
+
+
+class Flagged(nn.Module):
+    def forward(self, flag: bool, x: Tensor) -> Tensor:
+        return x.flatten(1) if flag else x
+
+
+def test_programs_may_have_arguments_that_are_no_tensors() -> None:
+    batch = {0: torch.export.Dim.AUTO}
+    program = torch.export.export(Flagged(), (True, X), dynamic_shapes=(None, batch))
+    assert torch.equal(capture(program, (X,)).graph_module(X[:1]), X[:1].flatten(1))
+
+
+@pytest.mark.parametrize("name", ["eq_", "ne_", "cumsum_"])
+def test_operations_in_place_keep_the_dtype(name: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        return getattr((x * 4).int() if name == "cumsum_" else x * 1, name)(1)
+
+    own, captured = run_both(Calls(call))
+    assert own[0].dtype == captured[0].dtype
+    assert torch.equal(own[0], captured[0])
+
+
+def test_parts_of_an_empty_tensor_are_as_many_as_asked() -> None:
+    own, captured = run_both(Calls(lambda x: x[:, :0].chunk(2, 1)[1]))
+    assert own[0].shape == captured[0].shape
+
+
+class Layers(nn.Module):
+    """One of several ways to handle an image behind a convolution."""
+
+    def __init__(self, way: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.linear, self.way = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def cut_windows(m: nn.Module, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    y = m.conv(x).permute(0, 2, 3, 1).view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+    return m.linear(y.flatten(1, 2).flatten(2, 3)).mean((1, 2))
+
+
+def halve(m: nn.Module, x: Tensor) -> Tensor:
+    return sum(m.conv(x).transpose(2, 3).contiguous().chunk(2, 2))
+
+
+def pair_rows(m: nn.Module, x: Tensor) -> Tensor:
+    y = F.max_pool2d(m.conv(x), 2).transpose(2, 3).contiguous()
+    return y.unflatten(2, (-1, 2)).sum(3).mean((2, 3))
+
+
+def flatten_flat(m: nn.Module, x: Tensor) -> Tensor:
+    return m.conv(x).view(int(x.shape[0]), -1).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "way", [cut_windows, *(pytest.param(x, marks=pytest.mark.slow) for x in (halve, pair_rows, flatten_flat))]
+)
+def test_axes_stay_free_where_only_one_of_two_captures_can_be_copied(way: Callable[..., Tensor]) -> None:
+    model = Layers(way).eval()
+    captured = capture(model, (X,))
+    assert captured.free_axes == {"x": (2, 3)}
+    assert captured.batch_size is None
+    large = torch.randn(3, 4, 12, 16)
+    torch.testing.assert_close(captured.graph_module(large), model(large))

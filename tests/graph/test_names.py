@@ -146,13 +146,27 @@ def test_outputs_called_like_an_input_get_a_name_of_their_own_in_the_file(tmp_pa
     assert [value.name for value in onnx.load(path).graph.output] == ["x_1", "y"]
 
 
-@pytest.mark.parametrize("name", ["meta", "graph", "code"])
-def test_a_name_that_torch_keeps_for_itself_is_refused_by_name(name):
+def make_reserved(name, change):
+    """A module with a submodule whose name every graph module keeps for itself."""
+    torch.manual_seed(0)
     model = nn.Linear(4, 4)
     model.register_module(name, nn.Linear(4, 4))
-    model.forward = lambda x: functional.linear(x, model.weight) + model._modules[name](x)
+    model.forward = lambda x: functional.linear(x, model.weight) + change(model._modules[name](x))
+    return model
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+def test_a_name_that_torch_keeps_for_itself_is_refused_by_name_where_torch_is_needed(name):
+    model = make_reserved(name, lambda y: y + y[:, :2].relu_().sum())
     with pytest.raises(infoq_fx.UnsupportedModelError, match=f"{name}.*rename"):
         infoq_fx.prepare(model, torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+def test_a_name_that_torch_keeps_for_itself_may_stand_in_everyday_programs(name):
+    model, x = make_reserved(name, torch.relu), torch.randn(64, 4)
+    quantized = infoq_fx.quantize(model, 8.0, calibration_data=x, progress=False)
+    assert (quantized(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
 
 
 def test_free_paths_pass_attributes_of_modules_and_their_tensors():

@@ -1,5 +1,6 @@
 """Sizes of inputs: the batch is free or its place is told, further axes stay free where the model takes any."""
 
+import importlib
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import infoq_fx
+from infoq_fx.graph.capture import capture
 from infoq_fx.graph.program.exporting import export_quietly
 from infoq_fx.graph.program.flattening import flatten_program
 from infoq_fx.graph.program.sizes import are_equal, stay_equal
@@ -285,3 +287,42 @@ def test_the_short_comparison_says_equal_only_where_the_whole_one_does(steps):
     kept = {node.target for node in functionals[0].graph.nodes}
     assert stay_equal(*programs, kept) <= is_equal
     assert is_equal == (STEPS.index(steps) < 4)
+
+
+class Frames(nn.Module):
+    """Convolves images of a video one by one: the number of frames is written into the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return torch.stack([self.conv(x[:, :, t]) for t in range(x.shape[2])], 2).mean((3, 4))
+
+
+class Windows(nn.Module):
+    """Shifts windows of 7 unless there is one alone, as a Swin transformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        for axis in (2, 3):
+            if x.shape[axis] > 7:
+                x = x.roll(1, axis)
+        return self.conv(x)
+
+
+def test_axes_stay_free_beside_one_that_is_written_into_the_graph():
+    video = torch.randn(2, 3, 3, 8, 8)
+    captured = capture(Frames().eval(), (video,))
+    assert captured.free_axes == {"x": (3, 4)}
+
+
+def test_symbolic_sizes_are_not_asked_for_where_other_sizes_have_other_operations(monkeypatch):
+    asked = []
+    module = importlib.import_module("infoq_fx.graph.capture")
+    monkeypatch.setattr(module, "try_draft", lambda *given: asked.append(given))
+    assert capture(Windows().eval(), (torch.randn(2, 3, 7, 7),)).free_axes == {}
+    assert not asked

@@ -19,13 +19,14 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from infoq_fx.graph.program.exporting import exporting
 
-__all__ = ["EVERYDAY_OPERATIONS", "make_functional"]
+__all__ = ["EVERYDAY_OPERATIONS", "copy_functional", "make_functional"]
 
 _ATEN = torch.ops.aten
 _BATCH_NORM, _CONTIGUOUS, _RESHAPE = _ATEN.batch_norm.default, _ATEN.contiguous.default, _ATEN.reshape.default
 _DROPOUTS = (_ATEN.dropout.default, _ATEN.dropout_.default)
 _CHUNK = _ATEN.chunk.default
 _RESHAPED = (_ATEN.flatten.using_ints, _ATEN.unflatten.int)
+_COMPARISONS = frozenset({_ATEN.eq.Scalar, _ATEN.ne.Scalar})  # their results are of another dtype
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _NAMES = """
@@ -56,33 +57,11 @@ EVERYDAY_OPERATIONS = frozenset(_overload(name) for name in _NAMES.split())
 """Operations that torch leaves as they are when it makes a program functional."""
 
 
-def make_functional(program: ExportedProgram) -> ExportedProgram:
+def copy_functional(program: ExportedProgram) -> ExportedProgram | None:
     """Return a program that computes the same without changing a tensor in place; convolutions stay what they are.
 
-    Args:
-        program: as exported for inference; it is not changed.
-
-    Raises:
-        Exception: torch's own, if it cannot do it.
+    The result is None unless the program consists of everyday operations, and changes no tensor that others see.
     """
-    return _copy_everyday(program) or _decompose(program)
-
-
-def _decompose(program: ExportedProgram) -> ExportedProgram:
-    examples = program.example_inputs
-    try:
-        # Without examples torch adds no checks of the inputs, which torch 2.9 cannot do for a forward(*xs).
-        # An empty table makes the graph functional without decomposing conv2d, linear and attention.
-        with exporting():
-            program.example_inputs = None
-            functional: ExportedProgram = program.run_decompositions({})
-        return functional
-    finally:
-        program.example_inputs = examples
-
-
-def _copy_everyday(program: ExportedProgram) -> ExportedProgram | None:
-    """A functional copy; None if the program holds more than everyday operations on tensors of their own."""
     signature = program.graph_signature
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         return None
@@ -106,6 +85,24 @@ def _copy_everyday(program: ExportedProgram) -> ExportedProgram | None:
         constants=program.constants,
         verifiers=[program.verifier],
     )
+
+
+def make_functional(program: ExportedProgram) -> ExportedProgram:
+    """Return what :func:`copy_functional` does, of any program, as torch makes it.
+
+    Raises:
+        Exception: torch's own, if it cannot do it.
+    """
+    examples = program.example_inputs
+    try:
+        # Without examples torch adds no checks of the inputs, which torch 2.9 cannot do for a forward(*xs).
+        # An empty table makes the graph functional without decomposing conv2d, linear and attention.
+        with exporting():
+            program.example_inputs = None
+            functional: ExportedProgram = program.run_decompositions({})
+        return functional
+    finally:
+        program.example_inputs = examples
 
 
 def _find_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node] | None:
@@ -147,12 +144,14 @@ def _is_everyday(node: fx.Node) -> bool:
     if operation is _BATCH_NORM:
         return args[5] is False and all(isinstance(x, fx.Node) for x in args[3:5])
     if operation is _CHUNK:
-        return is_concrete_int(args[0].meta["val"].shape[_axis_of(args)])
+        size = args[0].meta["val"].shape[_axis_of(args)]
+        return is_concrete_int(size) and size > 0
     if operation in _RESHAPED:
         return [_is_number_or_input(size) for size in value.shape].count(False) <= 1
     if _is_in_place(node):
         dtypes = {x.meta["val"].dtype for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)}
-        return _out_of_place(operation) in EVERYDAY_OPERATIONS and dtypes == {value.dtype}
+        is_kept = value.dtype.is_floating_point and dtypes == {value.dtype}
+        return is_kept and _out_of_place(operation) in EVERYDAY_OPERATIONS - _COMPARISONS
     return operation in EVERYDAY_OPERATIONS or operation in (_CONTIGUOUS, _RESHAPE)
 
 
@@ -172,7 +171,11 @@ def _is_in_place(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is None or any(value.alias_info is not None for value in schema.returns)
+    return (
+        schema is None
+        or node.target is _ATEN.einsum.default
+        or any(value.alias_info is not None for value in schema.returns)
+    )
 
 
 def _out_of_place(operation: Any) -> Any:
@@ -187,13 +190,18 @@ def _copy_graph(source: fx.Graph, owners: Mapping[fx.Node, fx.Node]) -> fx.Graph
     for node in source.nodes:
         aliases.setdefault(owners[node], []).append(node)
         original = node.args[0] if node.args else None
-        if isinstance(original, fx.Node) and (node.target in _DROPOUTS or node.target is _CONTIGUOUS):
+        if isinstance(original, fx.Node) and _changes_nothing(node, original):
             copies[node] = copies[original]
             continue
         copies[node] = copied = _copy_node(graph, node, copies)
         if _is_in_place(node):
             copies |= dict.fromkeys(aliases[owners[node]], copied)
     return graph
+
+
+def _changes_nothing(node: fx.Node, original: fx.Node) -> bool:
+    is_flat = node.target is _ATEN.flatten.using_ints and node.meta["val"].ndim == original.meta["val"].ndim
+    return is_flat or node.target in _DROPOUTS or node.target is _CONTIGUOUS
 
 
 def _copy_node(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -237,7 +245,8 @@ def _write_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], value: Tens
 
 def _size_of_input(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], size: Any) -> fx.Node | None:
     for source in copies:
-        shape = source.meta["val"].shape if source.op == "placeholder" else ()
+        value = source.meta.get("val")
+        shape: Any = value.shape if isinstance(value, Tensor) and source.op == "placeholder" else ()
         for axis, found in enumerate(shape):
             if not is_concrete_int(found) and found.node.expr == size.node.expr:
                 place = copies[source], axis
