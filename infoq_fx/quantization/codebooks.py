@@ -39,7 +39,7 @@ Integers: TypeAlias = NDArray[np.integer[Any]]
 Levels: TypeAlias = Literal["auto", "uniform", "mirrored", "codebook"]
 """How the integers that weights may have are chosen: :data:`infoq_fx.types.WeightLevels`, or by the budget."""
 
-CODEBOOK_VERSION = 1
+CODEBOOK_VERSION = 2
 """Raised when the same weight gets other levels; part of the keys of caches."""
 
 _HALVES = 2 * 128  # the table of nearest levels has an entry for every half integer from -128 to 127.5
@@ -213,6 +213,7 @@ def _to_integers(levels: Floats, has_zero: bool) -> tuple[Integers, np.float32]:
     found = np.rint(np.sort(levels) * growth).astype(np.int8)
     if has_zero:
         found[np.abs(found).argmin()] = 0
+        found.sort()  # of two equal levels below 0, the first became 0
     return found, growth
 
 

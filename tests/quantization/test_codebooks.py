@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.codebooks import (
+    _to_integers,
     choose_codebook,
     choose_levels,
     find_levels,
@@ -54,6 +55,11 @@ def test_the_middle_of_two_levels_goes_up_and_nan_to_zero():
     levels = torch.tensor([-5, -2, 0, 7], dtype=torch.int8)
     x = torch.tensor([-3.5, 3.5, -1.0, torch.nan, torch.inf, -torch.inf])
     assert nearest_levels(x, levels).tolist() == [-2, 7, 0, 0, 7, -5]
+
+
+def test_levels_ascend_where_two_equal_ones_below_zero_are_nearest_to_it():
+    levels, _ = _to_integers(np.array([-63.0, -2.1, -1.9, 9.0], dtype=np.float32), has_zero=True)
+    assert levels.tolist() == [-63, -2, 0, 9]
 
 
 @settings(deadline=None, max_examples=60)
