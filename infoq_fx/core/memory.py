@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 import mmap
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import psutil
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["available_memory_bytes", "copy_out_of_heap", "return_free_memory"]
+__all__ = ["available_memory_bytes", "copy_out_of_heap", "copy_to_disk", "return_free_memory"]
 
 
 _GROWTH_BYTES = 128 << 20
@@ -72,6 +73,32 @@ def copy_out_of_heap(tensors: Sequence[Tensor]) -> list[Tensor]:
             copy = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
             x = copy.copy_(x)
         copies.append(x)
+    return copies
+
+
+def copy_to_disk(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of the CPU into an unnamed temporary file that is mapped; without room on the disk, return them.
+
+    The system may drop pages of the file that are not in use. The file goes with the last of the copies.
+    """
+    import numpy as np
+    import torch
+
+    flat = [x.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for x in tensors]
+    try:
+        with tempfile.TemporaryFile(prefix="infoq_fx_") as file:
+            for bytes_of in flat:
+                file.write(bytes_of.data)
+                file.write(bytes(-len(bytes_of) % _ALIGNMENT))
+            file.write(bytes(_ALIGNMENT))  # an empty file cannot be mapped
+            file.flush()
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "c"))  # on write a page is copied
+    except OSError:
+        return list(tensors)
+    copies, offset = [], 0
+    for x, bytes_of in zip(tensors, flat, strict=True):
+        copies.append(mapped[offset : offset + len(bytes_of)].view(x.dtype).reshape(x.shape))
+        offset += -(-len(bytes_of) // _ALIGNMENT) * _ALIGNMENT
     return copies
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.memory import return_free_memory
+from infoq_fx.core.memory import copy_to_disk, return_free_memory
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.codebooks import find_levels, table_of_levels
@@ -43,6 +43,7 @@ _DAMPING = 0.03
 _CLIPS = (0.9, 1.0, 1.1, 1.25)  # fewer than recovery tries: the error is larger by 1 to 3 %
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
+_IN_MEMORY_BYTES = 64 << 20  # of rounded weights
 _BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
 _ALGORITHM_VERSION = 9  # raised when the same data gives other rounded weights
 
@@ -78,6 +79,7 @@ class Candidates:
         self._group_bytes = _GROUP_BYTES if memory_limit is None else min(_GROUP_BYTES, memory_limit // 2)
         self.cpu_seconds = 0.0
         self._rounded: dict[tuple[str, int], RoundedWeight] = {}
+        self._room = _IN_MEMORY_BYTES
 
     def describe(self) -> dict[str, Plain]:
         """Return settings that determine the rounded weights, besides the model."""
@@ -130,8 +132,16 @@ class Candidates:
                         with torch.inference_mode():
                             return _round_layer(self._prepared, layer, curvature, bits)
 
-                    for bits, found in zip(widths, spread(run, widths), strict=True):
+                    for bits, found in zip(widths, self._hold(list(spread(run, widths))), strict=True):
                         self._rounded[layer.site.name, bits] = found
+
+    def _hold(self, found: list[RoundedWeight]) -> list[RoundedWeight]:
+        """The weights of a layer, on disk where all of those in memory take more than 64 MiB."""
+        size = sum(rounded.q.numel() for rounded in found)
+        if size <= self._room or self._prepared.device.type != "cpu":
+            self._room -= size
+            return found
+        return [replace(x, q=q) for x, q in zip(found, copy_to_disk([x.q for x in found]), strict=True)]
 
     def _measure_moments(self, layers: Sequence[Layer], run_options: RunOptions) -> dict[str, Inputs]:
         """The moments of the inputs of some layers in the 8-bit baseline, by site."""

@@ -40,3 +40,29 @@ def test_copies_out_of_the_heap_are_equal_and_stay():
     gc.collect()
     assert torch.equal(kept, wanted)  # it keeps the memory
     assert memory.copy_out_of_heap([]) == []
+
+
+def test_copies_on_disk_hold_the_same_values_and_do_not_write_to_others():
+    given = [
+        torch.arange(7, dtype=torch.int8),
+        torch.randn(3, 5),
+        torch.zeros(0),
+        torch.tensor(2.5, dtype=torch.float64),
+    ]
+    copies = memory.copy_to_disk(given)
+    for x, copy in zip(given, copies, strict=True):
+        assert copy.dtype == x.dtype
+        assert torch.equal(copy, x)
+    copies[0].add_(1)
+    assert torch.equal(copies[1], given[1])
+    assert given[0].tolist() == list(range(7))
+    assert memory.copy_to_disk([]) == []
+
+
+def test_without_room_on_the_disk_tensors_stay_in_memory(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(memory.tempfile, "TemporaryFile", refuse)
+    given = [torch.ones(3)]
+    assert memory.copy_to_disk(given)[0] is given[0]

@@ -8,8 +8,10 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.core.data import read_data
+from infoq_fx.core.memory import copy_to_disk
 from infoq_fx.errors import OptionError
 from infoq_fx.quantization.numerics import dequantize
+from infoq_fx.recovery import candidates as module
 from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.input_moments import InputMoments, InputSamples
 from infoq_fx.recovery.parameters import fork, set_parameter
@@ -156,3 +158,14 @@ def test_rows_of_tokens_are_counted_whatever_their_order():
     assert counts["attention.out_proj.weight"] == (InputMoments, 64)
     assert counts["attention.in_proj_weight"] == (InputMoments, 64)
     assert counts["head.weight"] == (InputSamples, 2)
+
+
+def test_rounded_weights_on_disk_are_those_in_memory(residual, monkeypatch):
+    prepared, data = residual
+    kept = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded
+    copied = []
+    monkeypatch.setattr(module, "_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(module, "copy_to_disk", lambda q: copied.extend(q) or copy_to_disk(q))
+    on_disk = Candidates(prepared, data).round(prepared.inventory.sites, RunOptions()).rounded
+    assert 0 < sum(q.numel() for q in copied) >= sum(x.q.numel() for x in kept.values()) - 1000
+    assert all(torch.equal(kept[run].q, found.q) for run, found in on_disk.items())
