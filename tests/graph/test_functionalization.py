@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from infoq_fx.graph.capture import capture
 from infoq_fx.graph.program import drafts
@@ -142,9 +143,9 @@ class Program(nn.Module):
         return [value + 0 for value in values]
 
 
-steps = st.lists(
-    st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=8
-)
+# Where torch makes a program functional, torch 2.9 takes dropout at inference for a copy; it is the same tensor.
+TRIED = sorted(STEPS.keys() - ({"dropout"} if TorchVersion(torch.__version__) < (2, 10) else set()))
+steps = st.lists(st.tuples(st.sampled_from(TRIED), st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=8)
 
 
 def assert_same(program: list[tuple[str, int, int]]) -> None:
@@ -201,7 +202,8 @@ def test_the_copy_has_the_operations_and_names_of_torchs_own(monkeypatch: pytest
 
     def capture_nodes() -> list[tuple[str, str]]:
         graph = capture(model.eval(), (X,)).graph_module.graph
-        return [(str(node.target), node.name) for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        tensors = [node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        return [(str(node.target), node.name) for node in tensors if node.target is not torch.ops.aten.clone.default]
 
     copied = capture_nodes()
     monkeypatch.setattr(drafts, "copy_functional", lambda program: None)
