@@ -14,7 +14,7 @@ from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.recovery.ladder import find_candidates, recover_accuracy
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.scoring.criterion import Criterion
-from infoq_fx.scoring.refinement import check_levels, choose_allocation
+from infoq_fx.scoring.refinement import check_scores, choose_allocation
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Budget
@@ -61,7 +61,7 @@ def quantize_prepared(
     candidates = None if data is None else find_candidates(prepared, data, steps, memory_limit=limit)
     measured, held = (None, None) if data is None else data.hold_back(prepared.batch_size or 1)
     if isinstance(scores, SensitivityTable):
-        check_levels(prepared, scores)
+        check_scores(prepared, scores)
         table = scores
     else:
         table, _ = measure_sensitivity(prepared, measured, scores, resources, candidates)

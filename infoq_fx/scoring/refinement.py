@@ -23,7 +23,7 @@ from infoq_fx.scoring.search import improve_allocation, neighbours
 from infoq_fx.table import SensitivityTable
 from infoq_fx.types import Allocation, Budget, QuantSite
 
-__all__ = ["LossRuns", "begin_runs", "check_levels", "choose_allocation"]
+__all__ = ["LossRuns", "begin_runs", "check_scores", "choose_allocation"]
 
 _SAMPLES = 512
 _REACH = 2  # candidates around the start whose weights are rounded at once, before the search
@@ -93,8 +93,8 @@ class LossRuns:
         return self.known[key]
 
 
-def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
-    """Check that scores are for the levels of the weights that a model was prepared with.
+def check_scores(prepared: PreparedModel, table: SensitivityTable) -> None:
+    """Check that scores are for the sites of a model, and for the levels of the weights that it was prepared with.
 
     Raises:
         OptionError: they are for others.
@@ -104,6 +104,14 @@ def check_levels(prepared: PreparedModel, table: SensitivityTable) -> None:
         raise OptionError(
             f"the scores are for weights with levels {scored!r}, the model was prepared with {held!r}; prepare it with "
             f"levels={scored!r}, or score again"
+        )
+    known, own = ([site.name for site in inventory.sites] for inventory in (table.inventory, prepared.inventory))
+    missing = next((name for name in own if name not in known), None)
+    if missing is not None:
+        other = next((repr(name) for name in known if name not in own), "fewer")
+        raise OptionError(
+            f"the scores are for other sites than the model's: they have {other} where it has {missing!r} (earlier "
+            "versions named additions by torch's numbers); score the model again"
         )
 
 
@@ -166,7 +174,7 @@ def choose_allocation(
     Raises:
         OptionError, InfeasibleBudgetError: as :func:`infoq_fx.allocate`.
     """
-    check_levels(prepared, table)
+    check_scores(prepared, table)
     proposals = list(propose(table, budget, alpha=alpha, pin=pin, second=_weight_errors(prepared)))
     runs = runs or begin_runs(prepared, data, candidates, memory_limit)
     with one_torch_thread():

@@ -22,7 +22,7 @@ from infoq_fx.recovery.candidates import Candidates
 from infoq_fx.recovery.ladder import AnyRecovery, find_candidates, find_steps
 from infoq_fx.recovery.step import RecoveryStep
 from infoq_fx.scoring.criterion import Criterion
-from infoq_fx.scoring.refinement import check_levels
+from infoq_fx.scoring.refinement import check_scores
 from infoq_fx.scoring.sensitivity import Resources, measure_sensitivity
 from infoq_fx.table import SensitivityTable, check_table
 from infoq_fx.tolerance.bisection import find_smallest
@@ -96,7 +96,7 @@ def search_tolerance(
     """
     check_prepared(prepared, "search_tolerance")
     check_table(table)
-    check_levels(prepared, table)
+    check_scores(prepared, table)
     check_alpha(alpha)
     check_memory_limit(memory_limit)
     check_tolerance(tolerance)

@@ -91,3 +91,14 @@ def test_calls_that_share_runs_choose_alike_and_run_nothing_twice(prepared_and_d
     shared = [refinement.choose_allocation(prepared, table, budget, data, runs=runs) for budget in (3.0, 3.0, 2.6)]
     assert shared == alone
     assert len({frozenset(bits.items()) for bits in count}) == len(count) == len(runs.known)
+
+
+def test_scores_of_other_sites_are_refused_by_name(prepared_and_data, tmp_path):
+    prepared, _, images = prepared_and_data
+    path = tmp_path / "table.json"
+    name = next(site.name for site in prepared.inventory.sites if ".add" in site.name)
+    older = name.replace(".add", ".add_55")
+    path.write_text(random_table(prepared, 0).to_json().replace(f'"{name}"', f'"{older}"'))
+    table = infoq_fx.SensitivityTable.load(path)
+    with pytest.raises(infoq_fx.OptionError, match=f"they have {older!r} where it has {name!r}.*score the model again"):
+        infoq_fx.refine(prepared, table, 3.0, images, recovery="none")
