@@ -93,10 +93,16 @@ def draft_program(program: ExportedProgram, device: torch.device, *, may_copy: b
 
 
 def on_equal_terms(drafts: Sequence[Draft], device: torch.device) -> list[Draft]:
-    """Return drafts that can be compared: all of them copied, or all as torch makes them functional."""
+    """Return drafts that can be compared: all of them copied, or all as torch makes them functional.
+
+    Where torch cannot do that, they are returned as they are, and differ.
+    """
     if len({draft.is_copied for draft in drafts}) == 1:
         return list(drafts)
-    return [draft_program(x.program, device, may_copy=False) if x.is_copied else x for x in drafts]
+    try:
+        return [draft_program(x.program, device, may_copy=False) if x.is_copied else x for x in drafts]
+    except InfoqError:
+        return list(drafts)
 
 
 def export_module(
