@@ -16,22 +16,12 @@ from infoq_fx.errors import CalibrationDataError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.outputs import read_readings
 
-__all__ = [
-    "BYTES_OF_VALUE",
-    "ENCODED_BYTES",
-    "HeldLoss",
-    "HeldOutputs",
-    "OutputHolder",
-    "make_loss",
-    "measure_variances",
-]
+__all__ = ["HeldLoss", "HeldOutputs", "OutputHolder", "make_loss", "measure_variances"]
 
 _HELD_BYTES = 64 << 20  # more than this is mapped from disk
 _ROWS_BYTES = 16 << 20  # read at once
-ENCODED_BYTES = 256 << 20
-"""What is kept of log-probabilities and probabilities."""
-BYTES_OF_VALUE = 16
-"""Of an output: its log-probability and its probability, float64."""
+_ENCODED_BYTES = 256 << 20  # of log-probabilities that are kept
+_BYTES_OF_VALUE = 16  # of an output: its log-probability and its probability, float64
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class HeldLoss:
         limit_bytes: int | None = None,
     ) -> None:
         self.reference, self.loss = reference, loss
-        self._room = ENCODED_BYTES if limit_bytes is None else min(ENCODED_BYTES, limit_bytes)
+        self._room = _ENCODED_BYTES if limit_bytes is None else min(_ENCODED_BYTES, limit_bytes)
         self._encoded: dict[tuple[int, int], tuple[Encoded, ...]] = {}
         self._lock = threading.Lock()
 
@@ -125,7 +115,7 @@ class HeldLoss:
             if (start, count) in self._encoded:
                 return self._encoded[start, count]
         rows = self.reference.rows(start, count)
-        encoded, needed = loss.encode(rows), BYTES_OF_VALUE * sum(x.numel() for x in rows)
+        encoded, needed = loss.encode(rows), _BYTES_OF_VALUE * sum(x.numel() for x in rows)
         with self._lock:
             if needed <= self._room:
                 self._room -= needed

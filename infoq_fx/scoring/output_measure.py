@@ -16,7 +16,7 @@ from infoq_fx.core.threads import thread_map
 from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.forward import RunOptions, hold_float_outputs, hold_outputs, run_perturbed
-from infoq_fx.runtime.held_outputs import BYTES_OF_VALUE, ENCODED_BYTES, HeldOutputs, make_loss
+from infoq_fx.runtime.held_outputs import HeldOutputs, make_loss
 from infoq_fx.runtime.interpreter import ReadValue
 from infoq_fx.runtime.outputs import find_labelled, predict_classes, read_nodes, read_readings
 from infoq_fx.runtime.run_plan import plan_perturbed_runs
@@ -70,6 +70,17 @@ class ClassLabels:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Some samples of a batch, ``rows`` of it and from ``start`` on in the data, as losses read them."""
+
+    start: int
+    rows: slice
+    reference: tuple[Encoded, ...]
+    base: tuple[Encoded, ...]
+    lost_over_pairs: Tensor
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What perturbed runs are compared with.
 
@@ -86,9 +97,7 @@ class Outputs:
     signals: tuple[float, ...]
     classes: ClassLabels | None
     paired: tuple[Tensor | None, ...] = ()
-    _held: dict[tuple[int, int], tuple[tuple[Encoded, ...], tuple[Encoded, ...], Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _held: dict[tuple[int, int], tuple[_Part, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def samples(self) -> int:
@@ -102,7 +111,11 @@ class Outputs:
             start: index of the first sample.
             found: outputs of the run by index, ``[samples, ...]``; those that are not there are the baseline's.
         """
-        count = len(next(iter(found.values())))
+        parts = self._encode(start, len(next(iter(found.values()))))
+        return torch.cat([self._compare_part(x, {i: y[x.rows] for i, y in found.items()}) for x in parts], 1)
+
+    def _compare_part(self, part: _Part, found: Mapping[int, Tensor]) -> Tensor:
+        start, count = part.start, len(next(iter(found.values())))
         base = self.base.rows(start, count)
         outputs = [found.get(index, x) for index, x in enumerate(base)]
         noise, loss, lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
@@ -110,7 +123,7 @@ class Outputs:
             weight = getattr(self.loss.readings[index], "weight", 1.0)
             error = _square_finite(base[index].double() - x.double())
             noise += weight * error / max(self.signals[index], 1e-30)
-        known_reference, known_base, lost_over_pairs = self._encode(start, count)
+        known_reference, known_base, lost_over_pairs = part.reference, part.base, part.lost_over_pairs
         encoded = [Encoded(r, x) if i in found else known_base[i] for i, (r, x) in self._numbered(outputs)]
         if self.loss.function is None:
             nats, divergence = (self.loss.compare(known, encoded) for known in (known_reference, known_base))
@@ -137,18 +150,21 @@ class Outputs:
         """Whether an output is compared over pairs."""
         return any(others is not None for others in self.paired)
 
-    def _encode(self, start: int, count: int) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...], Tensor]:
-        """Reference and baseline of samples, and what the latter loses over pairs; kept as long as there is room."""
+    def _encode(self, start: int, count: int) -> tuple[_Part, ...]:
+        """Reference and baseline of a batch in parts, kept until another batch comes; a loss of one's own takes all."""
         held = self._held.get((start, count))
         if held is None:
-            reference, base = (self.loss.encode(x.rows(start, count)) for x in (self.reference, self.base))
-            held = reference, base, self._compare_over_pairs(reference, base)
-            values = sum(x[:1].numel() for x in self.reference.tensors)
-            samples = sum(held_count for _, held_count in list(self._held)) + count
-            if 2 * BYTES_OF_VALUE * values * samples > ENCODED_BYTES:
-                self._held.clear()
+            is_own = self.loss.function is not None
+            slices = [slice(0, count)] if is_own else split_samples(self.reference.rows(start, count))
+            held = tuple(self._encode_part(start + rows.start, rows) for rows in slices)
+            self._held.clear()
             self._held[start, count] = held
         return held
+
+    def _encode_part(self, start: int, rows: slice) -> _Part:
+        count = rows.stop - rows.start
+        reference, base = (self.loss.encode(x.rows(start, count)) for x in (self.reference, self.base))
+        return _Part(start, rows, reference, base, self._compare_over_pairs(reference, base))
 
     def _numbered(self, outputs: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Reading, Tensor]]]:
         return enumerate(zip(self.loss.readings, outputs, strict=True))
@@ -214,11 +230,7 @@ class OutputRecord:
         found = self._waiting.setdefault(start, {})
         found[index] = output.detach().to("cpu", torch.float32)
         if len(found) == len(self._affected):
-            del self._waiting[start]
-            is_own = self._outputs.loss.function is not None  # it may take a whole batch alone
-            for part in [slice(0, len(output))] if is_own else split_samples(list(found.values())):
-                rows = slice(start + part.start, start + part.stop)
-                self._compared[:, rows] = self._outputs.compare(rows.start, {i: x[part] for i, x in found.items()})
+            self._compared[:, start : start + len(output)] = self._outputs.compare(start, self._waiting.pop(start))
 
     def summarize(self) -> dict[str, float]:
         """Return means and standard errors; see :meth:`Outputs.summarize`."""

@@ -171,11 +171,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return (
-        schema is None
-        or node.target is _ATEN.einsum.default
-        or any(value.alias_info is not None for value in schema.returns)
-    )
+    return schema is None or any(value.alias_info is not None for value in schema.returns)
 
 
 def _out_of_place(operation: Any) -> Any:
