@@ -212,7 +212,7 @@ def _choose_all(
 
     def choose_of_weight(node: fx.Node) -> dict[int, QParams]:
         module = quantizers[node]
-        weight, digits = read_weight(prepared, node), functools.partial(weight_digits, quantizers, node)
+        weight, digits = read_weight(prepared, node), functools.partial(weight_digits, prepared, node)
         return {b: choose_weight_qparams(weight, spec_of(module.site, b), digits(b)) for b in _widths(module)}
 
     weights = [node for node, module in quantizers.items() if module.site.kind == "weight"]
@@ -230,21 +230,24 @@ def record_range(quantizer: Quantizer, histogram: Histogram, factor: float | Non
     quantizer.peak = measure_peak(histogram)
 
 
-def weight_digits(quantizers: Mapping[fx.Node, Quantizer], node: fx.Node, bits: int) -> int:
+def weight_digits(prepared: PreparedModel, node: fx.Node, bits: int) -> int:
     """Return how many significant bits the scales of a weight may have, given the scales of its layers' inputs.
 
     Args:
-        quantizers: of a prepared model, by their nodes; those of activations have their qparams.
+        prepared: its quantizers of activations have their qparams.
         node: the weight's quantizer node.
         bits: its bit-width.
     """
     sources: list[Any] = [
         layer.args[LAYER_OPS[layer.target].source] if layer.target in LAYER_OPS else None for layer in node.users
     ]
-    met = [q for source in sources if (q := quantizers.get(source)) is not None and q.site.kind == "activation"]
+    found = [prepared.quantizer_at(source) for source in sources]
+    met = [quantizer for quantizer in found if quantizer is not None and quantizer.site.kind == "activation"]
     scales = [float(q.qparams_at(width).scale) for q in met for width in q.calibrated_bits if width <= MAX_BITS]
     of_input = None if len(met) < len(sources) else max(map(significant_bits_of, scales), default=None)
-    site = quantizers[node].site
+    own = prepared.quantizer_at(node)
+    assert own is not None
+    site = own.site
     terms = max(1, site.numel // site.shape[site.channel_axis or 0])
     width = range_bits(spec_of(site, bits))
     return scale_significant_bits(width, is_weight=True, terms=terms, of_input=of_input)

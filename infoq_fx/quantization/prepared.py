@@ -57,10 +57,16 @@ class PreparedModel:
     def quantizer_nodes(self) -> Iterator[tuple[fx.Node, Quantizer]]:
         """Yield every quantizer node with its module, in graph order."""
         for node in self.graph_module.graph.nodes:
-            if node.op == "call_module":
-                module = self.graph_module.get_submodule(str(node.target))
-                if isinstance(module, Quantizer):
-                    yield node, module
+            module = self.quantizer_at(node)
+            if module is not None:
+                yield node, module
+
+    def quantizer_at(self, node: object) -> Quantizer | None:
+        """Return the module of a quantizer node, None for any other node or argument of one."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        module = self.graph_module.get_submodule(str(node.target))
+        return module if isinstance(module, Quantizer) else None
 
     def observer_nodes(self) -> dict[str, fx.Node]:
         """Return the observer node of every name that an :class:`~infoq_fx.types.Observer` may have."""

@@ -45,7 +45,7 @@ _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _IN_MEMORY_BYTES = 64 << 20  # of rounded weights
 _BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
-_ALGORITHM_VERSION = 9  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 10  # raised when the same data gives other rounded weights
 
 
 class Candidates:

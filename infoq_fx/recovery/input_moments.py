@@ -224,8 +224,8 @@ class RunningMoments:
         self._total = replace(
             total,
             count=total.count + found.shape[1],
-            mean=total.mean + x.sum(1, dtype=torch.float64),
-            mean_quantized=total.mean_quantized + found.sum(1, dtype=torch.float64),
+            mean=total.mean + x.sum(1).double(),  # sums in float64 take 20 times as long as these
+            mean_quantized=total.mean_quantized + found.sum(1).double(),
         )
 
 

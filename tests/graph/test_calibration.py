@@ -181,8 +181,8 @@ def test_weights_have_the_digits_that_their_inputs_leave():
     nodes = {module.site.name: node for node, module in prepared.quantizer_nodes()}
     quantizers = {module.site.name: module for _, module in prepared.quantizer_nodes()}
     of_input = max(significant_bits_of(quantizers["first.input"].qparams_at(8).scale.item()), 1)
-    assert weight_digits(dict(prepared.quantizer_nodes()), nodes["first.weight"], 8) == 2 + 4 - of_input
-    assert weight_digits(dict(prepared.quantizer_nodes()), nodes["second.weight"], 8) == 5
+    assert weight_digits(prepared, nodes["first.weight"], 8) == 2 + 4 - of_input
+    assert weight_digits(prepared, nodes["second.weight"], 8) == 5
     assert max(significant_bits_of(float(s)) for s in quantizers["second.weight"].qparams_at(8).scale) > 2
 
 

@@ -294,7 +294,7 @@ def _divide_inputs(prepared: PreparedModel, layer: Layer, factors: Tensor) -> No
     by_column = factors.repeat_interleave(groups * columns // len(factors)).reshape(groups, 1, columns)
     set_parameter(prepared, layer.weight, rows_to_weight(layer, rows / by_column))
     moved = read_tensor(prepared.graph_module, layer.weight)
-    digits = functools.partial(weight_digits, dict(prepared.quantizer_nodes()), layer.quantizer)
+    digits = functools.partial(weight_digits, prepared, layer.quantizer)
     quantizer = weight_quantizer(prepared, layer)
     renew_qparams(quantizer, lambda spec: choose_weight_qparams(moved, spec, digits(spec.bits)))
 

@@ -146,7 +146,7 @@ class SettledWeight(nn.Module):
 
 def _make_student(changed: PreparedModel, layers: list[Layer], bits: Mapping[str, int]) -> fx.GraphModule:
     """A copy with fixed integers in its layers; the scales of activations and of other weights are not learned."""
-    nodes, inner = dict(changed.quantizer_nodes()), {layer.site.name: layer for layer in layers}
+    inner = {layer.site.name: layer for layer in layers}
 
     def make(quantizer: Quantizer) -> nn.Module | None:
         site = quantizer.site
@@ -160,7 +160,7 @@ def _make_student(changed: PreparedModel, layers: list[Layer], bits: Mapping[str
             return found
         layer = inner[site.name]
         q = quantize(read_tensor(changed.graph_module, layer.weight), qparams)
-        return SettledWeight(q, qparams, weight_digits(nodes, layer.quantizer, width))
+        return SettledWeight(q, qparams, weight_digits(changed, layer.quantizer, width))
 
     return copy_with(changed, make)
 

@@ -152,7 +152,7 @@ def scale_choices(
 ) -> Tensor:
     """Return candidate scales of a weight's rows, the calibrated ones times ``clips``: ``[groups, rows, clips]``."""
     scale = read_qparams(prepared, layer, bits).scale
-    short = weight_digits(dict(prepared.quantizer_nodes()), layer.quantizer, bits)
+    short = weight_digits(prepared, layer.quantizer, bits)
     choices = torch.stack([shorten_scale(scale * clip, short) for clip in clips], -1)
     return choices.reshape(rows.shape[0], rows.shape[1], len(clips))
 
