@@ -55,11 +55,18 @@ def test_outputs_of_many_positions_are_scored_on_fewer_samples(name, bits, expec
 
 
 @pytest.mark.parametrize(
-    ("bits", "layers", "samples", "expected"),
-    [((2, 3, 8), 53, 500, 75), ((2, 3, 8), 50, 256, 48), ((2, 3, 8), 20, 1024, 96), ((2, 3, 8, 16), 53, 500, 192)],
+    ("output", "bits", "layers", "samples", "expected"),
+    [
+        ("classes", (2, 3, 8), 53, 500, 75),
+        ("classes", (2, 3, 8), 50, 256, 48),
+        ("classes", (2, 3, 8), 20, 1024, 96),
+        ("classes", (2, 3, 8, 16), 53, 500, 192),
+        ("map", (2, 3, 8), 70, 180, 20),
+        ("map", (2, 3, 8), 70, 128, 16),
+    ],
 )
-def test_networks_of_many_layers_are_scored_on_samples_for_eight_passes(bits, layers, samples, expected):
-    prepared = infoq_fx.prepare(Heads("classes").eval(), torch.randn(4, 3, 10, 10), bits=bits, outputs="categorical")
+def test_networks_of_many_layers_are_scored_on_samples_for_eight_passes(output, bits, layers, samples, expected):
+    prepared = infoq_fx.prepare(Heads(output).eval(), torch.randn(4, 3, 10, 10), bits=bits, outputs="categorical")
     site = next(site for site in prepared.inventory.sites if site.kind == "weight")
     sites = [replace(site, name=f"{index}.weight") for index in range(layers)]
     assert infoq_fx.InfoQ().choose_samples(prepared, sites, samples) == expected

@@ -66,7 +66,7 @@ class InfoQ:
         samples: largest number of samples, evenly spread over the data; None for all, ``"auto"`` for 96, for 192 where
             float is among the candidates, whose small gains need them, for a third of that where every output has 64
             positions or more (pixels, tokens, anchors), or 1,024 with observers. Networks of many layers take fewer, at
-            least 48, so that scoring runs at most eight passes of the data.
+            least half as many, so that scoring runs at most eight passes of the data.
         observers: where sliced mutual information is measured too, see :class:`InfoQPaper`; None for nowhere. With
             observers, all bit-widths are measured.
         smi_weight: nats added to the score per nat of changed SMI.
@@ -101,13 +101,13 @@ class InfoQ:
         if self.samples != _SAMPLES:
             return self.samples
         has_float = any(max(site.bits) == FLOAT16_BITS for site in sites)
-        most = _SAMPLES_FOR_FLOAT if has_float else _SAMPLES
+        most, fewest = _SAMPLES_FOR_FLOAT if has_float else _SAMPLES, _FEWEST_SAMPLES
         if count_positions(prepared) >= _MANY_POSITIONS:
-            most //= _FEWER_OF_MANY
+            most, fewest = most // _FEWER_OF_MANY, fewest // _FEWER_OF_MANY
         if has_float:
             return most
         runs = sum(bits < BASELINE_BITS for site in sites for bits in site.bits)
-        return min(most, max(_FEWEST_SAMPLES, 2 * _MOST_PASSES * samples // max(1, runs)))
+        return min(most, max(fewest, 2 * _MOST_PASSES * samples // max(1, runs)))
 
     def describe(self, prepared: PreparedModel, data: CalibrationData | None) -> Mapping[str, Plain]:
         """Return the settings of the measurements; those of observers are included if there are any."""
