@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from infoq_fx.errors import InfoqError, UnsupportedModelError
 from infoq_fx.graph.program.drafts import (
     Draft,
+    accepts_inputs,
     draft_program,
     export_module,
     make_draft,
@@ -233,6 +234,8 @@ def _compare(
 
 def _compare_at(model: nn.Module, draft: Draft, inputs: ExampleInputs, device: torch.device) -> _Difference | None:
     """What differs in a capture of other inputs, None if the model does not take them."""
+    if not accepts_inputs(model, inputs):
+        return None
     try:
         program = export_module(model, inputs)
         if stay_equal(draft.program, program, draft.operations):

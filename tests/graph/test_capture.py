@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -235,3 +236,44 @@ def test_transformers_with_a_causal_mask_are_captured(kind):
         changed = torch.cat([x[:, :3], torch.randn(4, 2, 8)], 1)
         assert torch.equal(captured.graph_module(changed)[:, :3], captured.graph_module(x)[:, :3])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Counted(nn.Module):
+    """Counts its runs; paddings to even sizes are left to the caller, so that it rejects odd ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2, stride=2)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs.add_(1)
+        if x.shape[2] % 2:
+            raise ValueError("odd")
+        return self.conv(x)
+
+
+def test_sizes_are_tried_on_a_copy():
+    model = Counted()
+    captured = capture(model, (torch.randn(2, 3, 16, 16),))
+    assert captured.free_axes == {"x": (2, 3)}
+    assert model.runs == 0
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_a_capture_leaves_the_garbage_collector_as_it_was(was_enabled):
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, x):
+            seen.append(gc.isenabled())
+            return x + 1
+
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        capture(Sees(), (torch.randn(2, 3),), dynamic=None)
+        found = gc.isenabled()
+    finally:
+        gc.enable()
+    assert found == was_enabled
+    assert not any(seen)

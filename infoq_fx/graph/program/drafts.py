@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from infoq_fx.quantization.call_forms import CallForm
 
 __all__ = [
     "Draft",
+    "accepts_inputs",
     "draft_program",
     "export_module",
     "make_draft",
@@ -145,6 +147,26 @@ def _in_signature_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInput
         return inputs
     order = [name for name in inspect.signature(model.forward).parameters if name in inputs]
     return {name: inputs[name] for name in dict.fromkeys([*order, *inputs])}
+
+
+def accepts_inputs(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Return whether a model runs on inputs, True if that is not known.
+
+    A copy of it runs, since a model may keep something of a run. That takes less time than an export that fails. A
+    model on a GPU is not run: an index out of range would end all use of the GPU by this process.
+    """
+    if any(tensor.device.type != "cpu" for tensor in [*model.parameters(), *model.buffers()]):
+        return True
+    try:
+        copied = copy.deepcopy(model)
+    except Exception:  # as of modules that hold results of a computation with gradients
+        return True
+    try:
+        with _inference_mode_of(copied):
+            raise_if_inputs_rejected(copied, move_inputs(inputs, torch.device("cpu")))
+    except CalibrationDataError:
+        return False
+    return True
 
 
 def raise_if_inputs_rejected(model: nn.Module, example_inputs: ExampleInputs) -> None:
