@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from infoq_fx.core.data import CalibrationData
 from infoq_fx.core.memory import copy_to_disk, return_free_memory
@@ -17,13 +17,10 @@ from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.codebooks import find_levels, table_of_levels
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import Inputs, RunningMoments
 from infoq_fx.recovery.layerwise_runner import choose_samples
-from infoq_fx.recovery.parameters import read_qparams
-from infoq_fx.recovery.second_order import Curvature, round_rows
-from infoq_fx.recovery.segments import Layer, find_segments
-from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, scale_choices
-from infoq_fx.recovery.unfolding import (
+from infoq_fx.recovery.moments.input_moments import Inputs, RunningMoments, dtype_of_moments
+from infoq_fx.recovery.moments.row_products import Rows, count_rows, join_rows
+from infoq_fx.recovery.moments.unfolding import (
     can_unfold,
     columns_of,
     groups_of,
@@ -31,6 +28,10 @@ from infoq_fx.recovery.unfolding import (
     sources_of,
     weight_to_rows,
 )
+from infoq_fx.recovery.parameters import read_qparams
+from infoq_fx.recovery.second_order import Curvature, round_rows
+from infoq_fx.recovery.segments import Layer, find_segments
+from infoq_fx.recovery.steps.second_order_rounding import SecondOrderRounding, scale_choices
 from infoq_fx.runtime.digest import digest_run
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size, map_whole
 from infoq_fx.types import BASELINE_BITS, Plain, QuantSite, RoundedWeight
@@ -44,8 +45,7 @@ _CLIPS = (0.9, 1.0, 1.1, 1.25)  # fewer than recovery tries: the error is larger
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _IN_MEMORY_BYTES = 64 << 20  # of rounded weights
-_BYTES_OF_MOMENT = 12  # of the sum, and of the batch that is added
-_ALGORITHM_VERSION = 10  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 11  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -151,12 +151,12 @@ class Candidates:
 
         sources = {layer.site.name: sources_of(layer) for layer in layers}
 
-        def read(start: int, values: Mapping[fx.Node, Any]) -> list[tuple[Tensor, float]]:
+        def read(start: int, values: Mapping[fx.Node, Any]) -> list[tuple[Rows, float]]:
             found, share = [], min(self._batch_size, samples - start) / samples
             for layer in layers:
                 count, read_by = most[layer.site.name], sources[layer.site.name]
-                rows = torch.cat([source.rows(values[source.node], count) for source in read_by], 1)
-                found.append((rows, rows.shape[1] / share))
+                rows = join_rows([source.rows(values[source.node], count) for source in read_by])
+                found.append((rows, count_rows(rows) / share))
             return found
 
         with thread_map(run_options.threads, run_options.stop) as spread:
@@ -179,7 +179,7 @@ def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]
     groups: list[list[Layer]] = []
     room = 0
     for layer in layers:
-        needed = _BYTES_OF_MOMENT * groups_of(layer) * columns_of(layer) ** 2
+        needed = groups_of(layer) * columns_of(layer) ** 2 * dtype_of_moments(columns_of(layer)).itemsize
         if not groups or needed > room:
             groups, room = [*groups, []], most_bytes
         groups[-1].append(layer)

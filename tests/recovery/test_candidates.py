@@ -13,7 +13,7 @@ from infoq_fx.errors import OptionError
 from infoq_fx.quantization.numerics import dequantize
 from infoq_fx.recovery import candidates as module
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.recovery.input_moments import InputMoments, InputSamples
+from infoq_fx.recovery.moments.input_moments import InputMoments, InputSamples
 from infoq_fx.recovery.parameters import fork, set_parameter
 from infoq_fx.recovery.segments import find_segments
 from infoq_fx.runtime.forward import RunOptions

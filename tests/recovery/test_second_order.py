@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoq_fx.quantization.codebooks import table_of_levels
-from infoq_fx.recovery.input_moments import InputMoments, InputSamples
+from infoq_fx.recovery.moments.input_moments import InputMoments, InputSamples
 from infoq_fx.recovery.second_order import factorize, factorize_inputs, round_rows
 
 

@@ -23,11 +23,11 @@ from infoq_fx.quantization.histogram import coprime_stride
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer, spec_of
 from infoq_fx.quantization.weight_qparams import choose_weight_qparams
+from infoq_fx.recovery.moments.unfolding import can_unfold, groups_of, rows_to_weight, weight_to_rows
 from infoq_fx.recovery.parameters import set_parameter, weight_quantizer
 from infoq_fx.recovery.ranges.factors import Reader, RoundedTensor, choose_factors
 from infoq_fx.recovery.ranges.groups import RangeGroup, RangeSource, find_groups
 from infoq_fx.recovery.segments import Layer, find_segments
-from infoq_fx.recovery.unfolding import can_unfold, groups_of, rows_to_weight, weight_to_rows
 from infoq_fx.types import QParams, QuantSpec
 
 __all__ = [

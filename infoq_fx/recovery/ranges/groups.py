@@ -17,8 +17,8 @@ from infoq_fx.graph.layers import LAYER_OPS, free_path, read_tensor, write_tenso
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Observe, Quantizer
 from infoq_fx.recovery.layerwise_runner import SegmentRunner
+from infoq_fx.recovery.moments.unfolding import can_unfold
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.unfolding import can_unfold
 
 __all__ = ["RangeGroup", "RangeSource", "add_factors", "channel_axis", "drop_factors", "find_groups"]
 

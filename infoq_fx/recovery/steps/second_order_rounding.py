@@ -20,7 +20,6 @@ from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.codebooks import Floats, find_levels, table_of_levels
 from infoq_fx.quantization.numerics import shorten_scale
 from infoq_fx.quantization.prepared import PreparedModel
-from infoq_fx.recovery.input_moments import InputMoments, Inputs, average_moments, measure_moments
 from infoq_fx.recovery.layerwise_runner import (
     LayerwiseRunner,
     Reference,
@@ -28,11 +27,12 @@ from infoq_fx.recovery.layerwise_runner import (
     choose_samples,
     few_bit_activations,
 )
+from infoq_fx.recovery.moments.input_moments import InputMoments, Inputs, average_moments, measure_moments
+from infoq_fx.recovery.moments.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
 from infoq_fx.recovery.parameters import fork, read_qparams, set_bias, set_parameter, set_qparams
 from infoq_fx.recovery.second_order import round_rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.recovery.step import RecoveryStep, StepContext
-from infoq_fx.recovery.unfolding import can_unfold, columns_of, rows_to_weight, weight_to_rows
 
 __all__ = ["SecondOrderRounding", "scale_choices"]
 

@@ -8,18 +8,19 @@ from torch import nn
 
 import infoq_fx
 from infoq_fx.core.data import read_data
-from infoq_fx.recovery import input_moments
 from infoq_fx.recovery.candidates import Candidates
-from infoq_fx.recovery.input_moments import (
+from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
+from infoq_fx.recovery.moments import input_moments
+from infoq_fx.recovery.moments.input_moments import (
     InputMoments,
     InputSamples,
     RunningMoments,
     average_moments,
     measure_moments,
 )
-from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
+from infoq_fx.recovery.moments.row_products import dequantize_rows
+from infoq_fx.recovery.moments.unfolding import input_rows
 from infoq_fx.recovery.parameters import fork
-from infoq_fx.recovery.unfolding import input_rows
 from infoq_fx.runtime.forward import RunOptions
 
 
@@ -30,7 +31,7 @@ def test_moments_are_those_of_numpy(residual):
     layer = runner.segments[1].layers[1]
     halves = measure_moments(runner, layer, 10**9)
     found = average_moments(halves).centre()
-    read = lambda _, p: (input_rows(layer, p.reference, 10**6), input_rows(layer, p.quantized, 10**6))  # noqa: E731
+    read = lambda _, p: [dequantize_rows(input_rows(layer, x, 10**6)) for x in (p.reference, p.quantized)]  # noqa: E731
     rows = list(runner.collect(layer.source, read))
     x, y = (torch.cat([pair[i] for pair in rows], 1)[0].double().numpy() for i in range(2))
     joint = np.cov(x, y, rowvar=False, bias=True)

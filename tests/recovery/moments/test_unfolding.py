@@ -9,9 +9,9 @@ import infoq_fx
 from infoq_fx.graph.float_interpreter import FloatInterpreter
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner
+from infoq_fx.recovery.moments.unfolding import input_rows, rows_to_weight, sources_of, weight_to_rows
 from infoq_fx.recovery.parameters import fork
 from infoq_fx.recovery.segments import find_segments
-from infoq_fx.recovery.unfolding import input_rows, rows_to_weight, sources_of, weight_to_rows
 
 
 def test_rows_give_the_layers_outputs(branches):

@@ -13,9 +13,21 @@ from torch import Tensor
 
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.recovery.layerwise_runner import LayerwiseRunner, Pair
+from infoq_fx.recovery.moments.row_products import (
+    Rows,
+    add_products,
+    as_integers,
+    count_rows,
+    dequantize_rows,
+    join_rows,
+    mirror,
+    rows_at_once,
+    sum_rows,
+)
+from infoq_fx.recovery.moments.unfolding import sources_of
 from infoq_fx.recovery.second_order import Curvature, cholesky, factorize, factorize_inputs
 from infoq_fx.recovery.segments import Layer
-from infoq_fx.recovery.unfolding import sources_of
+from infoq_fx.runtime.integer_convolution import QuantizedTensor
 
 __all__ = [
     "MOST_COLUMNS",
@@ -24,6 +36,7 @@ __all__ = [
     "Inputs",
     "RunningMoments",
     "average_moments",
+    "dtype_of_moments",
     "measure_moments",
 ]
 
@@ -32,7 +45,6 @@ _MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they 
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _FLOAT32_RANGE = 1e-20, 1e20  # of second moments; ridges are up to a hundred times as large, weights anything
 _ROWS_AT_ONCE = 256
-_ROWS_OF_PRODUCT, _COLUMNS_OF_PRODUCT = 1024, 512  # at least, at most
 _SAMPLES_SHARE, _SHARE_OF_FEW = 2, 16  # rows are kept as they are if the columns are this many times as many;
 _FEW_COLUMNS = 2048  # matrices of up to these are factorized in a fraction of a second
 
@@ -164,6 +176,11 @@ class InputSamples:
 Inputs = InputMoments | InputSamples
 
 
+def dtype_of_moments(columns: int) -> torch.dtype:
+    """Return what the second moments of so many columns are held in."""
+    return torch.float64 if columns <= _MOST_DOUBLE else torch.float32
+
+
 class RunningMoments:
     """Adds up the moments of batches, in the order in which they come, so that threads do not change the result.
 
@@ -177,23 +194,27 @@ class RunningMoments:
         self._spread = spread
         self._total: InputMoments | None = None
         self._samples: list[InputSamples] = []
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Rows, Rows]] = []
+        self._rows_waiting = 0
 
-    def add(self, reference: Tensor, quantized: Tensor, rows_in_all: float) -> None:
-        """Take the rows of a batch, float32 ``[groups, rows, columns]``; the same tensor may be given twice.
+    def add(self, reference: Rows, quantized: Rows, rows_in_all: float) -> None:
+        """Take the rows of a batch, ``[groups, rows, columns]``; the same rows may be given twice.
 
         The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the
         columns, or a 16th of up to 2,048 columns. Otherwise nothing is taken of more than ``MOST_COLUMNS`` columns.
         """
-        rows, columns = reference.shape[1:]
+        rows, columns = (quantized if isinstance(quantized, Tensor) else quantized.q).shape[1:]
         if not rows:
             return
         if rows_in_all * (_SHARE_OF_FEW if columns <= _FEW_COLUMNS else _SAMPLES_SHARE) <= columns:
-            x, found = reference.double(), quantized.double()
+            x, found = dequantize_rows(reference).double(), dequantize_rows(quantized).double()
             self._samples.append(InputSamples(x, found, x.mean(1), found.mean(1)))
         elif columns <= MOST_COLUMNS:
+            if isinstance(quantized, QuantizedTensor):
+                reference = as_integers(reference, quantized)
             self._waiting.append((reference, quantized))
-            if sum(x.shape[1] for x, _ in self._waiting) >= _ROWS_OF_PRODUCT:
+            self._rows_waiting += rows
+            if self._rows_waiting >= rows_at_once(quantized):
                 self._multiply()
 
     def finish(self) -> Inputs | None:
@@ -208,63 +229,39 @@ class RunningMoments:
         found, self._total = self._total, None
         if found is None or not all(bool(_diagonal(x).isfinite().all()) for x in (found.second, found.cross)):
             return None
-        _mirror(found.second)
+        mirror(found.second)
         return _divide(found, found.count)
 
     def _multiply(self) -> None:
         """Add the moments of the rows that wait."""
         is_same = all(x is found for x, found in self._waiting)
-        found = torch.cat([rows for _, rows in self._waiting], 1)
-        x = found if is_same else torch.cat([rows for rows, _ in self._waiting], 1)
-        self._waiting.clear()
+        found = join_rows([rows for _, rows in self._waiting])
+        x = found if is_same else join_rows([rows for rows, _ in self._waiting])
         total = _zero_moments(found, is_same) if self._total is None else self._total
-        _add_products(total.second, found, found, self._spread, is_symmetric=True)
+        add_products(total.second, found, found, self._spread, is_symmetric=True)
         if not is_same:
-            _add_products(total.cross, x, found, self._spread)
+            add_products(total.cross, x, found, self._spread)
         self._total = replace(
             total,
-            count=total.count + found.shape[1],
-            mean=total.mean + x.sum(1).double(),  # sums in float64 take 20 times as long as these
-            mean_quantized=total.mean_quantized + found.sum(1).double(),
+            count=total.count + self._rows_waiting,
+            mean=total.mean + sum_rows(x),
+            mean_quantized=total.mean_quantized + sum_rows(found),
         )
+        self._waiting.clear()
+        self._rows_waiting = 0
 
 
 def _diagonal(moment: Tensor) -> Tensor:
     return moment.diagonal(dim1=1, dim2=2)
 
 
-def _zero_moments(rows: Tensor, is_same: bool) -> InputMoments:
-    groups, _, columns = rows.shape
-    dtype = torch.float64 if columns <= _MOST_DOUBLE else torch.float32
-    mean, second = rows.new_zeros(groups, columns, dtype=torch.float64), rows.new_zeros(groups, columns, columns)
-    second = second.to(dtype)
+def _zero_moments(rows: Rows, is_same: bool) -> InputMoments:
+    values = rows if isinstance(rows, Tensor) else rows.q
+    groups, _, columns = values.shape
+    dtype = dtype_of_moments(columns)
+    mean = values.new_zeros(groups, columns, dtype=torch.float64)
+    second = values.new_zeros(groups, columns, columns, dtype=dtype)
     return InputMoments(0, mean, mean, second, second if is_same else torch.zeros_like(second))
-
-
-def _add_products(total: Tensor, x: Tensor, found: Tensor, spread: ThreadMap, *, is_symmetric: bool = False) -> None:
-    """Add ``x^T found`` of float32 rows to a total, in place, some of its rows at a time.
-
-    A symmetric product is added right of the blocks of the diagonal alone; see :func:`_mirror`.
-    """
-
-    def add(start: int) -> None:
-        with torch.inference_mode():
-            first, end = start if is_symmetric else 0, start + _COLUMNS_OF_PRODUCT
-            part, factors = total[:, start:end, first:], (x[..., start:end].mT, found[..., first:])
-            if part.dtype == torch.float32:
-                part.baddbmm_(*factors)
-            else:
-                part.add_(factors[0] @ factors[1])
-
-    for _ in spread(add, range(0, total.shape[1], _COLUMNS_OF_PRODUCT)):
-        pass
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Copy what is right of the blocks of the diagonal to the other side."""
-    for start in range(0, matrix.shape[1], _COLUMNS_OF_PRODUCT):
-        end = start + _COLUMNS_OF_PRODUCT
-        matrix[:, end:, start:end] = matrix[:, start:end, end:].mT
 
 
 def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[Inputs, Inputs] | None:
@@ -278,19 +275,18 @@ def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[I
 
     sources = sources_of(layer)
 
-    def read(index: int, pairs: Sequence[Pair]) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+    def read(index: int, pairs: Sequence[Pair]) -> tuple[float, list[tuple[Rows, Rows]]]:
         samples = sources[0].samples(pairs[0].reference)
         first = starts[index] % 2 if samples > 1 else index % 2
         both = [
             (source.rows(pair.reference, most), source.rows(pair.quantized, most))
             for source, pair in zip(sources, pairs, strict=True)
         ]
-        in_all = sum(x.shape[1] for x, _ in both) / runner.batch_samples[index] * runner.samples
+        in_all = sum(count_rows(x) for x, _ in both) / runner.batch_samples[index] * runner.samples
         found = []
         for number in (first, 1 - first):
             x, y = (
-                torch.cat([_every_second(rows, samples, number) for rows in side], 1)
-                for side in zip(*both, strict=True)
+                join_rows([_every_second(rows, samples, number) for rows in side]) for side in zip(*both, strict=True)
             )
             found.append((x, y))
         return in_all, found
@@ -304,8 +300,14 @@ def measure_moments(runner: LayerwiseRunner, layer: Layer, rows: int) -> tuple[I
     return None if first is None else (first, second or copy.deepcopy(first))
 
 
-def _every_second(rows: Tensor, samples: int, first: int) -> Tensor:
+def _every_second(rows: Rows, samples: int, first: int) -> Rows:
     """The rows ``[groups, rows, columns]`` of every second sample."""
+    if isinstance(rows, QuantizedTensor):
+        return replace(rows, q=_take_second(rows.q, samples, first))
+    return _take_second(rows, samples, first)
+
+
+def _take_second(rows: Tensor, samples: int, first: int) -> Tensor:
     if samples == 1:
         return rows[:, :0] if first else rows
     groups, count, columns = rows.shape

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.graph.layers import RECURRENT_OPS
+from infoq_fx.recovery.moments.row_products import Rows
 from infoq_fx.recovery.segments import Layer
 from infoq_fx.runtime.integer_convolution import QuantizedTensor
 
@@ -59,16 +60,18 @@ def rows_to_weight(layer: Layer, rows: Tensor) -> Tensor:
     return rows.reshape(shape[::-1]).transpose(0, 1).contiguous()
 
 
-def input_rows(layer: Layer, x: Tensor | QuantizedTensor, most: int) -> Tensor:
+def input_rows(layer: Layer, x: Rows, most: int) -> Rows:
     """Unfold a layer's input to ``[groups, rows, columns]``, with columns as in :func:`weight_to_rows`.
+
+    Integers stay integers.
 
     Args:
         layer: not a transposed convolution.
-        x: its input, ``[samples, ...]``; of integers only the rows taken are dequantized.
+        x: its input, ``[samples, ...]``.
         most: largest number of rows per sample; if it has more, ``most`` spread over it, the same for every sample.
     """
     if isinstance(x, QuantizedTensor):
-        return replace(x, q=_input_rows(layer, x.q, most, x.zero_point)).dequantize()
+        return replace(x, q=_input_rows(layer, x.q, most, x.zero_point))
     return _input_rows(layer, x, most, 0)
 
 
@@ -109,7 +112,7 @@ class InputSource:
     user: fx.Node
     part: str = "input"
 
-    def rows(self, value: Any, most: int) -> Tensor:
+    def rows(self, value: Any, most: int) -> Rows:
         """Unfold a value to ``[groups, rows, columns]``, at most ``most`` rows per sample; see :func:`input_rows`."""
         if not self.layer.op.is_recurrent:
             if isinstance(value, QuantizedTensor):

@@ -1,0 +1,1 @@
+"""What enters a layer as rows that its weight multiplies, and their second moments."""
