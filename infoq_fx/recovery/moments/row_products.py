@@ -43,8 +43,8 @@ def dequantize_rows(rows: Rows) -> Tensor:
 
 
 def as_integers(rows: Rows, like: QuantizedTensor) -> Rows:
-    """Return rows as integers of the same scale and zero point as others, if they are multiples of it, else as is."""
-    if isinstance(rows, QuantizedTensor):
+    """Return rows as integers of the scale and zero point of others, if they are such and products are faster so."""
+    if isinstance(rows, QuantizedTensor) or not _is_faster(like.q):
         return rows
     q = rows.div(like.scale).round_().add_(like.zero_point).clamp_(0, 255).to(torch.uint8)
     found = replace(like, q=q)

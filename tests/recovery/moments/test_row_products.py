@@ -66,11 +66,14 @@ def test_no_sum_of_the_largest_values_overflows(monkeypatch, zero_point):
     assert bool((total == rows * 255**2).all())
 
 
+@needs_integers
 def test_floats_become_integers_only_where_they_are_multiples_of_the_scale():
     like = integers(0, 5, 300)
     assert torch.equal(as_integers(like.dequantize(), like).q, like.q)
     other = like.dequantize() + 0.01
     assert as_integers(other, like) is other
+    narrow = integers(0, 5, 30)
+    assert isinstance(as_integers(narrow.dequantize(), narrow), torch.Tensor)
 
 
 @needs_integers
