@@ -33,6 +33,7 @@ from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
 from infoq_fx.graph.layer_forms.normal_form import NORMAL_FORM
+from infoq_fx.graph.layers import move_to_disk
 from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, find_arguments, fit_data, name_examples
 from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
@@ -266,6 +267,7 @@ def prepare(
     size = choose_batch_size(prepared)
     equalizer = None if data is None else find_depthwise(prepared, held, batch_size=size)
     calibrate(prepared, held, batch_size=size, equalizer=equalizer)
+    move_to_disk(graph_module)
     return prepared
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from infoq_fx.core.memory import copy_to_disk, return_free_memory
 
 __all__ = [
     "ATTENTION",
@@ -19,12 +22,14 @@ __all__ = [
     "free_path",
     "is_call",
     "module_path",
+    "move_to_disk",
     "read_parameter",
     "read_tensor",
     "write_tensor",
 ]
 
 _ATEN = torch.ops.aten
+_LARGE_BYTES, _WORTH_A_FILE_BYTES = 1 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,23 @@ def write_tensor(graph_module: fx.GraphModule, target: str, value: Tensor) -> No
     if hasattr(owner, name):
         delattr(owner, name)
     owner.register_buffer(name, value.contiguous())
+
+
+def move_to_disk(graph_module: fx.GraphModule) -> None:
+    """Map large parameters and buffers of the CPU from disk, in place, where they take 64 MiB or more together."""
+    parameters = graph_module.named_parameters(remove_duplicate=False)
+    tensors: list[tuple[str, Tensor]] = [*parameters, *graph_module.named_buffers(remove_duplicate=False)]
+    large = {id(x): x for _, x in tensors if x.device.type == "cpu" and x.numel() * x.element_size() >= _LARGE_BYTES}
+    if sum(x.numel() * x.element_size() for x in large.values()) < _WORTH_A_FILE_BYTES:
+        return
+    with torch.inference_mode(False):
+        copies = dict(zip(large, copy_to_disk(list(large.values())), strict=True))
+    for name, x in tensors:
+        if id(x) in copies:
+            write_tensor(graph_module, name, copies[id(x)])
+    del tensors, large
+    gc.collect()  # earlier copies of the graph are in reference cycles
+    return_free_memory()
 
 
 def is_call(node: Any, target: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infoq_fx.core.memory import copy_to_disk
 from infoq_fx.graph.layers import read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
 from infoq_fx.quantization.codebooks import bias_multiple
@@ -19,18 +20,29 @@ from infoq_fx.types import QParams
 
 __all__ = ["fork", "read_qparams", "set_bias", "set_parameter", "set_qparams", "weight_quantizer"]
 
+_ON_DISK_BYTES = 4 << 20  # of a weight that is mapped from disk
+
 
 def fork(prepared: PreparedModel) -> PreparedModel:
-    """Return a copy that may be changed and keeps a reference to the float model as ``origin``."""
+    """Return a copy that may be changed and keeps a reference to the float model as ``origin``.
+
+    It has the same weights and biases until :func:`set_parameter` replaces them.
+    """
+    graph_module = prepared.graph_module
+    quantizers = [module for module in graph_module.modules() if isinstance(module, Quantizer)]
+    own = {id(x) for module in quantizers for x in module.buffers()}
+    shared = {id(x): x for x in (*graph_module.parameters(), *graph_module.buffers()) if id(x) not in own}
     with torch.inference_mode(False), torch.no_grad():
-        copied = copy.deepcopy(prepared.graph_module)
+        copied = copy.deepcopy(graph_module, shared)
     return replace(prepared, graph_module=copied, origin=prepared.origin or prepared, rounded={})
 
 
 def set_parameter(prepared: PreparedModel, target: str, value: Tensor) -> None:
     """Replace the weight or bias at a path."""
     with torch.inference_mode(False):
-        write_tensor(prepared.graph_module, target, value.to(torch.float32).clone())
+        value = value.to(torch.float32).clone()
+        is_large = value.device.type == "cpu" and value.numel() * value.element_size() >= _ON_DISK_BYTES
+        write_tensor(prepared.graph_module, target, copy_to_disk([value])[0] if is_large else value)
 
 
 def set_bias(prepared: PreparedModel, layer: Layer, bias: Tensor, bits: Mapping[str, int]) -> None:

@@ -45,8 +45,8 @@ _MOST_DOUBLE = 2048  # columns; moments of more are held in float32, since they 
 _MOMENT_NOISE = 1e-5  # relative rounding error of sums of float32 products
 _FLOAT32_RANGE = 1e-20, 1e20  # of second moments; ridges are up to a hundred times as large, weights anything
 _ROWS_AT_ONCE = 256
-_SAMPLES_SHARE, _SHARE_OF_FEW = 2, 16  # rows are kept as they are if the columns are this many times as many;
-_FEW_COLUMNS = 2048  # matrices of up to these are factorized in a fraction of a second
+_SAMPLES_SHARE = 16  # rows are kept as they are if the columns are this many times as many;
+_SHARE_OF_MANY = 2  # of more than MOST_COLUMNS columns
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,14 @@ class RunningMoments:
     def add(self, reference: Rows, quantized: Rows, rows_in_all: float) -> None:
         """Take the rows of a batch, ``[groups, rows, columns]``; the same rows may be given twice.
 
-        The rows are kept as they are where ``rows_in_all``, those of all batches, are at most half as many as the
-        columns, or a 16th of up to 2,048 columns. Otherwise nothing is taken of more than ``MOST_COLUMNS`` columns.
+        The rows are kept as they are where ``rows_in_all``, those of all batches, are at most a 16th of the columns, or
+        half of more than ``MOST_COLUMNS`` columns, of which nothing is taken otherwise.
         """
         rows, columns = (quantized if isinstance(quantized, Tensor) else quantized.q).shape[1:]
         if not rows:
             return
-        if rows_in_all * (_SHARE_OF_FEW if columns <= _FEW_COLUMNS else _SAMPLES_SHARE) <= columns:
+        share = _SAMPLES_SHARE if columns <= MOST_COLUMNS else _SHARE_OF_MANY
+        if rows_in_all * share <= columns:
             x, found = dequantize_rows(reference).double(), dequantize_rows(quantized).double()
             self._samples.append(InputSamples(x, found, x.mean(1), found.mean(1)))
         elif columns <= MOST_COLUMNS:

@@ -45,7 +45,8 @@ def test_moments_are_those_of_numpy(residual):
 
 
 @pytest.mark.parametrize(
-    ("samples", "columns", "kind"), [(6, 96, InputSamples), (40, 48, InputMoments), (40, 2200, InputSamples)]
+    ("samples", "columns", "kind"),
+    [(6, 96, InputSamples), (40, 48, InputMoments), (40, 2200, InputSamples), (200, 2200, InputMoments)],
 )
 def test_few_rows_of_many_columns_are_kept_as_they_are(samples, columns, kind):
     torch.manual_seed(0)
