@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infoq_fx.core.memory import return_free_memory
+from infoq_fx.recovery import device_feedback
 from infoq_fx.recovery.error_feedback import (
     descend,
     descend_on_inputs,
@@ -99,22 +100,22 @@ class DenseCurvature:
         form = torch.zeros_like(steps)
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
-            part, factor = _array(values[:, :, : end - start]), self.factor[:, start:end]
-            q, errors = np.empty_like(part), np.empty_like(part)
-            own = _array(factor[:, :, start:end])
-            pass_errors_on(part, own, _array(steps), nearest, q, errors)
-            found.append(torch.from_numpy(q))
-            passed_on = torch.from_numpy(errors).to(rows.device)
+            factor = self.factor[:, start:end]
+            q, passed_on = _pass_errors_on(values[:, :, : end - start], factor[:, :, start:end], steps, nearest)
+            found.append(q)
             form += passed_on.square().sum(2)
             if end < columns:
                 values = (passed_on @ factor[:, :, end:]).neg_().add_(values[:, :, end - start :])
-        return torch.cat(found, 2).to(rows.device), form
+        return torch.cat(found, 2), form
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
-        found, gradient = _array(q.clone()), _array((q * steps[..., None] - target) @ self.second)
-        descend(found, gradient, _array(self.second), _array(steps), nearest, sweeps)
-        return torch.from_numpy(found).to(q.device)
+        gradient = (q * steps[..., None] - target) @ self.second
+        if q.device.type != "cpu":
+            return device_feedback.descend(q, gradient, self.second, steps, _on(q, nearest), sweeps)
+        found = _array(q.clone())
+        descend(found, _array(gradient), _array(self.second), _array(steps), nearest, sweeps)
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,26 @@ class LowRankCurvature:
 
     def pass_errors_on(self, rows: Tensor, steps: Tensor, nearest: Floats) -> tuple[Tensor, Tensor]:
         """See :class:`Curvature`."""
+        if rows.device.type != "cpu":
+            return device_feedback.pass_errors_on_inputs(
+                rows, self.inputs.mT, self.shares, self.ridge, steps, _on(rows, nearest)
+            )
         q, form = np.empty(rows.shape, np.float32), np.empty(rows.shape[:2], np.float64)
         columns = _array(self.inputs.mT)
         pass_errors_on_inputs(
             _array(rows), columns, _array(self.shares), _array(self.ridge), _array(steps), nearest, q, form
         )
-        return torch.from_numpy(q).to(rows.device), torch.from_numpy(form).to(rows.device)
+        return torch.from_numpy(q), torch.from_numpy(form)
 
     def descend(self, q: Tensor, target: Tensor, steps: Tensor, nearest: Floats, sweeps: int) -> Tensor:
         """See :class:`Curvature`."""
+        if q.device.type != "cpu":
+            return device_feedback.descend_on_inputs(
+                q, target, self.inputs.mT, self.ridge, steps, _on(q, nearest), sweeps
+            )
         found, columns = _array(q.clone()), _array(self.inputs.mT)
         descend_on_inputs(found, _array(target), columns, _array(self.ridge), _array(steps), nearest, sweeps)
-        return torch.from_numpy(found).to(q.device)
+        return torch.from_numpy(found)
 
 
 def factorize(second: Tensor) -> DenseCurvature:
@@ -180,9 +189,11 @@ def factorize_inputs(inputs: Tensor, ridge: Tensor) -> LowRankCurvature:
     """
     order = inputs.square().sum(1).argsort(dim=1, descending=True, stable=True)
     ordered = inputs.gather(2, order[:, None, :].expand(-1, inputs.shape[1], -1))
+    if inputs.device.type != "cpu":
+        return LowRankCurvature(order, ordered, ridge, device_feedback.find_shares(ordered.mT, ridge))
     shares = np.empty((inputs.shape[0], inputs.shape[2], inputs.shape[1]))
     find_shares(_array(ordered.mT), _array(ridge), shares)
-    return LowRankCurvature(order, ordered, ridge, torch.from_numpy(shares).to(inputs.device))
+    return LowRankCurvature(order, ordered, ridge, torch.from_numpy(shares))
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -222,7 +233,21 @@ def _invert_factor(upper: Tensor) -> Tensor:
     return factor
 
 
+def _pass_errors_on(rows: Tensor, factor: Tensor, steps: Tensor, nearest: Floats) -> tuple[Tensor, Tensor]:
+    """Levels of a block of columns, and what it passes on."""
+    if rows.device.type != "cpu":
+        return device_feedback.pass_errors_on(rows, factor, steps, _on(rows, nearest))
+    part = _array(rows)
+    q, errors = np.empty_like(part), np.empty_like(part)
+    pass_errors_on(part, _array(factor), _array(steps), nearest, q, errors)
+    return torch.from_numpy(q), torch.from_numpy(errors)
+
+
 def _array(x: Tensor) -> NDArray[Any]:
-    """As a numpy array on the CPU, for which the loops are compiled."""
-    found: NDArray[Any] = x.cpu().contiguous().numpy()
+    """As a numpy array, for which the loops are compiled."""
+    found: NDArray[Any] = x.contiguous().numpy()
     return found
+
+
+def _on(x: Tensor, nearest: Floats) -> Tensor:
+    return torch.from_numpy(nearest).to(x.device)
