@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "RECURRENT_OPS",
     "LayerOp",
     "called_modules",
+    "copy_graph_module",
     "free_path",
     "is_call",
     "module_path",
@@ -160,19 +162,45 @@ def write_tensor(graph_module: fx.GraphModule, target: str, value: Tensor) -> No
 
 def move_to_disk(graph_module: fx.GraphModule) -> None:
     """Map large parameters and buffers of the CPU from disk, in place, where they take 64 MiB or more together."""
-    parameters = graph_module.named_parameters(remove_duplicate=False)
-    tensors: list[tuple[str, Tensor]] = [*parameters, *graph_module.named_buffers(remove_duplicate=False)]
-    large = {id(x): x for _, x in tensors if x.device.type == "cpu" and x.numel() * x.element_size() >= _LARGE_BYTES}
-    if sum(x.numel() * x.element_size() for x in large.values()) < _WORTH_A_FILE_BYTES:
+    copies = _copy_large(graph_module)
+    if not copies:
         return
-    with torch.inference_mode(False):
-        copies = dict(zip(large, copy_to_disk(list(large.values())), strict=True))
-    for name, x in tensors:
+    for name, x in _tensors_of(graph_module):
         if id(x) in copies:
             write_tensor(graph_module, name, copies[id(x)])
-    del tensors, large
     gc.collect()  # earlier copies of the graph are in reference cycles
     return_free_memory()
+
+
+def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a deep copy; large tensors of it are mapped from disk where they take 64 MiB or more together."""
+    with torch.inference_mode(False), torch.no_grad():
+        known = {id(x): x for _, x in _tensors_of(graph_module)}
+        copies = {
+            key: nn.Parameter(x, known[key].requires_grad) if isinstance(known[key], nn.Parameter) else x
+            for key, x in _copy_large(graph_module).items()
+        }
+        return copy.deepcopy(graph_module, copies)
+
+
+def _copy_large(graph_module: fx.GraphModule) -> dict[int, Tensor]:
+    """Copies of large tensors on disk, by the ids of the tensors; none if all are small."""
+    tensors = {
+        id(x): x for _, x in _tensors_of(graph_module) if x.device.type == "cpu" and _bytes_of(x) >= _LARGE_BYTES
+    }
+    if sum(map(_bytes_of, tensors.values())) < _WORTH_A_FILE_BYTES:
+        return {}
+    with torch.inference_mode(False):
+        return dict(zip(tensors, copy_to_disk(list(tensors.values())), strict=True))
+
+
+def _tensors_of(graph_module: fx.GraphModule) -> list[tuple[str, Tensor]]:
+    parameters = graph_module.named_parameters(remove_duplicate=False)
+    return [*parameters, *graph_module.named_buffers(remove_duplicate=False)]
+
+
+def _bytes_of(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def is_call(node: Any, target: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.memory import copy_to_disk
-from infoq_fx.graph.layers import read_tensor, write_tensor
+from infoq_fx.graph.layers import copy_graph_module, read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
 from infoq_fx.quantization.codebooks import bias_multiple
 from infoq_fx.quantization.prepared import PreparedModel
@@ -24,16 +23,8 @@ _ON_DISK_BYTES = 4 << 20  # of a weight that is mapped from disk
 
 
 def fork(prepared: PreparedModel) -> PreparedModel:
-    """Return a copy that may be changed and keeps a reference to the float model as ``origin``.
-
-    It has the same weights and biases until :func:`set_parameter` replaces them.
-    """
-    graph_module = prepared.graph_module
-    quantizers = [module for module in graph_module.modules() if isinstance(module, Quantizer)]
-    own = {id(x) for module in quantizers for x in module.buffers()}
-    shared = {id(x): x for x in (*graph_module.parameters(), *graph_module.buffers()) if id(x) not in own}
-    with torch.inference_mode(False), torch.no_grad():
-        copied = copy.deepcopy(graph_module, shared)
+    """Return a copy that may be changed and keeps a reference to the float model as ``origin``."""
+    copied = copy_graph_module(prepared.graph_module)
     return replace(prepared, graph_module=copied, origin=prepared.origin or prepared, rounded={})
 
 

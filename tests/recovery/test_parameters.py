@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,19 +18,24 @@ def two_layers():
     return nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 4)).eval()
 
 
-def test_a_fork_shares_weights_until_one_is_replaced():
-    prepared = infoq_fx.prepare(two_layers(), torch.randn(50, 8))
-    before = read_tensor(prepared.graph_module, "0.weight").clone()
+@pytest.mark.parametrize("least_bytes", [4, 1 << 20])
+def test_a_fork_may_be_changed_in_any_way(monkeypatch, least_bytes):
+    monkeypatch.setattr(layers, "_LARGE_BYTES", least_bytes)
+    monkeypatch.setattr(layers, "_WORTH_A_FILE_BYTES", least_bytes)
+    model = nn.Sequential(nn.Linear(8, 30), nn.LayerNorm(30), nn.Linear(30, 4)).eval()
+    prepared = infoq_fx.prepare(model, torch.randn(50, 8))
+    before = {name: x.clone() for name, x in prepared.graph_module.state_dict().items()}
     changed = fork(prepared)
-    shared = [read_tensor(x.graph_module, "0.weight").data_ptr() for x in (changed, prepared)]
-    assert shared[0] == shared[1]
-    set_parameter(changed, "0.weight", before + 1)
-    assert torch.equal(read_tensor(prepared.graph_module, "0.weight"), before)
-    assert torch.equal(read_tensor(changed.graph_module, "0.weight"), before + 1)
-    quantizers = [dict(x.quantizer_nodes()).values() for x in (prepared, changed)]
-    for own, copied in zip(*quantizers, strict=True):
-        assert own is not copied
-        assert not {x.data_ptr() for x in own.buffers()} & {x.data_ptr() for x in copied.buffers()}
+    assert [type(x) for x in changed.graph_module.parameters()] == [type(x) for x in prepared.graph_module.parameters()]
+    with torch.no_grad():
+        for x in changed.graph_module.state_dict().values():
+            x.zero_()
+    changed.graph_module.double()
+    set_parameter(changed, "0.weight", before["0.weight"] + 1)
+    for name, x in prepared.graph_module.state_dict().items():
+        assert x.dtype == before[name].dtype
+        assert torch.equal(x, before[name])
+    assert torch.equal(read_tensor(changed.graph_module, "0.weight"), before["0.weight"] + 1)
 
 
 def test_large_weights_on_disk_are_those_in_memory(monkeypatch):
