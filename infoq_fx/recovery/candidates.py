@@ -42,10 +42,11 @@ _SAMPLES = 256
 _ROWS, _MOST_ROWS_PER_COLUMN = 8192, 512
 _DAMPING = 0.03
 _CLIPS = (0.9, 1.0, 1.1, 1.25)  # fewer than recovery tries: the error is larger by 1 to 3 %
+_MOST_CLIPPED_BITS = 5  # with more, the scale of least error to nearest is taken as it is
 _SWEEPS = 2
 _GROUP_BYTES = 512 << 20
 _IN_MEMORY_BYTES = 64 << 20  # of rounded weights
-_ALGORITHM_VERSION = 11  # raised when the same data gives other rounded weights
+_ALGORITHM_VERSION = 12  # raised when the same data gives other rounded weights
 
 
 class Candidates:
@@ -55,7 +56,7 @@ class Candidates:
     nats become 0.03 in its last bottleneck, 7.8 become 1.3 in its first expansion). Scores of weights rounded to
     nearest would therefore give the bits to the wrong layers when recovery follows. Each weight W is rounded against
     the second moments of its layer's input in the 8-bit baseline, as :class:`infoq_fx.SecondOrderRounding` does it
-    with a fixed ridge, four scales and without a new bias.
+    with a fixed ridge, four scales (one above 5 bits) and without a new bias.
 
     Transposed convolutions, embeddings and layers of more than 8,192 columns and many input rows are rounded to
     nearest.
@@ -189,7 +190,8 @@ def _group_layers(layers: Sequence[Layer], most_bytes: int) -> list[list[Layer]]
 
 def _round_layer(prepared: PreparedModel, layer: Layer, curvature: Curvature, bits: int) -> RoundedWeight:
     rows = weight_to_rows(layer, read_tensor(prepared.graph_module, layer.weight)).double()
-    qparams, choices = read_qparams(prepared, layer, bits), scale_choices(prepared, layer, bits, rows, _CLIPS)
+    clips = _CLIPS if bits <= _MOST_CLIPPED_BITS else (1.0,)
+    qparams, choices = read_qparams(prepared, layer, bits), scale_choices(prepared, layer, bits, rows, clips)
     q, step = round_rows(rows, curvature, choices, table_of_levels(find_levels(qparams)), _SWEEPS)
     found = replace(qparams, scale=step.reshape(qparams.scale.shape))
     return RoundedWeight(rows_to_weight(layer, q).to(torch.int8), found)
