@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["available_memory_bytes", "copy_out_of_heap", "copy_to_disk", "return_free_memory"]
+__all__ = ["available_memory_bytes", "copy_out_of_heap", "copy_to_disk", "return_free_memory", "usual_bytes"]
 
 
 _GROWTH_BYTES = 128 << 20
 _resident_bytes = 0  # when memory was returned last
 
 _ALIGNMENT = 64
+_SHARE_OF_GPU = 8
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -37,6 +39,18 @@ def available_memory_bytes() -> int:
             continue
         available = min(available, max(0, limit - int(psutil.Process().memory_info().rss)))
     return available
+
+
+def usual_bytes(device: torch.device, on_cpu: int) -> int:
+    """Return the bytes that a part of a step may take without a memory limit: ``on_cpu``, more on a GPU.
+
+    There it is an eighth of all its memory, not of what is free, so that results do not depend on other work.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return on_cpu
+    return max(on_cpu, torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_GPU)
 
 
 def return_free_memory() -> None:

@@ -169,7 +169,7 @@ def finetune(
         made_of = _digest_call(student, float_model, source, settings, provenance)
         file = None if path is None else Checkpoint(path, made_of)
         with thread_map(threads, threading.Event()) as spread:
-            run_bytes = choose_gradient_bytes(memory_limit)
+            run_bytes = choose_gradient_bytes(memory_limit, next(student.parameters()).device)
             training = _prepare(student, float_model, source, settings, provenance, spread, run_bytes, compared)
             state = _train(training, file, spread, progress=progress)
     return _finish(quantized, training, state)

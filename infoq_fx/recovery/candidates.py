@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.memory import copy_to_disk, return_free_memory
+from infoq_fx.core.memory import copy_to_disk, return_free_memory, usual_bytes
 from infoq_fx.core.threads import thread_map
 from infoq_fx.graph.layers import read_tensor
 from infoq_fx.quantization.codebooks import find_levels, table_of_levels
@@ -77,7 +77,8 @@ class Candidates:
         self._prepared = prepared
         self._data = choose_samples(prepared, data, _SAMPLES)
         self._batch_size = choose_batch_size(prepared, memory_limit)
-        self._group_bytes = _GROUP_BYTES if memory_limit is None else min(_GROUP_BYTES, memory_limit // 2)
+        group_bytes = usual_bytes(prepared.device, _GROUP_BYTES)
+        self._group_bytes = group_bytes if memory_limit is None else min(group_bytes, memory_limit // 2)
         self.cpu_seconds = 0.0
         self._rounded: dict[tuple[str, int], RoundedWeight] = {}
         self._room = _IN_MEMORY_BYTES

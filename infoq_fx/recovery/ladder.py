@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from infoq_fx.core.data import CalibrationData
-from infoq_fx.core.memory import return_free_memory
+from infoq_fx.core.memory import return_free_memory, usual_bytes
 from infoq_fx.core.option_checks import with_seed
 from infoq_fx.core.threads import one_torch_thread
 from infoq_fx.errors import OptionError, unknown_name_error
@@ -151,14 +151,15 @@ def recover_accuracy(
         return prepared
     log = logging.getLogger(__name__)
     batch_size = choose_batch_size(prepared, memory_limit)
-    held_bytes = _HELD_BYTES if memory_limit is None else min(_HELD_BYTES, memory_limit // 2)
+    usual = usual_bytes(prepared.device, _HELD_BYTES)
+    held_bytes = usual if memory_limit is None else min(usual, memory_limit // 2)
     fitted, held = _hold_back(data, prepared.batch_size or 1)
     is_on_cpu = prepared.device.type == "cpu"
     with (
         one_torch_thread() as threads,
         tqdm(total=len(steps), disable=not progress, desc="recovering", unit="step", bar_format=_BAR) as bar,
     ):
-        gradient_bytes = choose_gradient_bytes(memory_limit)
+        gradient_bytes = choose_gradient_bytes(memory_limit, prepared.device)
         run_options = RunOptions(threads=threads if is_on_cpu else 1, advance=bar.update, gradient_bytes=gradient_bytes)
         checked = checked or hold_checked(prepared, data, memory_limit)
         check = _Check(held, bits, checked, batch_size, RunOptions(threads=run_options.threads))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from infoq_fx.core.data import CalibrationData
+from infoq_fx.core.memory import usual_bytes
 from infoq_fx.core.threads import ThreadMap, thread_map
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.runtime.held_outputs import HeldLoss, HeldOutputs, OutputHolder
@@ -45,7 +46,7 @@ _BATCH_BYTES = 256 << 20
 _VALUE_BYTES = (
     24 << 20
 )  # of one value; C libraries map larger blocks anew each time, which takes as long as to use them
-_MAX_BATCH = 64
+_MAX_BATCH, _MAX_BATCH_OF_GPU = 64, 1024
 
 _Result = TypeVar("_Result")
 
@@ -297,18 +298,20 @@ def choose_perturbed_batch_size(prepared: PreparedModel, memory_limit: int | Non
     return prepared.batch_size or _fit(prepared, bytes_per_sample(prepared), memory_limit)
 
 
-def choose_gradient_bytes(memory_limit: int | None) -> int:
-    """Return ``RunOptions.gradient_bytes`` for a limit: 512 MiB, or half of the limit if that is less."""
-    return GRADIENT_BYTES if memory_limit is None else min(GRADIENT_BYTES, memory_limit // 2)
+def choose_gradient_bytes(memory_limit: int | None, device: torch.device) -> int:
+    """Return ``RunOptions.gradient_bytes``: 512 MiB, on a GPU an eighth of its memory, or half of a lower limit."""
+    usual = usual_bytes(device, GRADIENT_BYTES)
+    return usual if memory_limit is None else min(usual, memory_limit // 2)
 
 
 def _fit(prepared: PreparedModel, held_per_sample: int, memory_limit: int | None) -> int:
-    share = _BATCH_BYTES if memory_limit is None else min(_BATCH_BYTES, memory_limit // 4)
+    usual, largest_batch = usual_bytes(prepared.device, _BATCH_BYTES), _MAX_BATCH_OF_GPU
+    share = usual if memory_limit is None else min(usual, memory_limit // 4)
     peak, largest = measure_peak_and_largest_bytes(prepared)
     most = share // max(1, held_per_sample or peak)
     if prepared.device.type == "cpu":
-        most = min(most, _VALUE_BYTES // max(1, largest))
-    return max(2, min(_MAX_BATCH, most))
+        most, largest_batch = min(most, _VALUE_BYTES // max(1, largest)), _MAX_BATCH
+    return max(2, min(largest_batch, most))
 
 
 def bytes_per_sample(prepared: PreparedModel) -> int:

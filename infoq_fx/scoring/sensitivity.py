@@ -233,7 +233,7 @@ def _measure(
 ) -> None:
     with one_torch_thread() as threads:
         threads = threads if prepared.device.type == "cpu" else 1
-        run_options = RunOptions(threads=threads, gradient_bytes=choose_gradient_bytes(limit))
+        run_options = RunOptions(threads=threads, gradient_bytes=choose_gradient_bytes(limit, prepared.device))
         measure = criterion.begin(prepared, data, batch_size=batch_size, run_options=run_options)
         room = limit - batch_size * bytes_per_sample(prepared)
         most = _BLOCK_RUNS if resources.executor is None else _WORKER_BLOCK_RUNS

@@ -66,3 +66,14 @@ def test_without_room_on_the_disk_tensors_stay_in_memory(monkeypatch):
     monkeypatch.setattr(memory.tempfile, "TemporaryFile", refuse)
     given = [torch.ones(3)]
     assert memory.copy_to_disk(given)[0] is given[0]
+
+
+def test_a_step_may_take_an_eighth_of_a_gpus_memory(monkeypatch):
+    class Card:
+        total_memory = 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert memory.usual_bytes(torch.device("cpu"), 100) == 100
+    assert memory.usual_bytes(torch.device("cuda"), 100) == 10 << 30
+    Card.total_memory = 400
+    assert memory.usual_bytes(torch.device("cuda"), 100) == 100

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from networks import ResidualNet, randomise_norms
 import infoq_fx
 from infoq_fx.core.data import read_data
 from infoq_fx.quantization.quantizers import Quantizer
+from infoq_fx.runtime import forward
 from infoq_fx.runtime.forward import RunOptions, choose_batch_size
 
 
@@ -54,3 +56,12 @@ def test_float_logits_are_the_models_own(threads, prepared_and_data, net):
 
 def test_the_batch_suits_the_model(prepared_and_data):
     assert choose_batch_size(prepared_and_data[0]) == 64
+
+
+@pytest.mark.parametrize(("value_bytes", "expected"), [(1 << 20, 1024), (1 << 26, 160)])
+def test_batches_fill_a_gpu(monkeypatch, value_bytes, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(forward, "measure_peak_and_largest_bytes", lambda prepared: (value_bytes, value_bytes))
+    prepared = SimpleNamespace(device=torch.device("cuda"), batch_size=None)
+    assert choose_batch_size(prepared) == expected
+    assert choose_batch_size(prepared, 1 << 30) == min(expected, (1 << 28) // value_bytes)
