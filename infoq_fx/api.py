@@ -33,12 +33,12 @@ from infoq_fx.errors import CalibrationDataError, OptionError
 from infoq_fx.graph.calibration import calibrate
 from infoq_fx.graph.capture import capture
 from infoq_fx.graph.layer_forms.normal_form import NORMAL_FORM
-from infoq_fx.graph.layers import move_to_disk
 from infoq_fx.graph.model_inputs import Inputs, choose_example_inputs, find_arguments, fit_data, name_examples
 from infoq_fx.graph.passes.insert_observers import insert_observers
 from infoq_fx.graph.passes.insert_quantizers import insert_quantizers
 from infoq_fx.graph.passes.pass_manager import bind_options, run_passes
 from infoq_fx.graph.program.sizes import Dynamic
+from infoq_fx.graph.program.weight_storage import move_to_disk
 from infoq_fx.graph.reading_choice import OutputsOption, choose_readings, describe_choice, run_samples
 from infoq_fx.graph.sites import find_sites, warn_of_float_weights
 from infoq_fx.pipeline import quantize_prepared

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from infoq_fx.core.memory import copy_to_disk
-from infoq_fx.graph.layers import copy_graph_module, read_tensor, write_tensor
+from infoq_fx.graph.layers import read_tensor, write_tensor
 from infoq_fx.graph.passes.quantize_biases import find_zero_channels, fit_weight_scale
+from infoq_fx.graph.program.weight_storage import copy_graph_module
 from infoq_fx.quantization.codebooks import bias_multiple
 from infoq_fx.quantization.prepared import PreparedModel
 from infoq_fx.quantization.quantizers import Quantizer

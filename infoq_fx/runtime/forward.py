@@ -305,13 +305,13 @@ def choose_gradient_bytes(memory_limit: int | None, device: torch.device) -> int
 
 
 def _fit(prepared: PreparedModel, held_per_sample: int, memory_limit: int | None) -> int:
-    usual, largest_batch = usual_bytes(prepared.device, _BATCH_BYTES), _MAX_BATCH_OF_GPU
+    usual = usual_bytes(prepared.device, _BATCH_BYTES)
     share = usual if memory_limit is None else min(usual, memory_limit // 4)
     peak, largest = measure_peak_and_largest_bytes(prepared)
     most = share // max(1, held_per_sample or peak)
     if prepared.device.type == "cpu":
-        most, largest_batch = min(most, _VALUE_BYTES // max(1, largest)), _MAX_BATCH
-    return max(2, min(largest_batch, most))
+        most = min(most, _VALUE_BYTES // max(1, largest))
+    return max(2, min(_MAX_BATCH_OF_GPU if prepared.device.type == "cuda" else _MAX_BATCH, most))
 
 
 def bytes_per_sample(prepared: PreparedModel) -> int:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import infoq_fx
-from infoq_fx.graph import layers
-from infoq_fx.graph.layers import move_to_disk, read_tensor
+from infoq_fx.graph.layers import read_tensor
+from infoq_fx.graph.program import weight_storage
+from infoq_fx.graph.program.weight_storage import move_to_disk
 from infoq_fx.recovery import parameters
 from infoq_fx.recovery.parameters import fork, set_parameter
 
@@ -20,8 +21,8 @@ def two_layers():
 
 @pytest.mark.parametrize("least_bytes", [4, 1 << 20])
 def test_a_fork_may_be_changed_in_any_way(monkeypatch, least_bytes):
-    monkeypatch.setattr(layers, "_LARGE_BYTES", least_bytes)
-    monkeypatch.setattr(layers, "_WORTH_A_FILE_BYTES", least_bytes)
+    monkeypatch.setattr(weight_storage, "_LARGE_BYTES", least_bytes)
+    monkeypatch.setattr(weight_storage, "_WORTH_A_FILE_BYTES", least_bytes)
     model = nn.Sequential(nn.Linear(8, 30), nn.LayerNorm(30), nn.Linear(30, 4)).eval()
     prepared = infoq_fx.prepare(model, torch.randn(50, 8))
     before = {name: x.clone() for name, x in prepared.graph_module.state_dict().items()}
@@ -42,11 +43,11 @@ def test_large_weights_on_disk_are_those_in_memory(monkeypatch):
     model, x = two_layers(), torch.randn(50, 8)
     expected = infoq_fx.quantize(model, 4.0, calibration_data=x, progress=False)
     moved = []
-    for module in (layers, parameters):
+    for module in (weight_storage, parameters):
         copy_to_disk = module.copy_to_disk
         monkeypatch.setattr(module, "copy_to_disk", lambda x, copies=copy_to_disk: moved.append(len(x)) or copies(x))
-    monkeypatch.setattr(layers, "_LARGE_BYTES", 4)
-    monkeypatch.setattr(layers, "_WORTH_A_FILE_BYTES", 4)
+    monkeypatch.setattr(weight_storage, "_LARGE_BYTES", 4)
+    monkeypatch.setattr(weight_storage, "_WORTH_A_FILE_BYTES", 4)
     monkeypatch.setattr(parameters, "_ON_DISK_BYTES", 4)
     found = infoq_fx.quantize(model, 4.0, calibration_data=x, progress=False)
     assert max(moved) >= 4

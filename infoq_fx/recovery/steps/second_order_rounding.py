@@ -72,8 +72,8 @@ class SecondOrderRounding:
     convolutions and weights in float are not changed, nor are layers of more than 8,192 columns and many input rows.
 
     Cost: a forward pass of the reference and one of the quantized model over ``samples``, and for every layer a
-    covariance and the cube of its columns, or of its input rows if they are fewer; no labels. Values between layers are
-    kept for both models, those beyond 512 MiB in a temporary file.
+    covariance and the cube of its columns, or of its input rows if they are far fewer; no labels. Values between layers
+    are kept for both models, those beyond 512 MiB in a temporary file.
 
     Reference:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
